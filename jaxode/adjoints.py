@@ -1,0 +1,578 @@
+"""Ways to differentiate a solve. Each is given the solve, and knows nothing of how it steps.
+
+An adjoint is a function `adjoint(solve, f, y0, ss) -> (ys, report)`. `solve(f, y0, ss)` computes
+that, and `solve.record(f, y0, ss)` a tape as well; `f` is the field on [0, 1], a pytree whose arrays
+are the parameters (t0 and t1 among them); `ss` are the output times in [0, 1]. Whatever the adjoint
+returns is differentiated by JAX; a new one may live outside this library.
+
+| adjoint | gradient | memory | modes |
+|---|---|---|---|
+| `replay` | exact for the numbers that the solve returned | about 2 sqrt(max_steps) states | reverse, forward or reverse over it |
+| `backsolve` | of the continuous problem, to tolerance | constant | reverse |
+| `direct` | exact, through the operations of the solver | all steps | all, any order |
+| `forward` | exact, step sizes held fixed | constant | forward, any order |
+"""
+
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import PyTree
+
+from jaxode import scalars, tree
+from jaxode.loop import adaptive, assemble, equal_steps_report, fixed, slots
+from jaxode.solution import Status
+from jaxode.step import step, step_and_inside
+
+
+def forward(solve, f, y0, ss):
+    """Forward mode: JAX differentiates the loop itself; the choice of step sizes is left out."""
+    return solve(f, y0, ss)
+
+
+# Direct: the operations of the solver, once more, in a form that JAX differentiates in any mode.
+
+
+def direct(solve, f, y0, ss):
+    """Exact derivatives of every order and mode, through the solver's own operations.
+
+    Steps of fixed size run in one `scan`, and keep what each one computed. Adaptive ones are found
+    first, then taken again by a scan over `max_steps` places, sqrt(max_steps) at a time with
+    `jax.checkpoint`: give `max_steps` near the number of steps needed.
+    """
+    known = isinstance(solve.steps, int)
+    if known:
+        n, places = solve.steps, solve.steps
+        end = lax.stop_gradient(ss[-1])
+        grid = end * (jnp.arange(n + 1, dtype=ss.dtype) / n)
+        n = jnp.where(end > 0, n, 0)
+        report = None
+    else:
+        _, report, tape = solve.record(*lax.stop_gradient((f, y0, ss)))
+        grid, n, places = tape.grid, tape.steps, solve.max_steps
+    k0 = f(y0, jnp.zeros_like(ss[0]))
+    inside = len(ss) > 2
+
+    def one(state, i):
+        s, s1 = grid[i], grid[i + 1]
+        y, k = state
+        y1, k1, d = step_and_inside(solve.table, f, y, k, s, s1 - s, inside)
+        return (y1, k1), ((y, d) if inside else None)
+
+    def maybe(state, i):
+        blank = jax.eval_shape(lambda: one(state, i)[1])
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+        return lax.cond(i < n, lambda: one(state, i), lambda: (state, blank))
+
+    if known:
+        (y1, k1), steps = lax.scan(one, (y0, k0), jnp.arange(places))
+    else:
+        width = solve.segment
+        places = -(-places // width) * width
+        grid = jnp.concatenate([grid, jnp.zeros(places + 1 - len(grid), grid.dtype)])
+        grid = jnp.where(jnp.arange(places + 1) <= n, grid, jnp.inf)
+
+        @jax.checkpoint
+        def several(state, block):
+            return lax.scan(maybe, state, block)
+
+        blocks = jnp.arange(places).reshape(-1, width)
+        (y1, k1), steps = lax.scan(several, (y0, k0), blocks)
+        steps = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
+    if report is None:
+        report = equal_steps_report(solve, y0, k0, y1, n, end, end)
+    rows = None
+    if inside:
+        i = jnp.clip(jnp.searchsorted(grid, ss, side="left") - 1, 0, jnp.maximum(n - 1, 0))
+        theta = (ss - grid[i]) / jnp.where(n > 0, grid[i + 1] - grid[i], 1)
+        rows = jax.vmap(polynomial)(theta, jax.tree.map(lambda x: x[i], steps))
+    return assemble(y0, k0, y1, k1, rows, ss, report), report
+
+
+def polynomial(theta, coefficients):
+    """y + sum_p theta^(p+1) d_p."""
+    y, d = coefficients
+    powers = [theta]
+    while len(powers) < len(d):
+        powers.append(powers[-1] * theta)
+    return tree.combine(y, 1.0, powers, d)
+
+
+# Replay: backwards over the recorded steps.
+
+
+@jax.custom_vjp
+def replay(solve, f, y0, ss):
+    """Discrete adjoint of the steps that were accepted, with their sizes held fixed.
+
+    The forward pass records where each step began and the states at about sqrt(max_steps) places;
+    the backward pass rebuilds the states between two of them and takes the vjp of one step after
+    another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
+    one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt.
+    """
+    return solve(f, y0, ss)
+
+
+def replay_forward(solve, f, y0, ss):
+    x, rest = perturbed((f, y0, ss))
+    rest = (values(solve), rest)
+    ys, (report, tape) = recorded(x, rest)
+    return (ys, report), (x, rest, tape)
+
+
+def replay_backward(residuals, cotangents):
+    x, rest, tape = residuals
+    ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
+    return None, *pulled(x, rest, tape, ys_bar)
+
+
+replay.defvjp(replay_forward, replay_backward, symbolic_zeros=True)
+
+
+# First derivatives of the forward and the backward pass, so that replay can be differentiated
+# again, by forward and by reverse mode. With S(x) the solve (its steps held fixed), x all that it
+# depends on and w a cotangent of S, both follow from phi(x, w) = <w, S(x)>: the forward pass is
+# d phi / d w, the backward pass d phi / d x, and a tangent of the two is the Hessian of phi applied
+# to a tangent of (x, w). A Hessian is symmetric: its transpose, which reverse mode asks for, is
+# itself. `lax.custom_linear_solve` is how one says so to JAX.
+
+
+@jax.custom_jvp
+def recorded(x, rest):
+    """The solve, with its tape."""
+    solve, (f, y0, ss) = join(x, rest)
+    ys, report, tape = solve.record(f, y0, ss)
+    return ys, (report, tape)
+
+
+@recorded.defjvp
+def recorded_jvp(primals, tangents):
+    (x, rest), (x_dot, _) = primals, tangents
+    ys, (report, tape) = recorded(x, rest)
+
+    def hessian(v):
+        return pull(x, rest, tape, v[1]), push(x, rest, v[0])
+
+    _, ys_dot = symmetric(hessian, (x_dot, jax.tree.map(jnp.zeros_like, ys)), x)
+    return (ys, (report, tape)), (ys_dot, jax.tree.map(no_tangent, (report, tape)))
+
+
+@jax.custom_jvp
+def pulled(x, rest, tape, ys_bar):
+    """Cotangents of (f, y0, ss), None where there are none."""
+    return pull(x, rest, tape, ys_bar)
+
+
+@pulled.defjvp
+def pulled_jvp(primals, tangents):
+    (x, rest, tape, ys_bar), (x_dot, _, _, ys_bar_dot) = primals, tangents
+
+    def gradient(x, ys_bar):
+        _, (_, tape) = recorded.fun(x, rest)
+        return pull(x, rest, tape, ys_bar)
+
+    def hessian(v):
+        return jax.jvp(gradient, (x, ys_bar), v)[1], push(x, rest, v[0])
+
+    x_bar_dot, _ = symmetric(hessian, (x_dot, ys_bar_dot), x)
+    return pulled(x, rest, tape, ys_bar), x_bar_dot
+
+
+def push(x, rest, x_dot):
+    """The tangent of the solve."""
+
+    def ys(x):
+        solve, (f, y0, ss) = join(x, rest)
+        return solve(f, y0, ss)[0]
+
+    return jax.jvp(ys, (x,), (x_dot,))[1]
+
+
+def symmetric(operator, v, x):
+    """A linear operator that is its own transpose, applied to v. It may depend on x."""
+    one = once(x)
+    # JAX transposes the operator only if every part of v is linear: zeros are made so.
+    total = sum(jnp.sum(part.real).astype(one.dtype) for part in jax.tree.leaves(v))
+    v = jax.tree.map(lambda part: part + (0 * total).astype(part.dtype), v)
+    return lax.custom_linear_solve(
+        lambda v: jax.tree.map(lambda part: tree.scale(one, part), v),
+        v,
+        solve=lambda _, v: operator(v),
+        symmetric=True,
+    )
+
+
+@jax.custom_jvp
+def once(x):
+    """The number 1; it cannot be differentiated, so that no third derivative is silently wrong."""
+    return jnp.ones(())
+
+
+@once.defjvp
+def once_jvp(primals, tangents):
+    raise NotImplementedError(
+        "adjoint='replay' has first and second derivatives; for third ones pass adjoint='direct'."
+    )
+
+
+# The backward pass.
+
+
+def pull(x, rest, tape, ys_bar):
+    """The vjp of the recorded steps, last to first: cotangents of (f, y0, ss)."""
+    solve, (f, y0, ss) = join(x, rest)
+    f_x, _, ss_x = x
+    f_rest = rest[1][0]
+    at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
+    inside = len(ss) > 2
+    take = Backstep(solve.table, f_rest, inside)
+
+    y_bar = rows_where(at_end, ys_bar)
+    carry = Cotangents(
+        y=y_bar,
+        k=jax.tree.map(jnp.zeros_like, y_bar),
+        f=jax.tree.map(jnp.zeros_like, f_x),
+        ss=None if ss_x is None else jnp.where(at_end, slopes(ys_bar, tape.k_end, ss.dtype), 0),
+        row=jnp.sum(~at_end, dtype=jnp.int32) - 1,
+    )
+
+    def visit(carry, n, y, k):
+        s, s1 = tape.grid[n], tape.grid[n + 1]
+        return take(carry, f_x, y, k, s, s1 - s, ss, ys_bar)
+
+    carry = backwards(solve, f, tape, visit, carry, y0)
+    k0, pull_k = jax.vjp(lambda f_x, y: eqx.combine(f_x, f_rest)(y, jnp.zeros_like(ss[0])), f_x, y0)
+    f_bar, y0_bar = pull_k(carry.k)
+    f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
+    y0_bar = jax.tree.map(lambda *x: sum(x), carry.y, y0_bar, rows_where(at_start, ys_bar))
+    ss_bar = None if ss_x is None else jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), carry.ss)
+    return f_bar, only(x[1], y0_bar), ss_bar
+
+
+class Cotangents(eqx.Module):
+    """What is carried backwards: cotangents, and the next output row to be met."""
+
+    y: PyTree
+    k: PyTree
+    f: PyTree
+    ss: PyTree
+    row: jax.Array
+
+
+class Backstep:
+    """The vjp of one step, and of the outputs inside it."""
+
+    def __init__(self, table, f_rest, inside):
+        self.table, self.f_rest, self.inside = table, f_rest, inside
+
+    def step(self, f_x, y, k, s, h):
+        f = eqx.combine(f_x, self.f_rest)
+        return step_and_inside(self.table, f, y, k, s, h, self.inside)
+
+    def __call__(self, carry, f_x, y, k, s, h, ss, ys_bar):
+        def pull(f_x, y, k, s, h, cotangent):
+            _, vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
+            return vjp(cotangent)
+
+        def inner(f_x, y, k, s, h):
+            return self.step(f_x, y, k, s, h)[2]
+
+        d_bar = [jax.tree.map(jnp.zeros_like, y) for _ in self.table.dense] if self.inside else []
+        args = (f_x, y, k, s, h, (carry.y, carry.k, d_bar))
+        fused = scalars.fuse(pull, *args)
+        if fused is None:
+            (_, _, d), vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
+        elif self.inside and carry.ss is not None:
+            d, vjp = scalars.fuse(inner, *args[:-1])(*args[:-1]), None
+        else:
+            d, vjp = None, None
+        straight = jax.tree.map(jnp.zeros_like, y)
+        if self.inside:
+            carry, straight, d_bar = outputs(carry, d, straight, d_bar, s, h, ss, ys_bar)
+        cotangent = (carry.y, carry.k, d_bar)
+        f_bar, y_bar, k_bar = vjp(cotangent) if vjp else fused(f_x, y, k, s, h, cotangent)
+        return Cotangents(
+            y=jax.tree.map(jnp.add, y_bar, straight) if self.inside else y_bar,
+            k=k_bar,
+            f=jax.tree.map(jnp.add, carry.f, f_bar),
+            ss=carry.ss,
+            row=carry.row,
+        )
+
+
+def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
+    """Cotangents of the outputs in (s, s + h], gathered on y and on the d_p."""
+
+    def meet(state):
+        row, ss_bar, straight, d_bar = state
+        theta = (ss[row] - s) / h
+        w = jax.tree.map(lambda w: w[row], ys_bar)
+        powers = [theta]
+        while len(powers) < len(d_bar):
+            powers.append(powers[-1] * theta)
+        straight = jax.tree.map(jnp.add, straight, w)
+        d_bar = [tree.combine(b, 1.0, [p], [w]) for b, p in zip(d_bar, powers)]
+        if ss_bar is not None:
+            rates = [jnp.ones_like(theta), *powers[:-1]]
+            slope = tree.weighted_sum(1 / h, [((p + 1) * r, d) for p, (r, d) in enumerate(zip(rates, d))])
+            ss_bar = ss_bar.at[row].set(tree.dot(w, slope).astype(ss_bar.dtype))
+        return row - 1, ss_bar, straight, d_bar
+
+    def met(state):
+        return (state[0] >= 0) & (ss[jnp.maximum(state[0], 0)] > s)
+
+    state = (carry.row, carry.ss, straight, d_bar)
+    row, ss_bar, straight, d_bar = lax.while_loop(met, meet, state)
+    return Cotangents(carry.y, carry.k, carry.f, ss_bar, row), straight, d_bar
+
+
+def backwards(solve, f, tape, visit, carry, y0):
+    """visit(carry, n, y_n, k_n) for n = steps - 1, ..., 0; the states between two rows are rebuilt."""
+    kept = slots(tape)
+    if kept >= solve.max_steps:
+
+        def back(state):
+            n, carry = state[0] - 1, state[1]
+            return n, visit(carry, n, *at(n, (tape.ys, tape.ks)))
+
+        return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
+
+    length = jnp.where(tape.level == 0, kept, 1 << tape.level)
+    most = 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length())
+    room = jax.tree.map(lambda y: lax.empty((most, *y.shape), y.dtype), y0)
+    example = (f, y0, y0, tape.grid[0], tape.grid[0])
+    plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))  # noqa: E731
+    again = scalars.fuse(plain, *example) or plain
+
+    def segment(state):
+        end, carry, room = state
+        start = (end - 1) // length * length
+
+        def rebuild(state):
+            n, y, k, room = state
+            room = put(n - start, (y, k), room)
+            y, k = again(f, y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
+            return n + 1, y, k, room
+
+        y, k = at(start >> tape.level, (tape.ys, tape.ks))
+        first = jnp.where(tape.level == 0, end - 1, start)
+        _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
+        room = put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
+
+        def back(state):
+            n, carry = state[0] - 1, state[1]
+            rebuilt = at(jnp.minimum(n - start, most - 1), room)
+            here = tree.where(tape.level == 0, at(n, (tape.ys, tape.ks)), rebuilt)
+            return n, visit(carry, n, *here)
+
+        _, carry = lax.while_loop(lambda state: state[0] > start, back, (end, carry))
+        return start, carry, room
+
+    state = (tape.steps, carry, (room, room))
+    return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
+
+
+def at(i, rooms):
+    return jax.tree.map(lambda room: lax.dynamic_index_in_dim(room, i, 0, keepdims=False), rooms)
+
+
+def put(i, xs, rooms):
+    return jax.tree.map(lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0), xs, rooms)
+
+
+def rows_where(rows, ys_bar):
+    """Sum of the cotangents of some of the rows."""
+
+    def leaf(w):
+        chosen = rows.reshape((len(rows),) + (1,) * (w.ndim - 1))
+        return jnp.sum(jnp.where(chosen, w, 0), axis=0)
+
+    return jax.tree.map(leaf, ys_bar)
+
+
+def slopes(ys_bar, k, dtype):
+    """<w_j, k> for every row j."""
+    return jax.vmap(lambda w: tree.dot(w, k))(ys_bar).astype(dtype)
+
+
+# Backsolve: the continuous adjoint.
+
+
+@functools.cache
+def backsolve(rtol=None, atol=None):
+    """The adjoint of Chen et al. (2018, arXiv 1806.07366, algorithm 1): one more ODE, solved backwards.
+
+    With a(t) = dL/dy(t) and p(t) the gradient of the parameters collected so far,
+
+        dy/dt = f,   da/dt = -a^T df/dy,   dp/dt = -a^T df/dtheta,   from t1 back to t0;
+
+    nothing of the forward solve is kept. `rtol` and `atol` are those of the backward solve (those
+    of the forward one by default). The error of p is left out of the error norm (Kidger et al.
+    2020, arXiv 2009.09457): it only ever is a quadrature. The cotangents of outputs inside a step
+    are moved to its end by the vjp of dense output, so that the steps do not shrink with the
+    distance between outputs. y(t) is computed backwards, too, and drifts from the forward solution
+    where that is unstable backwards in time (dissipative and stiff problems): use `replay` there.
+
+    The string "backsolve" is `backsolve()`.
+    """
+
+    @jax.custom_vjp
+    def adjoint(solve, f, y0, ss):
+        return solve(f, y0, ss)
+
+    def adjoint_forward(solve, f, y0, ss):
+        x, rest = perturbed((f, y0, ss))
+        rest = (values(solve), rest)
+        solve, (f, y0, ss) = join(x, rest)
+        ys, report = solve(f, y0, ss)
+        return (ys, report), (x, rest, ys)
+
+    def adjoint_backward(residuals, cotangents):
+        x, rest, ys = residuals
+        solve, rest = rest
+        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
+        solve = retolerated(solve, rtol, atol, ys)
+        return None, *solve_backwards(solve, x, rest, ys, ys_bar)
+
+    adjoint.defvjp(adjoint_forward, adjoint_backward, symbolic_zeros=True)
+    return adjoint
+
+
+class Reversed(eqx.Module):
+    """The field of (y, a, p) in r = end - s, the time still to go back from the end."""
+
+    f_x: PyTree
+    f_rest: PyTree
+    end: jax.Array
+
+    def __call__(self, state, r):
+        y, a, _ = state
+        k, vjp = jax.vjp(lambda f_x, y: eqx.combine(f_x, self.f_rest)(y, self.end - r), self.f_x, y)
+        f_bar, y_bar = vjp(a)
+        return jax.tree.map(jnp.negative, k), y_bar, f_bar
+
+
+def solve_backwards(solve, x, rest, ys, ys_bar):
+    """Cotangents of (f, y0, ss) by one solve from the last output to the first."""
+    f, y0, ss = eqx.combine(x, rest)
+    f_x, y0_x, ss_x = x
+    f_rest = rest[0]
+    at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
+    end = ss[-1]
+    y1 = jax.tree.map(lambda y: y[-1], ys)
+    start = (y1, rows_where(at_end, ys_bar), jax.tree.map(jnp.zeros_like, f_x))
+    field = Reversed(f_x, f_rest, end)
+    k = field(start, jnp.zeros_like(end))
+    slope = jax.tree.map(jnp.negative, k[0])
+    ss_bar = None if ss_x is None else jnp.where(at_end, slopes(ys_bar, slope, ss.dtype), 0)
+    extra = (jnp.sum(~at_end, dtype=jnp.int32) - 1, ss_bar)
+    after = functools.partial(collect, solve.table, field, ss, ys_bar) if len(ss) > 2 else None
+    advance = adaptive if solve.steps is None else fixed
+    state, report = advance(solve, field, start, k, end, after=after, extra=extra)
+    _, a, f_bar = state.y
+    fine = jnp.where(report.status == Status.SUCCESS.value, 1.0, jnp.nan)
+    y0_bar = jax.tree.map(jnp.add, a, rows_where(at_start, ys_bar))
+    ss_bar = state.extra[1]
+    if ss_x is not None:
+        k0 = f(y0, jnp.zeros_like(end))
+        ss_bar = jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), ss_bar)
+    return jax.tree.map(lambda c: tree.scale(fine, c), (f_bar, only(y0_x, y0_bar), ss_bar))
+
+
+def collect(table, field, ss, ys_bar, state, new):
+    """After a step back from s1 to s: the outputs between them, moved to s."""
+    s = field.end - new.s
+    h = new.s - state.s
+    row, ss_bar = new.extra
+
+    def moved():
+        y, a, p = new.y
+        take = Backstep(table, field.f_rest, True)
+
+        def dense(f_x, y):
+            k = eqx.combine(f_x, field.f_rest)(y, s)
+            return take.step(f_x, y, k, s, h)[2]
+
+        d, vjp = jax.vjp(dense, field.f_x, y)
+        zeros = jax.tree.map(jnp.zeros_like, y)
+        carry = Cotangents(a, None, p, ss_bar, row)
+        carry, straight, d_bar = outputs(carry, d, zeros, [zeros] * len(d), s, h, ss, ys_bar)
+        f_bar, y_bar = vjp(d_bar)
+        a = jax.tree.map(lambda *x: sum(x), a, straight, y_bar)
+        there = (y, a, jax.tree.map(jnp.add, p, f_bar))
+        return there, field(there, new.s), (carry.row, carry.ss)
+
+    met = (row >= 0) & (ss[jnp.maximum(row, 0)] > s)
+    y, k, extra = lax.cond(met, moved, lambda: (new.y, new.k, new.extra))
+    return new._replace(y=y, k=k, extra=extra)
+
+
+def retolerated(solve, rtol, atol, ys):
+    """The integrator of (y, a, p): its own tolerances, and p outside the error norm."""
+    if not isinstance(solve.steps, int) and solve.steps is not None:
+        solve = dataclasses.replace(solve, steps=jnp.asarray(solve.steps))
+
+    def pair(given, default):
+        same = jax.tree.map(lambda x: jnp.full_like(x, given), default) if given else default
+        return same, same
+
+    return dataclasses.replace(
+        solve,
+        rtol=pair(rtol, solve.rtol),
+        atol=pair(atol, solve.atol),
+        mxstep=None,
+        measured=state_and_adjoint,
+    )
+
+
+def state_and_adjoint(state):
+    return state[:2]
+
+
+# Which inputs are differentiated.
+
+
+def perturbed(inputs):
+    """Split custom_vjp's inputs into what is differentiated and the rest, with None for the other."""
+    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    mask = jax.tree.map(
+        lambda x: bool(x.perturbed) and jnp.issubdtype(jnp.result_type(x.value), jnp.inexact),
+        inputs,
+        is_leaf=is_primal,
+    )
+    return eqx.partition(values(inputs), mask)
+
+
+def values(inputs):
+    return jax.custom_derivatives.custom_vjp_primal_tree_values(inputs)
+
+
+def join(x, rest):
+    return rest[0], eqx.combine(x, rest[1])
+
+
+def only(mask, tree_):
+    """tree_ where the mask has a leaf, None elsewhere."""
+    return jax.tree.map(lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None)
+
+
+def no_tangent(x):
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+def is_symbolic_zero(x):
+    return isinstance(x, SymbolicZero)
+
+
+def dense_cotangent(x):
+    return jnp.zeros(x.aval.shape, x.aval.dtype) if is_symbolic_zero(x) else x
+
+
+named = {"replay": replay, "backsolve": backsolve(), "direct": direct, "forward": forward}

@@ -1,0 +1,132 @@
+"""The user's function, traced once, and moved to the unit interval.
+
+Every solve is a solve on [0, 1]: with t = t0 + (t1 - t0) s, dy/dt = f(y, t) becomes
+dy/ds = (t1 - t0) f(y, t0 + (t1 - t0) s). Decreasing time is then nothing special (t1 - t0 < 0), the
+gradients with respect to t0 and t1 are those of two more parameters of the field, and steps keep
+their full relative precision when t0 is large, because what is added up is s and not t.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jaxtyping import Array, PyTree
+
+
+class Field(eqx.Module):
+    """The right-hand side on the unit interval: `field(y, s)` is dy/ds, a pytree like y.
+
+    Its arrays (the parameters found in func, in args and in what func closes over; t0 and t1) are
+    leaves, so that a solve can be differentiated with respect to them.
+    """
+
+    trace: "Trace" = eqx.field(static=True)
+    leaves: list[Any]
+    t0: Array
+    t1: Array
+    time_dtype: Any = eqx.field(static=True)
+
+    def time(self, s):
+        """t0 + (t1 - t0) s, never beyond t1 by a rounding."""
+        t = self.t0 + (self.t1 - self.t0) * s
+        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+        # `where`, not `clip`: at a tie the derivative is that of t.
+        return jnp.where(t < low, low, jnp.where(t > high, high, t))
+
+    def __call__(self, y: PyTree, s) -> PyTree:
+        span = self.t1 - self.t0
+        span = jnp.where(span == 0, jnp.ones_like(span), span)  # t0 == t1: see solve.unit_times
+        out = self.trace(self.leaves, y, self.time(s).astype(self.time_dtype))
+        return jax.tree.map(lambda k: span.astype(k.dtype) * k, out)
+
+
+class Trace:
+    """A jaxpr with its constants taken out: a function that is equal to another when it does the same.
+
+    Two Python functions with the same operations have equal traces, so that a new lambda or a
+    rebuilt module does not compile again, and one function that has changed (a global that it reads
+    was rebound) does.
+    """
+
+    def __init__(self, closed: core.ClosedJaxpr, out_tree):
+        self.jaxpr, self.out_tree = closed.jaxpr, out_tree
+        self.key = (fingerprint(closed.jaxpr), out_tree)
+        time = closed.jaxpr.invars[-1]
+        used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
+        self.uses_time = any(x is time for x in used)
+
+    def __call__(self, leaves, y, t):
+        count = len(self.jaxpr.constvars)
+        closed = core.ClosedJaxpr(self.jaxpr, leaves[:count])
+        out = core.jaxpr_as_fun(closed)(*leaves[count:], *jax.tree.leaves(y), t)
+        return jax.tree.unflatten(self.out_tree, out)
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return isinstance(other, Trace) and self.key == other.key
+
+
+def fingerprint(jaxpr) -> tuple:
+    """What a jaxpr does, as nested tuples that can be hashed and compared."""
+    number = itertools.count()
+    names = {}
+
+    def name(atom):
+        if isinstance(atom, core.Literal):
+            return "literal", str(atom.aval), np.asarray(atom.val).tobytes()
+        if atom not in names:
+            names[atom] = next(number)
+        return names[atom], str(atom.aval)
+
+    heads = tuple(map(name, [*jaxpr.constvars, *jaxpr.invars]))
+    equations = tuple(
+        (
+            eqn.primitive,
+            tuple(map(name, eqn.invars)),
+            tuple(map(name, eqn.outvars)),
+            tuple((key, frozen(value)) for key, value in sorted(eqn.params.items())),
+        )
+        for eqn in jaxpr.eqns
+    )
+    return heads, equations, tuple(map(name, jaxpr.outvars))
+
+
+def frozen(value):
+    """A parameter of an equation, as something hashable that is equal only to what does the same."""
+    if isinstance(value, core.ClosedJaxpr):
+        return fingerprint(value.jaxpr), tuple(map(frozen, value.consts))
+    if isinstance(value, core.Jaxpr):
+        return fingerprint(value)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, frozen(item)) for key, item in sorted(value.items()))
+    if isinstance(value, np.ndarray | np.generic) or (
+        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    ):
+        return str(value.dtype), value.shape, np.asarray(value).tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return Identity(value)
+    return value
+
+
+class Identity:
+    """Equal to nothing but the same object, which it keeps alive."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __hash__(self):
+        return id(self.value)
+
+    def __eq__(self, other):
+        return isinstance(other, Identity) and self.value is other.value

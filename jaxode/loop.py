@@ -1,0 +1,432 @@
+"""Steps into solutions, forward on [0, 1], ignorant of gradients; records the tape.
+
+An `Integrator` holds all that a solve needs beside the field, the start and the output times. It
+is called by `solve` for values, and by the adjoints, which differentiate what it did.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import scalars, tree
+from jaxode.controllers import Controller, first_step
+from jaxode.solution import Status
+from jaxode.step import error, extra_stages, interpolate, step
+from jaxode.tableaus import Tableau
+
+TAPE_BYTES = 32 * 1024  # a tape up to this size keeps every state: it stays in the nearest cache
+
+
+class Report(NamedTuple):
+    """How a solve went: a `Status`, how far it came in [0, 1], and what it cost."""
+
+    status: Array
+    reached: Array
+    evaluations: Array
+    accepted: Array
+    rejected: Array
+
+
+class Tape(NamedTuple):
+    """What a backward pass needs: where each step began, and the states at some of those places.
+
+    Row i of `ys` and `ks` is the state after i 2^level steps (a last row takes what is not kept);
+    `grid[n]` is where step n began, `grid[steps]` where the last one ended; `k_end` is the derivative
+    there.
+    """
+
+    ys: PyTree
+    ks: PyTree
+    k_end: PyTree
+    grid: Array
+    level: Array
+    steps: Array
+
+
+class Rows(NamedTuple):
+    """Outputs inside the interval: the first `count` rows of `ys` are known; in how many steps they lay."""
+
+    ys: PyTree
+    count: Array
+    visits: Array
+
+
+class State(NamedTuple):
+    """Between two attempts: at s, with a next step of size h."""
+
+    s: Array
+    h: Array
+    y: PyTree
+    k: PyTree
+    ratio: Array
+    history: tuple[Array, ...]
+    accepted: Array
+    attempts: Array
+    mark: Array | None  # attempts when the last output was passed; None without `mxstep`
+    rows: Rows | None
+    tape: Tape | None
+    extra: Any
+
+
+class Integrator(eqx.Module):
+    """A method, its tolerances and its limits: what turns a field into a solution.
+
+    `steps` is the number of steps of equal size, None for steps that the error estimate chooses.
+    `hmax` and `hmin` are in units of the interval; `max_steps` bounds attempts, `mxstep` those
+    between two outputs. `measured` picks the part of a state whose error counts.
+    """
+
+    table: Tableau = eqx.field(static=True)
+    controller: Controller = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    steps: Any
+    rtol: PyTree
+    atol: PyTree
+    hmax: Array
+    hmin: Array
+    mxstep: Any
+    measured: Callable = eqx.field(static=True, default=lambda y: y)
+
+    def __call__(self, f, y0: PyTree, ss: Array) -> tuple[PyTree, Report]:
+        """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
+        ys, report, _ = self.run(f, y0, ss, tape=None)
+        return ys, report
+
+    def record(self, f, y0: PyTree, ss: Array) -> tuple[PyTree, Report, Tape]:
+        """The same, and the tape."""
+        ys, report, state = self.run(f, y0, ss, tape=self.empty_tape(y0, ss.dtype))
+        return ys, report, state.tape._replace(steps=state.accepted, k_end=state.k)
+
+    def run(self, f, y0, ss, tape):
+        k0 = f(y0, jnp.zeros_like(ss[0]))
+        rows = empty_rows(y0, ss) if len(ss) > 2 else None
+        advance = adaptive if self.steps is None else fixed
+        state, report = advance(self, f, y0, k0, lax.stop_gradient(ss[-1]), ss, rows, tape)
+        inside = state.rows and state.rows.ys
+        return assemble(y0, k0, state.y, state.k, inside, ss, report), report, state
+
+    @property
+    def segment(self) -> int:
+        """How many consecutive states a backward pass rebuilds at a time: sqrt(max_steps)."""
+        return max(1, math.isqrt(self.max_steps - 1) + 1)
+
+    def empty_tape(self, y0, dtype) -> Tape:
+        """Room for sqrt(max_steps) states, or for all of them while they are small."""
+        size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
+        slots = min(max(self.segment, TAPE_BYTES // max(size, 1)), self.max_steps)
+        room = jax.tree.map(lambda x: lax.empty((slots + 1, *x.shape), x.dtype), y0)
+        zero = jnp.zeros((), jnp.int32)
+        grid = jnp.zeros(self.max_steps + 1, dtype)
+        return Tape(ys=room, ks=room, k_end=y0, grid=grid, level=zero, steps=zero)
+
+
+def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None, after=None, extra=None):
+    """Steps whose size the error estimate chooses, from 0 to `end`.
+
+    `after(state, new) -> new` sees every attempt, and may add to what an accepted one did.
+    """
+    table, dtype = integrator.table, end.dtype
+    order = table.error_order + 1
+    attempt = embedded(table, f, y0, k0, end)
+
+    def tolerated(*ys):
+        ys = map(integrator.measured, ys)
+        size = jax.tree.map(lambda *y: largest(map(tree.magnitude, y)), *ys)
+        return jax.tree.map(lambda a, r, y: a + r * y, integrator.atol, integrator.rtol, size)
+
+    def body(state: State) -> State:
+        s, y, k = state.s, state.y, state.k
+        s1 = jnp.where(s + state.h >= end, end, s + state.h)
+        h = s1 - s  # exactly, so that the steps add up to where we are
+        y1, k1, e, inside, ks = attempt(f, y, k, s, h)
+        ratio = tree.norm(integrator.measured(e), tolerated(y, y1))
+        if not table.e[-1]:  # then the estimate has not seen the last stage
+            ratio = jnp.where(tree.all_finite(k1), ratio, jnp.nan)
+        ratio = lax.stop_gradient(lax.convert_element_type(ratio, dtype))
+        accept = ratio <= 1
+        factor, history = integrator.controller(ratio, state.history, order)
+        s1, y1, k1, history = tree.where(
+            accept, (s1, y1, k1, history), (s, y, k, state.history)
+        )
+        new = state._replace(
+            s=s1, y=y1, k=k1, ratio=ratio, history=history,
+            h=jnp.minimum(h * factor, integrator.hmax),
+            accepted=state.accepted + accept.astype(jnp.int32),
+            attempts=state.attempts + 1,
+            tape=write_tape(state.tape, state.accepted, y, k, s1),
+            rows=write_rows(state.rows, ss, s, s1, h, inside),
+        )  # fmt: skip
+        if state.mark is not None and state.rows is not None:
+            passed = new.rows.count > state.rows.count
+            new = new._replace(mark=jnp.where(passed, new.attempts, state.mark))
+        return after(state, new) if after else new
+
+    def least(s):
+        """The smallest step that moves time: 16 roundings of it."""
+        eps = 16 * float(jnp.finfo(dtype).eps)
+        return jnp.maximum(integrator.hmin, eps * jnp.maximum(s, eps))
+
+    def unfinished(state: State):
+        go = (state.s < end) & (state.h > least(state.s)) & (state.attempts < integrator.max_steps)
+        if state.mark is not None:
+            go = go & (waited(state) < integrator.mxstep)
+        return go
+
+    if h0 is None:
+        h0 = first_step(f, y0, k0, order, tolerated(y0), integrator.hmax, integrator.measured)
+    healthy = tree.all_finite(y0, k0)
+    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
+    start = State(
+        s=0 * one, h=jnp.where(healthy, lax.stop_gradient(h0), 0 * one), y=y0, k=k0, ratio=0 * one,
+        history=integrator.controller.start(dtype), accepted=zero, attempts=zero,
+        mark=None if integrator.mxstep is None else zero, rows=rows, tape=tape, extra=extra,
+    )  # fmt: skip
+    state = while_room(unfinished, body, start)
+    status = judge(state, end, healthy, integrator)
+    return state, report_of(integrator, state, status, end)
+
+
+def fixed(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, after=None, extra=None):
+    """`integrator.steps` steps of equal size, from 0 to `end`."""
+    n = jnp.where(end > 0, jnp.asarray(integrator.steps, jnp.int32), 0)
+    count = lax.convert_element_type(jnp.maximum(n, 1), end.dtype)
+    attempt = embedded(integrator.table, f, y0, k0, end)
+
+    def body(state: State) -> State:
+        i = lax.convert_element_type(state.accepted, end.dtype)
+        s, s1 = end * (i / count), end * ((i + 1) / count)
+        y1, k1, _, inside, ks = attempt(f, state.y, state.k, s, s1 - s)
+        new = state._replace(
+            y=y1, k=k1, accepted=state.accepted + 1, attempts=state.attempts + 1,
+            s=jnp.where(tree.all_finite(y1), s1, state.s),  # how far the solution is finite
+            tape=write_tape(state.tape, state.accepted, state.y, state.k, s1),
+            rows=write_rows(state.rows, ss, s, s1, s1 - s, inside),
+        )  # fmt: skip
+        return after(state, new) if after else new
+
+    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), end.dtype)
+    start = State(
+        s=0 * one, h=one, y=y0, k=k0, ratio=one, history=(), accepted=zero, attempts=zero,
+        mark=None, rows=rows, tape=tape, extra=extra,
+    )  # fmt: skip
+    within = jnp.where(n <= integrator.max_steps, n, 0)
+    state = while_room(lambda state: state.accepted < within, body, start)
+    report = equal_steps_report(integrator, y0, k0, state.y, n, state.s, end, state.rows)
+    return state, report
+
+
+def equal_steps_report(integrator, y0, k0, y1, n, s, end, rows=None) -> Report:
+    """How n steps of equal size went: well, if the last state is finite."""
+    stages, more = len(integrator.table.c) - 1, len(integrator.table.extra_c)
+    too_many = n > integrator.max_steps
+    status = jnp.where(tree.all_finite(y1), Status.SUCCESS.value, Status.NON_FINITE.value)
+    status = jnp.where(too_many, Status.MAX_STEPS.value, status)
+    status = jnp.where(tree.all_finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
+    steps = jnp.where(too_many, 0, n)
+    evaluations = 1 + stages * steps + (0 if rows is None else rows.visits * more)
+    reached = fraction(s, end)
+    return Report(status.astype(jnp.int32), reached, evaluations, steps, jnp.zeros_like(steps))
+
+
+def embedded(table, f, y0, k0, s):
+    """One attempt: (y1, k1, error, the solution inside the step, every k), fused if it is small."""
+
+    def plain(f, y, k, s, h):
+        y1, ks = step(table, f, y, k, s, h)
+        return y1, ks[-1], error(table, h, ks) if table.e else y1
+
+    def with_stages(f, y, k, s, h):
+        y1, ks = step(table, f, y, k, s, h)
+        inside = Inside(table, f, y, s, h, ks)
+        return y1, ks[-1], error(table, h, ks) if table.e else y1, inside, ks
+
+    fused = scalars.fuse(plain, f, y0, k0, s, s)
+    if fused is None:
+        return with_stages
+
+    def small(f, y, k, s, h):
+        return *fused(f, y, k, s, h), Inside(table, f, y, s, h, k=k), None
+
+    return small
+
+
+class Inside:
+    """The solution inside a step. A small step is done again, in one kernel, rather than kept."""
+
+    def __init__(self, table, f, y, s, h, ks=None, k=None):
+        self.table, self.f, self.y, self.s, self.h, self.ks, self.k = table, f, y, s, h, ks, k
+
+    def prepare(self, wanted):
+        """The further stages that dense output needs, if any output is wanted."""
+        if self.ks is None or not self.table.extra_c:
+            return self.ks
+        blank = jax.tree.map(jnp.zeros_like, self.y)
+        more = lax.cond(
+            wanted,
+            lambda: extra_stages(self.table, self.f, self.y, self.ks, self.s, self.h)[len(self.ks) :],
+            lambda: [blank] * len(self.table.extra_c),
+        )
+        return [*self.ks, *more]
+
+    def at(self, ks, theta):
+        if ks is not None:
+            return interpolate(self.table, self.y, ks, self.h, theta)
+
+        def again(f, y, k, s, h, theta):
+            _, ks = step(self.table, f, y, k, s, h)
+            ks = extra_stages(self.table, f, y, ks, s, h)
+            return interpolate(self.table, y, ks, h, theta)
+
+        args = (self.f, self.y, self.k, self.s, self.h, theta)
+        return (scalars.fuse(again, *args) or again)(*args)
+
+
+def waited(state: State):
+    """Attempts since the last output was passed."""
+    return (state.attempts - state.mark).astype(jnp.result_type(float))
+
+
+def judge(state: State, end, healthy, integrator):
+    """The status of a solve that has stopped."""
+    spent = state.attempts >= integrator.max_steps
+    if state.mark is not None:
+        spent = spent | (waited(state) >= integrator.mxstep)
+    cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)
+    status = jnp.where(
+        state.s >= end, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
+    )
+    return jnp.where(healthy, status, Status.NON_FINITE_INITIAL.value)
+
+
+def report_of(integrator, state: State, status, end) -> Report:
+    table = integrator.table
+    evaluations = 2 + state.attempts * (len(table.c) - 1)
+    if state.rows is not None:
+        evaluations = evaluations + state.rows.visits * len(table.extra_c)
+    return Report(status.astype(jnp.int32), fraction(state.s, end), evaluations, state.accepted, state.attempts - state.accepted)
+
+
+def fraction(s, end):
+    """s / end; 1 if there was nowhere to go."""
+    return jnp.where(end > 0, s / jnp.where(end > 0, end, 1), 1)
+
+
+# Rows: outputs inside the interval.
+
+
+def empty_rows(y0, ss) -> Rows:
+    """Room for every output; those at the start count as written (`assemble` fills them in)."""
+    room = jax.tree.map(lambda y: jnp.zeros((len(ss), *y.shape), y.dtype), y0)
+    return Rows(room, jnp.sum(ss <= 0, dtype=jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def write_rows(rows: Rows | None, ss, s, s1, h, inside: Inside) -> Rows | None:
+    """The outputs in (s, s1]; none if the step was rejected, for then s1 = s."""
+    if rows is None:
+        return None
+
+    def pending(rows):
+        return (rows.count < len(ss)) & (ss[jnp.minimum(rows.count, len(ss) - 1)] <= s1)
+
+    visited = pending(rows)
+    ks = inside.prepare(visited)
+
+    def write(rows):
+        theta = (ss[rows.count] - s) / h
+        y = inside.at(ks, theta)
+        ys = jax.tree.map(
+            lambda room, y: lax.dynamic_update_index_in_dim(room, y, rows.count, 0), rows.ys, y
+        )
+        return rows._replace(ys=ys, count=rows.count + 1)
+
+    rows = lax.while_loop(pending, write, rows)
+    return rows._replace(visits=rows.visits + visited.astype(jnp.int32))
+
+
+def assemble(y0, k0, y1, k1, inside, ss, report: Report) -> PyTree:
+    """All outputs: the start and the end as they are, NaN where the solve did not come.
+
+    Moving a time that is the start or the end moves along the derivative there: the value of
+    (s - stop_gradient(s)) k is 0, its derivative k.
+    """
+    at_start, at_end = ss <= 0, ss >= ss[-1]
+    end = lax.stop_gradient(ss[-1])
+    known = at_start | (ss <= report.reached * end) & (report.status != Status.NON_FINITE_INITIAL.value)
+    move = ss - lax.stop_gradient(ss)
+
+    def leaf(y0, k0, y1, k1, *inside):
+        first, last, known_, along = (
+            x.reshape((len(ss),) + (1,) * y0.ndim) for x in (at_start, at_end, known, move)
+        )
+        along = lax.convert_element_type(along, y0.dtype)
+        middle = inside[0] if inside else jnp.full_like(y0, jnp.nan)[None]
+        value = jnp.where(last, y1[None] + along * k1[None], middle)
+        return jnp.where(first, y0[None] + along * k0[None], jnp.where(known_, value, jnp.nan))
+
+    return jax.tree.map(leaf, y0, k0, y1, k1, *(() if inside is None else (inside,)))
+
+
+# The tape: states at about sqrt(max_steps) places, whatever the number of steps.
+
+
+def write_tape(tape: Tape | None, n, y, k, s1) -> Tape | None:
+    """State n, where an attempt begins, and where it ends. What a rejected attempt wrote is written over.
+
+    State n belongs into row n / 2^level, rounded up: the last state written into a row is the one
+    that falls on it, and the others cost no test.
+    """
+    if tape is None:
+        return None
+    row = (n + (1 << tape.level) - 1) >> tape.level
+    put = lambda room, x: lax.dynamic_update_index_in_dim(room, x, row, 0)  # noqa: E731
+    return tape._replace(
+        ys=jax.tree.map(put, tape.ys, y),
+        ks=jax.tree.map(put, tape.ks, k),
+        grid=lax.dynamic_update_index_in_dim(tape.grid, lax.stop_gradient(s1), n + 1, 0),
+    )
+
+
+def while_room(unfinished, body, state: State) -> State:
+    """The loop; whenever the tape is full, every other row is dropped and it goes on."""
+    tape = state.tape
+    if tape is None or slots(tape) >= len(tape.grid) - 1:
+        return lax.while_loop(unfinished, body, state)
+
+    def room_left(state):
+        return state.accepted < (slots(state.tape) << state.tape.level)
+
+    def until_full(state):
+        state = state._replace(tape=thin(state.tape, ~room_left(state)))
+        return lax.while_loop(lambda state: unfinished(state) & room_left(state), body, state)
+
+    return lax.while_loop(unfinished, until_full, state)
+
+
+def slots(tape: Tape) -> int:
+    return len(jax.tree.leaves(tape.ys)[0]) - 1
+
+
+def thin(tape: Tape, full) -> Tape:
+    """Keep every other row, in place, if the tape is full."""
+    half = jnp.where(full, slots(tape) // 2 + slots(tape) % 2, 0)
+
+    def move(carry):
+        i, ys, ks = carry
+        take = lambda room: lax.dynamic_update_index_in_dim(room, room[2 * i], i, 0)  # noqa: E731
+        return i + 1, jax.tree.map(take, ys), jax.tree.map(take, ks)
+
+    _, ys, ks = lax.while_loop(lambda c: c[0] < half, move, (jnp.zeros_like(half), tape.ys, tape.ks))
+    return tape._replace(ys=ys, ks=ks, level=tape.level + full.astype(jnp.int32))
+
+
+def largest(xs):
+    first, *rest = xs
+    for x in rest:
+        first = jnp.maximum(first, x)
+    return first

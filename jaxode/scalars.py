@@ -1,0 +1,208 @@
+"""A small computation as scalars, so that XLA makes one kernel of it.
+
+A step of a three-dimensional system is some hundred multiplications, yet written with arrays it
+compiles to a dozen kernels, because XLA cannot fuse through the slices and stacks with which a
+vector field takes its state apart and puts it together; its derivative, full of padded slices, is
+worse. `fuse(fn)` traces `fn` once and evaluates the jaxpr component by component: slices and
+stacks vanish, what is left is scalar arithmetic, and each result is assembled by a chain of
+selects, which XLA does fuse. Lorenz, dopri5, float64, two CPU cores: a step took 160 ns instead of
+400 ns, and the step of a gradient 50 ns instead of 5 us.
+
+Only arithmetic that stays small is rewritten (`LIMIT` scalar operations); anything else, and
+anything under `jax.vmap`, where arrays are already wide, runs as it was written.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+LIMIT = 3000  # scalar operations; beyond this, compiling costs more than the kernels it saves
+INPUTS = 64  # scalars that go in
+
+ELEMENTWISE = frozenset(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type "
+    "copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le "
+    "lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt "
+    "select_n sign sin sinh sqrt square sub tan tanh xor".split()
+)
+CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"))
+
+
+def fuse(fn, *examples):
+    """`fn`, evaluated in scalars, for arguments like the examples; None if it is not small enough."""
+    leaves = jax.tree.leaves(examples)
+    if sum(jnp.size(leaf) for leaf in leaves) > INPUTS or not all(map(is_number, leaves)):
+        return None
+    jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    constants = sum(jnp.size(c) for c in jaxpr.consts)
+    if constants > INPUTS or not cost(jaxpr.jaxpr) <= LIMIT:
+        return None
+    tree = jax.tree.structure(out_shape)
+
+    def as_arrays(consts, *leaves):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.jaxpr, consts))(*leaves)
+
+    @jax.custom_jvp
+    def call(consts, *leaves):
+        return narrow(consts, *leaves)
+
+    @call.defjvp
+    def call_jvp(primals, tangents):
+        return jax.jvp(as_arrays, primals, tangents)
+
+    @jax.custom_batching.custom_vmap
+    def narrow(consts, *leaves):
+        consts, leaves = map(take_apart, consts), map(take_apart, leaves)
+        outs = evaluate(jaxpr.jaxpr, consts, leaves)
+        return [put_together(o, v.aval) for o, v in zip(outs, jaxpr.jaxpr.outvars)]
+
+    @narrow.def_vmap
+    def wide(axis_size, batched, *args):
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        outs = jax.vmap(as_arrays, axes, axis_size=axis_size)(*args)
+        return outs, [True] * len(outs)
+
+    def fused(*args):
+        return jax.tree.unflatten(tree, call(jaxpr.consts, *map(jnp.asarray, jax.tree.leaves(args))))
+
+    return fused
+
+
+def is_number(x) -> bool:
+    """Whether x is an array of floats, complex numbers, integers or booleans (and not of keys)."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.number) or jnp.result_type(x) == bool
+
+
+def cost(jaxpr) -> float:
+    """Scalar operations of a jaxpr; infinite if some equation cannot be rewritten."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ELEMENTWISE:
+            total += eqn.outvars[0].aval.size
+        elif name in CALLS:
+            total += cost(inner(eqn).jaxpr)
+        elif name in ("reduce_sum", "reduce_max", "reduce_min"):
+            total += eqn.invars[0].aval.size
+        elif name not in STRUCTURAL:
+            return math.inf
+    return total
+
+
+def inner(eqn):
+    """The jaxpr that a call runs."""
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def evaluate(jaxpr, consts, args):
+    """Evaluate a jaxpr whose values are numpy arrays of scalar tracers."""
+    values = {}
+
+    def read(atom):
+        return take_apart(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    values.update(zip(jaxpr.constvars, consts))
+    values.update(zip(jaxpr.invars, args))
+    for eqn in jaxpr.eqns:
+        name, xs = eqn.primitive.name, [read(x) for x in eqn.invars]
+        if name in ELEMENTWISE:
+            outs = [elementwise(eqn, xs)]
+        elif name in CALLS:
+            call = inner(eqn)
+            outs = evaluate(call.jaxpr, [take_apart(c) for c in call.consts], xs)
+        elif name in REDUCTIONS:
+            outs = [reduction(eqn, xs[0])]
+        else:
+            outs = [STRUCTURAL[name](*xs, **eqn.params)]
+        values.update(zip(eqn.outvars, outs))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def elementwise(eqn, xs):
+    shape, params = eqn.outvars[0].aval.shape, eqn.params
+    if "sharding" in params:
+        params = {**params, "sharding": None}
+    xs = [np.broadcast_to(x, shape) for x in xs]
+    return fill(shape, lambda i: eqn.primitive.bind(*(x[i] for x in xs), **params))
+
+
+REDUCTIONS = {"reduce_sum": lax.add, "reduce_max": lax.max, "reduce_min": lax.min}
+
+
+def reduction(eqn, x):
+    axes = eqn.params["axes"]
+    x = np.moveaxis(x, axes, range(len(axes))).reshape(-1, *eqn.outvars[0].aval.shape)
+    combine = REDUCTIONS[eqn.primitive.name]
+    return fill(x.shape[1:], lambda i: functools.reduce(combine, [x[(j, *i)] for j in range(len(x))]))
+
+
+def fill(shape, entry):
+    out = np.empty(shape, object)
+    for i in np.ndindex(*shape):
+        out[i] = entry(i)
+    return out
+
+
+def take_apart(x):
+    """An array as a numpy array of its scalar components."""
+    x = jnp.asarray(x)
+    flat = x.reshape(-1)
+    scalars = iter([x] if not x.shape else [lax.index_in_dim(flat, i, keepdims=False) for i in range(x.size)])
+    return fill(x.shape, lambda _: next(scalars))
+
+
+def put_together(scalars, aval):
+    """The array of these scalars, by selects: XLA fuses a select, but not a long concatenate."""
+    flat = [jnp.asarray(x, aval.dtype) for x in scalars.reshape(-1)]
+    if not flat:
+        return jnp.zeros(aval.shape, aval.dtype)
+    if not aval.shape:
+        return flat[0]
+    place = lax.iota(jnp.int32, len(flat))
+    out = jnp.full(len(flat), flat[-1])
+    for i, x in enumerate(flat[:-1]):
+        out = jnp.where(place == i, x, out)
+    return out.reshape(aval.shape)
+
+
+def _slice(x, *, start_indices, limit_indices, strides):
+    strides = strides or [1] * x.ndim
+    return x[tuple(map(slice, start_indices, limit_indices, strides))]
+
+
+def _broadcast_in_dim(x, *_, shape, broadcast_dimensions, **__):
+    kept = [1] * len(shape)
+    for axis, size in zip(broadcast_dimensions, x.shape):
+        kept[axis] = size
+    return np.broadcast_to(x.reshape(kept), shape)
+
+
+def _pad(x, value, *, padding_config):
+    low, high, interior = zip(*padding_config) if padding_config else ((), (), ())
+    if any(n < 0 for n in (*low, *high)):
+        raise NotImplementedError("negative padding")
+    shape = [a + n + (n - 1) * i * (n > 0) + b for a, n, i, b in zip(low, x.shape, interior, high)]
+    out = fill(tuple(shape), lambda _: value[()])
+    out[tuple(slice(a, a + (n - 1) * (i + 1) + 1 if n else a, i + 1) for a, n, i in zip(low, x.shape, interior))] = x
+    return out
+
+
+STRUCTURAL = {
+    **REDUCTIONS,
+    "slice": _slice,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "pad": _pad,
+    "reshape": lambda x, *, new_sizes, **_: x.reshape(new_sizes),
+    "squeeze": lambda x, *, dimensions: np.squeeze(x, dimensions),
+    "expand_dims": lambda x, *, dimensions: np.expand_dims(x, dimensions),
+    "transpose": lambda x, *, permutation: np.transpose(x, permutation),
+    "rev": lambda x, *, dimensions: np.flip(x, dimensions),
+    "concatenate": lambda *xs, dimension: np.concatenate(xs, dimension),
+    "stack": lambda *xs, axis: np.stack(xs, axis),
+    "stop_gradient": lambda x, **_: x,
+}

@@ -1,0 +1,107 @@
+"""What a solve returns: the values, how it went, and what it cost."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+class Status(enum.IntEnum):
+    """How a solve ended. Data, one per sample: it goes through `jit` and `vmap`."""
+
+    SUCCESS = 0
+    MAX_STEPS = 2
+    DT_TOO_SMALL = 3
+    NON_FINITE = 4
+    NON_FINITE_INITIAL = 5
+    BAD_INPUT = 9
+
+    @property
+    def message(self) -> str:
+        """What happened, and what to do about it."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.SUCCESS: "The solve reached the last time.",
+    Status.MAX_STEPS: (
+        "The step limit was reached before the last time. Raise `max_steps` (or `mxstep`), loosen "
+        "`rtol` and `atol`, or, if the problem is stiff, shorten the interval."
+    ),
+    Status.DT_TOO_SMALL: (
+        "The step size fell below what the precision of time can resolve: a pole, a discontinuity "
+        "or a stiff problem; or times so large that their spacing is coarse. Check func near this "
+        "time, loosen `rtol` and `atol`, shift time to start at 0, or use float64."
+    ),
+    Status.NON_FINITE: (
+        "func returned NaN or infinity for every step size tried, or the solution overflowed. "
+        "Check func near this time: it may have left its domain (sqrt, log, division)."
+    ),
+    Status.NON_FINITE_INITIAL: (
+        "y0, or func(y0, t0), is NaN or infinite. Check the initial state and func at the first time."
+    ),
+    Status.BAD_INPUT: (
+        "The times are not increasing (or decreasing) and finite, or a tolerance or limit is "
+        "negative or NaN."
+    ),
+}
+
+
+class SolveError(RuntimeError):
+    """A solve did not reach its last time. `solution` holds what it did reach."""
+
+    def __init__(self, message: str, solution: "Solution"):
+        super().__init__(message)
+        self.solution = solution
+
+
+class Stats(NamedTuple):
+    """Counts, per sample: evaluations of func, accepted steps and rejected steps."""
+
+    evaluations: Array
+    accepted: Array
+    rejected: Array
+
+
+class Solution(NamedTuple):
+    """`ys[i]` is the state at `ts[i]`; rows after a failure are NaN.
+
+    Attributes:
+        ts: the output times, shape (n,).
+        ys: the states there, a pytree like y0 with a new leading axis of length n.
+        status: a `Status` as an integer array, per sample.
+        stats: `Stats`: evaluations of func in the forward solve, accepted and rejected steps.
+        reached: the time up to which the solution is known; the last of `ts` after a success.
+    """
+
+    ts: Array
+    ys: PyTree
+    status: Array
+    stats: Stats
+    reached: Array
+
+    def __str__(self) -> str:
+        if isinstance(self.status, jax.core.Tracer):
+            return f"Solution(ts={self.ts}, ys={self.ys}, status={self.status})"
+        status = np.asarray(self.status)
+        lines = [f"Solution at {np.asarray(self.ts).size} times, {_span(self.ts)}"]
+        for code in np.unique(status):
+            share = f" ({np.sum(status == code)} of {status.size})" if status.size > 1 else ""
+            lines.append(f"  status: {Status(int(code)).name.lower()}{share}. {Status(int(code)).message}")
+        for name, count in zip(Stats._fields, self.stats):
+            lines.append(f"  {name}: {_range(np.asarray(count))}")
+        shapes = jax.tree.map(lambda y: f"{y.dtype.name}{list(y.shape)}", self.ys)
+        lines.append(f"  ys: {shapes}")
+        return "\n".join(lines)
+
+
+def _span(ts) -> str:
+    ts = np.asarray(ts)
+    return f"from {ts.min():g} to {ts.max():g}" if ts.size else "none"
+
+
+def _range(counts) -> str:
+    low, high = counts.min(initial=np.iinfo(np.int32).max), counts.max(initial=0)
+    return f"{high}" if counts.ndim == 0 or low == high else f"{low} to {high} a sample"

@@ -1,0 +1,492 @@
+"""`odeint` and `solve`: arguments checked, time mapped to [0, 1], the pieces put together."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import adjoints, tableaus, tree
+from jaxode.controllers import Controller
+from jaxode.field import Field, Trace
+from jaxode.loop import Integrator
+from jaxode.solution import Solution, SolveError, Stats, Status
+from jaxode.tableaus import Tableau
+
+MAX_STEPS = 2**14
+
+
+def odeint(
+    func: Callable,
+    y0: PyTree,
+    t,
+    *args,
+    rtol=None,
+    atol=None,
+    mxstep=jnp.inf,
+    hmax=jnp.inf,
+    method: str | Tableau = "tsit5",
+    adjoint: str | Callable = "replay",
+    **options,
+) -> PyTree:
+    """Solve dy/dt = func(y, t, *args), y(t[0]) = y0: the values of y at every time in t.
+
+    A drop-in for `jax.experimental.ode.odeint`, and differentiable in y0, t, and every array in
+    func, args and what func closes over. `solve` takes the same arguments, documents them, and
+    returns the statistics and the status too; `options` are those that only `solve` lists.
+
+    Returns:
+        The states at t: a pytree like y0 whose leaves have a new leading axis of length len(t).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxode import odeint
+    >>> ys = odeint(lambda y, t, rate: -rate * y, jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]), 0.5)
+    >>> ys.shape
+    (2, 2)
+    >>> bool(jnp.allclose(ys[1], jnp.exp(-0.5) * ys[0], rtol=1e-3))
+    True
+    """
+    arguments = dict(rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint)
+    return solve(func, y0, t, *args, **arguments, **options).ys
+
+
+def solve(
+    func: Callable,
+    y0: PyTree,
+    t,
+    *args,
+    rtol=None,
+    atol=None,
+    mxstep=jnp.inf,
+    hmax=jnp.inf,
+    method: str | Tableau = "tsit5",
+    adjoint: str | Callable = "replay",
+    dt=None,
+    controller: Controller | None = None,
+    max_steps: int = MAX_STEPS,
+    throw: bool | None = None,
+) -> Solution:
+    """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
+
+    Args:
+        func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
+            a vector). Any callable, an equinox module too. Traced once.
+        y0: the initial state, a pytree of real or complex arrays of any shapes. Integers and
+            booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
+            and times are computed in float32.
+        t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
+            first is that of y0. In the unit of time of func; float32 or wider.
+        args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
+            differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
+            reach func as they are.
+        rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
+            pytree like y0 or a prefix of it. A step is accepted if the root mean square of
+            error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to the square
+            root of the machine epsilon of y0 (float64 1.5e-8, float32 3.5e-4, float16 3.1e-2,
+            bfloat16 8.8e-2). May be traced: other values do not compile again.
+        mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
+        hmax: the largest step, in units of t. May be traced.
+        method: the name of a table (`jaxode.tableaus.methods`) or a table. Outputs come from its
+            dense output: steps do not stop at output times.
+        adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
+            adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
+            a function; see `jaxode.adjoints`.
+        dt: take steps of equal size, |t[-1] - t[0]| divided by the whole number that makes them at
+            most dt. Needed by methods without an error estimate.
+        controller: how an error becomes the next step size; by default `Controller()`.
+        max_steps: the most steps tried. Gradients by "replay" keep states at about
+            2 sqrt(max_steps) places, whatever the number of steps taken.
+        throw: raise an error if the solve fails. By default, if called outside of any
+            transformation; under `jit`, `grad` and `vmap` failed solves then only have NaN outputs,
+            NaN gradients and a status. True raises there too, by a host callback. False never does.
+
+    Returns:
+        A `Solution`: ts, ys, status, stats, reached.
+
+    Raises:
+        TypeError: func does not return a derivative of y0 (structure, shape or dtype), or an
+            argument is of the wrong kind.
+        ValueError: an argument is out of its range, for example times that go back and forth.
+        SolveError: the solve failed; the error has its `solution`.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxode import solve
+    >>> sol = solve(lambda y, t: {"x": y["v"], "v": -y["x"]}, {"x": 1.0, "v": 0.0}, [0.0, 1.0, 0.0])
+    Traceback (most recent call last):
+    ...
+    ValueError: The times `t` must be increasing or decreasing; t[1] = 1.0 is followed by t[2] = 0.0.
+    >>> sol = solve(lambda y, t: {"x": y["v"], "v": -y["x"]}, {"x": 1.0, "v": 0.0}, [0.0, 1.0])
+    >>> sol.status.item(), sol.ys["x"].shape
+    (0, (2,))
+    """
+    if not callable(func):
+        raise TypeError(f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}.")
+    y0 = as_state(y0)
+    t, func_time = as_times(t, y0)
+    table = tableaus.named(method)
+    steps = number_of_steps(dt, t, table, method, max_steps)
+    rtol, atol = tolerances(rtol, atol, y0)
+    limits = limit("mxstep", mxstep), limit("hmax", hmax)
+    trace, leaves = trace_of(func, y0, t, func_time, args)
+    if len(t) == 0:
+        return no_times(y0, t)
+    static = Static(
+        trace=trace,
+        table=table,
+        controller=controller_or_default(controller),
+        adjoint=named_adjoint(adjoint),
+        max_steps=steps if isinstance(steps, int) else whole("max_steps", max_steps),
+        steps=steps if isinstance(steps, int) else None,
+        func_time=func_time,
+        bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+    )
+    dynamic = (leaves, y0, t, rtol, atol, *limits, None if isinstance(steps, int) else steps)
+    try:
+        solution = compiled(static, *dynamic)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "can't apply forward-mode differentiation (jvp) to a solve with this `adjoint`: pass "
+            "adjoint='forward' (forward mode only) or adjoint='direct' (both modes)."
+        ) from error
+    return checked(solution, throw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a compiled solve is specialised to."""
+
+    trace: Trace
+    table: Tableau
+    controller: Controller
+    adjoint: Callable
+    max_steps: int
+    steps: int | None
+    func_time: Any
+    bounded: bool
+
+
+@partial(jax.jit, static_argnums=0)
+def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> Solution:
+    rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
+    ss, span = unit_times(t)
+    field = Field(static.trace, leaves, t[0], t[-1], static.func_time)
+    valid = valid_times(t) & valid_limits(rtol, atol, mxstep, hmax)
+    long = lax.stop_gradient(jnp.abs(span))
+    eps = float(jnp.finfo(static.func_time).eps)
+    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
+    integrator = Integrator(
+        table=static.table,
+        controller=static.controller,
+        max_steps=static.max_steps,
+        steps=static.steps if steps is None else jnp.where(valid, steps, 0),
+        rtol=rtol,
+        atol=atol,
+        hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
+        hmin=lax.stop_gradient(hmin),
+        mxstep=mxstep if static.bounded else None,
+    )
+    ys, report = static.adjoint(integrator, field, y0, ss)
+    status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
+    ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
+    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
+    stats = Stats(report.evaluations, report.accepted, report.rejected)
+    reached = lax.stop_gradient(t[0] + (t[-1] - t[0]) * report.reached)
+    return Solution(t, ys, status, stats, reached)
+
+
+def unit_times(t) -> tuple[Array, Array]:
+    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start)."""
+    span = t[-1] - t[0]
+    span = jnp.where(span == 0, jnp.ones_like(span), span)
+    return (t - t[0]) / span, span
+
+
+@jax.custom_jvp
+def poisoned(ys, success, inputs):
+    """ys; but if the solve failed, its derivatives are NaN, with respect to every input."""
+    return ys
+
+
+@poisoned.defjvp
+def poisoned_jvp(primals, tangents):
+    (ys, success, inputs), (ys_dot, _, inputs_dot) = primals, tangents
+    poison = jnp.where(success, 0.0, jnp.nan)
+    everything = sum(jnp.sum(x.real) * poison.astype(x.real.dtype) for x in inputs_dot)
+    spread = lambda y: y + jnp.asarray(everything).astype(y.dtype)  # noqa: E731
+    return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
+
+
+# Arguments, checked at the door: before compilation where their values are known.
+
+
+def known(*xs) -> bool:
+    """Whether values are there to look at, outside of any transformation."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(xs))
+
+
+def as_state(y0: PyTree) -> PyTree:
+    """y0 as floating-point or complex arrays."""
+
+    def leaf(path, y):
+        where = f"y0{jax.tree_util.keystr(path)}"
+        try:
+            y = jnp.asarray(y)
+        except TypeError as error:
+            raise TypeError(f"{where} must be an array of numbers, got {type(y).__name__}.") from error
+        if not tree_is_number(y):
+            raise TypeError(f"{where} must hold numbers, got dtype {y.dtype}.")
+        if not jnp.issubdtype(y.dtype, jnp.inexact):
+            y = y.astype(jnp.result_type(float))
+        if known(y) and not bool(jnp.all(jnp.isfinite(y))):
+            raise ValueError(f"{where} is NaN or infinite.")
+        return lax.convert_element_type(y, y.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, y0)
+
+
+def tree_is_number(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
+
+
+def as_times(t, y0) -> tuple[Array, Any]:
+    """The times in the dtype that steps are counted in, and the dtype in which func sees them."""
+    real = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
+    listed = not hasattr(t, "dtype")
+    if listed and known(t):
+        t = np.asarray(t, float)
+    t = jnp.asarray(t)
+    if t.ndim != 1:
+        raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
+    if not jnp.issubdtype(t.dtype, jnp.floating):
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
+        t = t.astype(real)
+    seen = real if listed and known(t) else tree.widest(t.dtype, jnp.float32)
+    if known(t):
+        check_times(np.asarray(t, np.float64))
+    return t.astype(tree.widest(seen, real)), seen
+
+
+def check_times(t):
+    if not np.all(np.isfinite(t)):
+        raise ValueError(f"The times `t` must be finite; got {t[~np.isfinite(t)][0]}.")
+    forward = t.size == 0 or t[-1] >= t[0]
+    wrong = np.flatnonzero(np.diff(t) < 0 if forward else np.diff(t) > 0)
+    if wrong.size:
+        i = wrong[0]
+        raise ValueError(
+            "The times `t` must be increasing or decreasing; "
+            f"t[{i}] = {t[i]} is followed by t[{i + 1}] = {t[i + 1]}."
+        )
+
+
+def valid_times(t):
+    steps = jnp.diff(t) * jnp.sign(t[-1] - t[0])
+    back_and_forth = (t[-1] == t[0]) & jnp.any(t != t[0])
+    return jnp.all(jnp.isfinite(t)) & jnp.all(steps >= 0) & ~back_and_forth
+
+
+def number_of_steps(dt, t, table, method, max_steps):
+    """How many steps of equal size; None for adaptive steps."""
+    if dt is None:
+        if table.e is None:
+            raise ValueError(
+                f"Method {method if isinstance(method, str) else 'of this table'!r} has no error "
+                "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
+            )
+        return None
+    if not known(dt, t):
+        return jnp.ceil(jnp.abs(t[-1] - t[0]) / jnp.abs(dt) * (1 - 1e-6)).astype(jnp.int32)
+    dt = float(dt)
+    if not dt > 0:
+        raise ValueError(f"The step size `dt` must be positive, got {dt}. Its sign follows `t`.")
+    if len(t) == 0:
+        return 1
+    exact = abs(float(t[-1]) - float(t[0])) / dt
+    return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+
+
+def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
+    """rtol and atol as pytrees like y0, never so small that rounding decides."""
+    rtol, atol = per_leaf("rtol", rtol, y0), per_leaf("atol", atol, y0)
+
+    def floor(r, a, y):
+        least = 4 * float(jnp.finfo(y.dtype).eps)
+        if known(r, a) and bool(jnp.any((r == 0) & (a == 0))):
+            raise ValueError("`rtol` and `atol` are both 0: no step can be that accurate.")
+        small = (r > 0) & (r < least)
+        if known(r) and bool(jnp.any(small)):
+            warnings.warn(
+                f"`rtol` is below what {y.dtype.name} can hold; {least:.2g} is used instead. "
+                "Pass a float64 y0 (and set jax_enable_x64) to go further.",
+                stacklevel=4,
+            )
+        return jnp.where(small, jnp.asarray(least, r.dtype), r)
+
+    return jax.tree.map(floor, rtol, atol, y0), atol
+
+
+def per_leaf(name, value, y0) -> PyTree:
+    if value is None:
+        value = jax.tree.map(lambda y: float(jnp.finfo(y.dtype).eps) ** 0.5, y0)
+    try:
+        value = jax.tree.broadcast(value, y0)
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must be a number, an array, or a pytree like y0 (or a prefix of it): {error}"
+        ) from error
+
+    def leaf(path, tolerance, y):
+        tolerance = jnp.asarray(tolerance, tree.real_dtype(y))
+        if jnp.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
+            raise ValueError(
+                f"`{name}` has shape {tolerance.shape} where y0{jax.tree_util.keystr(path)} has "
+                f"shape {y.shape}."
+            )
+        if known(tolerance) and not bool(jnp.all(tolerance >= 0)):
+            raise ValueError(f"`{name}` must not be negative or NaN.")
+        return tolerance
+
+    return jax.tree_util.tree_map_with_path(leaf, value, y0)
+
+
+def valid_limits(rtol, atol, mxstep, hmax):
+    fine = [jnp.all(x >= 0) for x in jax.tree.leaves((rtol, atol))]
+    return jnp.all(jnp.stack([*fine, mxstep > 0, hmax > 0]))
+
+
+def limit(name, value):
+    """A positive number, or infinity."""
+    if known(value) and not float(value) > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    return jnp.asarray(value, jnp.result_type(float))
+
+
+def whole(name, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    return int(value)
+
+
+def controller_or_default(controller) -> Controller:
+    if controller is None:
+        return Controller()
+    if not callable(controller) or not hasattr(controller, "start"):
+        raise TypeError(
+            "`controller` must be a controller such as jaxode.pid(integral=0.4, proportional=0.3); "
+            f"got {type(controller).__name__}."
+        )
+    return controller
+
+
+def named_adjoint(adjoint) -> Callable:
+    if callable(adjoint):
+        return adjoint
+    if adjoint not in adjoints.named:
+        raise ValueError(f"`adjoint` must be one of {list(adjoints.named)} or a function; got {adjoint!r}.")
+    return adjoints.named[adjoint]
+
+
+def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
+    """func as a jaxpr, and the arrays it depends on: what it closes over, its own, those of args."""
+    flat, structure = jax.tree.flatten((func, args))
+    dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | float | complex) for x in flat]
+    arrays = [jnp.asarray(x) for x, d in zip(flat, dynamic) if d]
+
+    def derivative(arrays, y, t):
+        arrays = iter(arrays)
+        func, args = jax.tree.unflatten(structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)])
+        return like_state(func(y, t, *args), y)
+
+    time = jax.ShapeDtypeStruct((), func_time)
+    closed = jax.make_jaxpr(derivative)(arrays, y0, time)
+    return Trace(closed, jax.tree.structure(y0)), [*map(jnp.asarray, closed.consts), *arrays]
+
+
+def like_state(k, y):
+    """What func returned, if it is a derivative of y; else a TypeError that says what it is."""
+    one = jax.tree.structure(0)
+    if jax.tree.structure(y) == one and isinstance(k, list | tuple):
+        k = jnp.stack([jnp.asarray(x) for x in k]) if k else jnp.zeros(0, y.dtype)
+    elif jax.tree.structure(y) != one and jax.tree.structure(k) == one and isinstance(y, list | tuple):
+        if jnp.ndim(k) == 1 and len(k) == len(y):
+            k = type(y)(k)
+    if jax.tree.structure(k) != jax.tree.structure(y):
+        raise TypeError(
+            f"func must return a derivative like y0: y0 is {jax.tree.structure(y)}, func returned "
+            f"{jax.tree.structure(k)}. Its arguments are (y, t, *args), in this order."
+        )
+    return jax.tree_util.tree_map_with_path(like_leaf, k, y)
+
+
+def like_leaf(path, k, y):
+    where = jax.tree_util.keystr(path)
+    k = jnp.asarray(k)
+    if k.shape != y.shape:
+        raise TypeError(
+            f"func returned shape {k.shape} where y0{where} has shape {y.shape}. "
+            "Its arguments are (y, t, *args), in this order."
+        )
+    if not jnp.issubdtype(k.dtype, jnp.inexact):
+        raise TypeError(f"func returned dtype {k.dtype} where y0{where} is {y.dtype}: use floats.")
+    if jnp.iscomplexobj(k) and not jnp.iscomplexobj(y):
+        raise TypeError(
+            f"func returned {k.dtype} where y0{where} is real: pass a complex y0, or the real part."
+        )
+    if jnp.finfo(k.dtype).eps > jnp.finfo(y.dtype).eps:
+        warnings.warn(
+            f"func returned {k.dtype} where y0{where} is {y.dtype}: the solution is only as accurate "
+            "as func.",
+            stacklevel=2,
+        )
+    return k.astype(y.dtype)
+
+
+# Results.
+
+
+def no_times(y0, t) -> Solution:
+    """The solution at no times at all."""
+    ys = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), y0)
+    zero = jnp.zeros((), jnp.int32)
+    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
+
+
+def checked(solution: Solution, throw: bool | None) -> Solution:
+    """Raise if the solve failed, at once where that is known, or as the program runs."""
+    if throw is False:
+        return solution
+    if known(solution):
+        if np.any(np.asarray(solution.status)):
+            raise SolveError(failure(solution), solution)
+    elif throw:
+        codes = [s for s in Status if s != Status.SUCCESS]
+        index = sum(i * (solution.status == code) for i, code in enumerate(codes))
+        ys, status = eqx.branched_error_if(
+            (solution.ys, solution.status),
+            solution.status != Status.SUCCESS.value,
+            index,
+            [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes],
+        )
+        return solution._replace(ys=ys, status=status)
+    return solution
+
+
+def failure(solution: Solution) -> str:
+    status = Status(int(solution.status))
+    last = np.asarray(solution.ts)[-1]
+    return (
+        f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of {last:g}, "
+        f"after {int(solution.stats.evaluations)} evaluations of func. {status.message}\n"
+        "(Pass throw=False to get NaN and a status instead.)"
+    )

@@ -1,0 +1,67 @@
+"""One step of an explicit Runge-Kutta method, and the solution inside it. The one place to fuse.
+
+Tables are closed (the last stage is f at the end of the step), so that one short function serves
+every method: the last k is both the slope that dense output needs and the first k of the next step.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxode import tree
+from jaxode.tableaus import Tableau
+
+
+def step(table: Tableau, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list[PyTree]]:
+    """y(s + h) and every stage derivative, from y(s) = y with k = f(y, s).
+
+    y_i = y + h sum_j a_ij k_j,  k_i = f(y_i, s + c_i h)   (Hairer, Norsett, Wanner, eq. II.1.8);
+    the last y_i is y(s + h), the last k_i its derivative.
+    """
+    ks = [k]
+    for c, row in zip(table.c[1:], table.a[1:]):
+        y1 = tree.combine(y, h, row, ks)
+        ks.append(f(y1, s + c * h))
+    return y1, ks
+
+
+def error(table: Tableau, h, ks) -> PyTree:
+    """h sum_i e_i k_i, the difference of the two solutions of an embedded pair."""
+    return tree.weighted_sum(h, [(e, k) for e, k in zip(table.e, ks) if e])
+
+
+def extra_stages(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
+    """The stages that only dense output needs (three in dop853, none in most tables)."""
+    ks = list(ks)
+    for c, row in zip(table.extra_c, table.extra_a):
+        ks.append(f(tree.combine(y, h, row, ks), s + c * h))
+    return ks
+
+
+def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
+    """y(s + theta h) = y + h sum_i b_i(theta) k_i: dense output, for 0 <= theta <= 1."""
+    powers = [theta]
+    while len(powers) < len(table.dense):
+        powers.append(powers[-1] * theta)
+    weights = [
+        sum((d * p for d, p in zip(column, powers) if d), jnp.zeros_like(theta))
+        for column in zip(*table.dense)
+    ]
+    used = [any(column) for column in zip(*table.dense)]
+    terms = [(w, k) for w, k, u in zip(weights, ks, used) if u]
+    return jax.tree.map(lambda y, d: y + d, y, tree.weighted_sum(h, terms))
+
+
+def coefficients(table: Tableau, ks, h) -> list[PyTree]:
+    """d_p = h sum_i B_pi k_i, so that y(s + theta h) = y + sum_p theta^(p+1) d_p."""
+    return [
+        tree.weighted_sum(h, [(b, k) for b, k in zip(row, ks) if b]) for row in table.dense
+    ]
+
+
+def step_and_inside(table: Tableau, f, y: PyTree, k: PyTree, s, h, inside: bool):
+    """y1, k1, and (if wanted) the d_p of the polynomial inside: the form that backward passes use."""
+    y1, ks = step(table, f, y, k, s, h)
+    if not inside:
+        return y1, ks[-1], []
+    return y1, ks[-1], coefficients(table, extra_stages(table, f, y, ks, s, h), h)

@@ -1,0 +1,89 @@
+"""What a solver does to a state: combine it with derivatives, choose between two of it, measure it.
+
+A state is any pytree of real or complex arrays. Every function here works leaf by leaf, so that no
+state is ever flattened into one vector and copied back.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+
+def combine(y: PyTree, h, weights, ks) -> PyTree:
+    """y + h sum_i w_i k_i. Weights that are the number 0 cost nothing."""
+    terms = [(w, k) for w, k in zip(weights, ks) if not (isinstance(w, float) and w == 0.0)]
+    if not terms:
+        return y
+    return jax.tree.map(lambda y, hwk: y + hwk, y, weighted_sum(h, terms))
+
+
+def weighted_sum(h, terms) -> PyTree:
+    """h sum_i w_i k_i, for pairs (w_i, k_i)."""
+    weights, ks = zip(*terms)
+
+    def leaf(*k):
+        total = scale(weights[0], k[0])
+        for w, k_i in zip(weights[1:], k[1:]):
+            total = total + scale(w, k_i)
+        return scale(h, total)
+
+    return jax.tree.map(leaf, *ks)
+
+
+def scale(w, x: Array) -> Array:
+    """w x in the dtype of x, whatever the dtype of the (real) number w."""
+    return w * x if isinstance(w, float | int) else lax.convert_element_type(w, x.dtype) * x
+
+
+def where(condition, x: PyTree, y: PyTree) -> PyTree:
+    """x if the (scalar) condition holds, else y."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+
+def norm(x: PyTree, scale: PyTree) -> Array:
+    """Root mean square of x / scale over every component of every leaf, in float32 or better.
+
+    Hairer, Norsett, Wanner (1993), eq. II.4.11. An empty state has norm 0.
+    """
+    leaves = [
+        (magnitude(x) / lax.convert_element_type(s, real_dtype(x))) ** 2
+        for x, s in zip(jax.tree.leaves(x), jax.tree.leaves(scale), strict=True)
+    ]
+    size = sum(leaf.size for leaf in leaves)
+    if size == 0:
+        return jnp.zeros((), jnp.float32)
+    dtype = widest(*(leaf.dtype for leaf in leaves))
+    total = sum(jnp.sum(lax.convert_element_type(leaf, dtype)) for leaf in leaves)
+    return jnp.sqrt(total * (1 / size))
+
+
+def magnitude(x: Array) -> Array:
+    """|x| as a real array of at least float32."""
+    return lax.convert_element_type(jnp.abs(x), real_dtype(x))
+
+
+def real_dtype(x):
+    """The real dtype, float32 or wider, in which errors, tolerances and step sizes of x are kept."""
+    return widest(jnp.finfo(x.dtype).dtype, jnp.float32)
+
+
+def widest(*dtypes):
+    """The real dtype with the most bits."""
+    return max(map(jnp.dtype, dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def all_finite(*xs: PyTree) -> Array:
+    """Whether every component of every leaf is finite."""
+    leaves = jax.tree.leaves(xs)
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def dot(x: PyTree, y: PyTree) -> Array:
+    """Re sum x_i y_i, the real pairing under which JAX's cotangents act."""
+    parts = [
+        jnp.sum(lax.convert_element_type(jnp.real(a * b), real_dtype(a)))
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    ]
+    return sum(parts) if parts else jnp.zeros(())

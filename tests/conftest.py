@@ -1,0 +1,19 @@
+"""Every test runs with float64 available, no implicit promotion, and warnings as errors."""
+
+import os
+
+# One compilation cache for the whole run, shared by the workers of pytest-xdist.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join("/tmp", "jaxode-test-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    return request.param
