@@ -117,6 +117,8 @@ def evaluate(jaxpr, consts, args):
             outs = evaluate(call.jaxpr, [take_apart(c) for c in call.consts], xs)
         elif name in REDUCTIONS:
             outs = [reduction(eqn, xs[0])]
+        elif name == "unstack":
+            outs = [_take(xs[0], i, **eqn.params) for i in range(len(eqn.outvars))]
         else:
             outs = [STRUCTURAL[name](*xs, **eqn.params)]
         values.update(zip(eqn.outvars, outs))
@@ -124,11 +126,23 @@ def evaluate(jaxpr, consts, args):
 
 
 def elementwise(eqn, xs):
-    shape, params = eqn.outvars[0].aval.shape, eqn.params
-    if "sharding" in params:
-        params = {**params, "sharding": None}
+    shape, name = eqn.outvars[0].aval.shape, eqn.primitive.name
+    params = {**eqn.params, "sharding": None} if "sharding" in eqn.params else eqn.params
     xs = [np.broadcast_to(x, shape) for x in xs]
-    return fill(shape, lambda i: eqn.primitive.bind(*(x[i] for x in xs), **params))
+
+    def entry(i):
+        operands = [x[i] for x in xs]
+        if name in ("add", "add_any"):  # transposed slices are full of zeros
+            operands = [x for x in operands if not is_zero(x)] or operands[:1]
+            if len(operands) == 1:
+                return operands[0]
+        return eqn.primitive.bind(*operands, **params)
+
+    return fill(shape, entry)
+
+
+def is_zero(x) -> bool:
+    return isinstance(x, np.generic) and x == 0
 
 
 REDUCTIONS = {"reduce_sum": lax.add, "reduce_max": lax.max, "reduce_min": lax.min}
@@ -149,8 +163,10 @@ def fill(shape, entry):
 
 
 def take_apart(x):
-    """An array as a numpy array of its scalar components."""
-    x = jnp.asarray(x)
+    """An array as a numpy array of its scalar components; numbers stay numbers."""
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x)
+        return fill(x.shape, lambda i: x[i])
     flat = x.reshape(-1)
     scalars = iter([x] if not x.shape else [lax.index_in_dim(flat, i, keepdims=False) for i in range(x.size)])
     return fill(x.shape, lambda _: next(scalars))
@@ -173,6 +189,10 @@ def put_together(scalars, aval):
 def _slice(x, *, start_indices, limit_indices, strides):
     strides = strides or [1] * x.ndim
     return x[tuple(map(slice, start_indices, limit_indices, strides))]
+
+
+def _take(x, i, *, axis):
+    return np.squeeze(x[(slice(None),) * axis + (slice(i, i + 1),)], axis)
 
 
 def _broadcast_in_dim(x, *_, shape, broadcast_dimensions, **__):
@@ -203,6 +223,7 @@ STRUCTURAL = {
     "transpose": lambda x, *, permutation: np.transpose(x, permutation),
     "rev": lambda x, *, dimensions: np.flip(x, dimensions),
     "concatenate": lambda *xs, dimension: np.concatenate(xs, dimension),
+    "unstack": None,  # several results: see `evaluate`
     "stack": lambda *xs, axis: np.stack(xs, axis),
     "stop_gradient": lambda x, **_: x,
 }

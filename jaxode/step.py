@@ -25,9 +25,10 @@ def step(table: Tableau, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list[Py
     return y1, ks
 
 
-def error(table: Tableau, h, ks) -> PyTree:
-    """h sum_i e_i k_i, the difference of the two solutions of an embedded pair."""
-    return tree.weighted_sum(h, [(e, k) for e, k in zip(table.e, ks) if e])
+def error(table: Tableau, h, ks) -> list[PyTree]:
+    """h sum_i e_i k_i, the difference of the two solutions of an embedded pair; or of two pairs."""
+    estimates = [e for e in (table.e, table.e_low) if e]
+    return [tree.weighted_sum(h, [(w, k) for w, k in zip(e, ks) if w]) for e in estimates]
 
 
 def extra_stages(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
