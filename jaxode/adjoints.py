@@ -50,7 +50,7 @@ def direct(solve, f, y0, ss):
         n, places = solve.steps, solve.steps
         end = lax.stop_gradient(ss[-1])
         grid = end * (jnp.arange(n + 1, dtype=ss.dtype) / n)
-        n = jnp.where(end > 0, n, 0)
+        n = jnp.where(end > 0, jnp.asarray(n, jnp.int32), 0)
         report = None
     else:
         _, report, tape = solve.record(*lax.stop_gradient((f, y0, ss)))
@@ -70,25 +70,26 @@ def direct(solve, f, y0, ss):
         return lax.cond(i < n, lambda: one(state, i), lambda: (state, blank))
 
     if known:
-        (y1, k1), steps = lax.scan(one, (y0, k0), jnp.arange(places))
+        (y1, k1), steps = lax.scan(one, (y0, k0), jnp.arange(places, dtype=jnp.int32))
     else:
         width = solve.segment
         places = -(-places // width) * width
         grid = jnp.concatenate([grid, jnp.zeros(places + 1 - len(grid), grid.dtype)])
-        grid = jnp.where(jnp.arange(places + 1) <= n, grid, jnp.inf)
+        grid = jnp.where(jnp.arange(places + 1, dtype=jnp.int32) <= n, grid, jnp.inf)
 
         @jax.checkpoint
         def several(state, block):
             return lax.scan(maybe, state, block)
 
-        blocks = jnp.arange(places).reshape(-1, width)
+        blocks = jnp.arange(places, dtype=jnp.int32).reshape(-1, width)
         (y1, k1), steps = lax.scan(several, (y0, k0), blocks)
         steps = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
     if report is None:
         report = equal_steps_report(solve, y0, k0, y1, n, end, end)
     rows = None
     if inside:
-        i = jnp.clip(jnp.searchsorted(grid, ss, side="left") - 1, 0, jnp.maximum(n - 1, 0))
+        i = jnp.searchsorted(grid, ss, side="left").astype(jnp.int32) - 1
+        i = jnp.clip(i, 0, jnp.maximum(n - 1, 0))
         theta = (ss - grid[i]) / jnp.where(n > 0, grid[i + 1] - grid[i], 1)
         rows = jax.vmap(polynomial)(theta, jax.tree.map(lambda x: x[i], steps))
     return assemble(y0, k0, y1, k1, rows, ss, report), report
@@ -346,7 +347,7 @@ def backwards(solve, f, tape, visit, carry, y0):
     most = 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length())
     room = jax.tree.map(lambda y: lax.empty((most, *y.shape), y.dtype), y0)
     example = (f, y0, y0, tape.grid[0], tape.grid[0])
-    plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))  # noqa: E731
+    plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))
     again = scalars.fuse(plain, *example) or plain
 
     def segment(state):
@@ -539,7 +540,7 @@ def state_and_adjoint(state):
 
 def perturbed(inputs):
     """Split custom_vjp's inputs into what is differentiated and the rest, with None for the other."""
-    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
     mask = jax.tree.map(
         lambda x: bool(x.perturbed) and jnp.issubdtype(jnp.result_type(x.value), jnp.inexact),
         inputs,

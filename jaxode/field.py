@@ -50,12 +50,15 @@ class Trace:
 
     Two Python functions with the same operations have equal traces, so that a new lambda or a
     rebuilt module does not compile again, and one function that has changed (a global that it reads
-    was rebound) does.
+    was rebound) does. Custom derivative rules cannot be compared: where there are any, `origin`
+    (what was traced: its structure and static parts) has to be equal as well.
     """
 
-    def __init__(self, closed: core.ClosedJaxpr, out_tree):
+    def __init__(self, closed: core.ClosedJaxpr, out_tree, origin):
         self.jaxpr, self.out_tree = closed.jaxpr, out_tree
-        self.key = (fingerprint(closed.jaxpr), out_tree)
+        rules = []
+        key = fingerprint(closed.jaxpr, rules)
+        self.key = (key, out_tree, frozen(origin, rules) if rules else None)
         time = closed.jaxpr.invars[-1]
         used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
         self.uses_time = any(x is time for x in used)
@@ -73,8 +76,8 @@ class Trace:
         return isinstance(other, Trace) and self.key == other.key
 
 
-def fingerprint(jaxpr) -> tuple:
-    """What a jaxpr does, as nested tuples that can be hashed and compared."""
+def fingerprint(jaxpr, rules: list) -> tuple:
+    """What a jaxpr does, as nested tuples that can be compared; custom rules are only collected."""
     number = itertools.count()
     names = {}
 
@@ -85,29 +88,36 @@ def fingerprint(jaxpr) -> tuple:
             names[atom] = next(number)
         return names[atom], str(atom.aval)
 
+    def parameter(eqn, value):
+        if callable(value) and eqn.primitive.name.startswith("custom_"):
+            rules.append(value)
+            return "rule"
+        return frozen(value, rules)
+
     heads = tuple(map(name, [*jaxpr.constvars, *jaxpr.invars]))
     equations = tuple(
         (
             eqn.primitive,
             tuple(map(name, eqn.invars)),
             tuple(map(name, eqn.outvars)),
-            tuple((key, frozen(value)) for key, value in sorted(eqn.params.items())),
+            tuple((key, parameter(eqn, value)) for key, value in sorted(eqn.params.items())),
         )
         for eqn in jaxpr.eqns
     )
     return heads, equations, tuple(map(name, jaxpr.outvars))
 
 
-def frozen(value):
+def frozen(value, rules: list):
     """A parameter of an equation, as something hashable that is equal only to what does the same."""
     if isinstance(value, core.ClosedJaxpr):
-        return fingerprint(value.jaxpr), tuple(map(frozen, value.consts))
+        consts = tuple(frozen(c, rules) for c in value.consts)
+        return fingerprint(value.jaxpr, rules), consts
     if isinstance(value, core.Jaxpr):
-        return fingerprint(value)
+        return fingerprint(value, rules)
     if isinstance(value, list | tuple):
-        return type(value), tuple(map(frozen, value))
+        return type(value), tuple(frozen(item, rules) for item in value)
     if isinstance(value, dict):
-        return tuple((key, frozen(item)) for key, item in sorted(value.items()))
+        return tuple((key, frozen(item, rules)) for key, item in sorted(value.items()))
     if isinstance(value, np.ndarray | np.generic) or (
         isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
     ):

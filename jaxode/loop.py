@@ -138,7 +138,8 @@ def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None,
     def tolerated(*ys):
         ys = map(integrator.measured, ys)
         size = jax.tree.map(lambda *y: largest(map(tree.magnitude, y)), *ys)
-        return jax.tree.map(lambda a, r, y: a + r * y, integrator.atol, integrator.rtol, size)
+        scale = jax.tree.map(lambda a, r, y: a + r * y, integrator.atol, integrator.rtol, size)
+        return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
 
     def body(state: State) -> State:
         s, y, k = state.s, state.y, state.k
@@ -393,7 +394,7 @@ def write_tape(tape: Tape | None, n, y, k, s1) -> Tape | None:
     if tape is None:
         return None
     row = (n + (1 << tape.level) - 1) >> tape.level
-    put = lambda room, x: lax.dynamic_update_index_in_dim(room, x, row, 0)  # noqa: E731
+    put = lambda room, x: lax.dynamic_update_index_in_dim(room, x, row, 0)
     return tape._replace(
         ys=jax.tree.map(put, tape.ys, y),
         ks=jax.tree.map(put, tape.ks, k),
@@ -427,7 +428,7 @@ def thin(tape: Tape, full) -> Tape:
 
     def move(carry):
         i, ys, ks = carry
-        take = lambda room: lax.dynamic_update_index_in_dim(room, room[2 * i], i, 0)  # noqa: E731
+        take = lambda room: lax.dynamic_update_index_in_dim(room, room[2 * i], i, 0)
         return i + 1, jax.tree.map(take, ys), jax.tree.map(take, ks)
 
     _, ys, ks = lax.while_loop(lambda c: c[0] < half, move, (jnp.zeros_like(half), tape.ys, tape.ks))

@@ -220,9 +220,10 @@ def poisoned(ys, success, inputs):
 @poisoned.defjvp
 def poisoned_jvp(primals, tangents):
     (ys, success, inputs), (ys_dot, _, inputs_dot) = primals, tangents
-    poison = jnp.where(success, 0.0, jnp.nan)
-    everything = sum(jnp.sum(x.real) * poison.astype(x.real.dtype) for x in inputs_dot)
-    spread = lambda y: y + jnp.asarray(everything).astype(y.dtype)  # noqa: E731
+    dtype = tree.widest(*map(tree.real_dtype, inputs_dot))
+    everything = sum(jnp.sum(x.real).astype(dtype) for x in inputs_dot)
+    poison = everything * jnp.where(success, 0.0, jnp.nan).astype(dtype)
+    spread = lambda y: y + poison.astype(y.dtype)
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
 
@@ -240,38 +241,35 @@ def as_state(y0: PyTree) -> PyTree:
     def leaf(path, y):
         where = f"y0{jax.tree_util.keystr(path)}"
         try:
-            y = jnp.asarray(y)
+            dtype = jnp.result_type(y)
         except TypeError as error:
             raise TypeError(f"{where} must be an array of numbers, got {type(y).__name__}.") from error
-        if not tree_is_number(y):
-            raise TypeError(f"{where} must hold numbers, got dtype {y.dtype}.")
-        if not jnp.issubdtype(y.dtype, jnp.inexact):
-            y = y.astype(jnp.result_type(float))
-        if known(y) and not bool(jnp.all(jnp.isfinite(y))):
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+            raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.result_type(float)
+        if known(y) and not np.all(np.isfinite(np.asarray(y))):
             raise ValueError(f"{where} is NaN or infinite.")
-        return lax.convert_element_type(y, y.dtype)
+        return lax.convert_element_type(y, dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, y0)
 
 
-def tree_is_number(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
+def as_times(t, y0) -> tuple[Array | np.ndarray, Any]:
+    """The times in the dtype that steps are counted in, and the dtype in which func sees them.
 
-
-def as_times(t, y0) -> tuple[Array, Any]:
-    """The times in the dtype that steps are counted in, and the dtype in which func sees them."""
+    Times whose values are known stay numpy arrays, so that they can be looked at under `jit` too.
+    """
     real = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
     listed = not hasattr(t, "dtype")
-    if listed and known(t):
-        t = np.asarray(t, float)
-    t = jnp.asarray(t)
+    t = np.asarray(t, None if not listed else real) if known(t) else jnp.asarray(t)
     if t.ndim != 1:
         raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
     if not jnp.issubdtype(t.dtype, jnp.floating):
         if not jnp.issubdtype(t.dtype, jnp.integer):
             raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
         t = t.astype(real)
-    seen = real if listed and known(t) else tree.widest(t.dtype, jnp.float32)
+    seen = tree.widest(jax.dtypes.canonicalize_dtype(t.dtype), jnp.float32)
     if known(t):
         check_times(np.asarray(t, np.float64))
     return t.astype(tree.widest(seen, real)), seen
@@ -322,21 +320,24 @@ def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
 
     def floor(r, a, y):
         least = 4 * float(jnp.finfo(y.dtype).eps)
-        if known(r, a) and bool(jnp.any((r == 0) & (a == 0))):
+        if not known(r):
+            return jnp.where((r > 0) & (r < least), jnp.asarray(least, r.dtype), r)
+        if known(a) and np.any((r == 0) & (a == 0)):
             raise ValueError("`rtol` and `atol` are both 0: no step can be that accurate.")
         small = (r > 0) & (r < least)
-        if known(r) and bool(jnp.any(small)):
+        if np.any(small):
             warnings.warn(
                 f"`rtol` is below what {y.dtype.name} can hold; {least:.2g} is used instead. "
                 "Pass a float64 y0 (and set jax_enable_x64) to go further.",
                 stacklevel=4,
             )
-        return jnp.where(small, jnp.asarray(least, r.dtype), r)
+        return np.where(small, np.asarray(least, r.dtype), r)
 
     return jax.tree.map(floor, rtol, atol, y0), atol
 
 
 def per_leaf(name, value, y0) -> PyTree:
+    """A tolerance for every leaf of y0; a numpy array where its value is known."""
     if value is None:
         value = jax.tree.map(lambda y: float(jnp.finfo(y.dtype).eps) ** 0.5, y0)
     try:
@@ -347,15 +348,16 @@ def per_leaf(name, value, y0) -> PyTree:
         ) from error
 
     def leaf(path, tolerance, y):
-        tolerance = jnp.asarray(tolerance, tree.real_dtype(y))
-        if jnp.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
+        array = np.asarray if known(tolerance) else jnp.asarray
+        tolerance = array(tolerance, tree.real_dtype(y))
+        if np.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
             raise ValueError(
                 f"`{name}` has shape {tolerance.shape} where y0{jax.tree_util.keystr(path)} has "
                 f"shape {y.shape}."
             )
-        if known(tolerance) and not bool(jnp.all(tolerance >= 0)):
+        if known(tolerance) and not np.all(tolerance >= 0):
             raise ValueError(f"`{name}` must not be negative or NaN.")
-        return tolerance
+        return tolerance.reshape((1,) * (y.ndim - tolerance.ndim) + tolerance.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, value, y0)
 
@@ -367,9 +369,11 @@ def valid_limits(rtol, atol, mxstep, hmax):
 
 def limit(name, value):
     """A positive number, or infinity."""
-    if known(value) and not float(value) > 0:
+    if not known(value):
+        return jnp.asarray(value, jnp.result_type(float))
+    if not float(value) > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
-    return jnp.asarray(value, jnp.result_type(float))
+    return np.asarray(value, jnp.result_type(float))
 
 
 def whole(name, value) -> int:
@@ -410,7 +414,8 @@ def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
-    return Trace(closed, jax.tree.structure(y0)), [*map(jnp.asarray, closed.consts), *arrays]
+    origin = structure, [x for x, d in zip(flat, dynamic) if not d]
+    return Trace(closed, jax.tree.structure(y0), origin), [*map(jnp.asarray, closed.consts), *arrays]
 
 
 def like_state(k, y):
@@ -459,6 +464,7 @@ def no_times(y0, t) -> Solution:
     """The solution at no times at all."""
     ys = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), y0)
     zero = jnp.zeros((), jnp.int32)
+    t = jnp.asarray(t)
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
@@ -471,7 +477,7 @@ def checked(solution: Solution, throw: bool | None) -> Solution:
             raise SolveError(failure(solution), solution)
     elif throw:
         codes = [s for s in Status if s != Status.SUCCESS]
-        index = sum(i * (solution.status == code) for i, code in enumerate(codes))
+        index = sum(i * (solution.status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
         ys, status = eqx.branched_error_if(
             (solution.ys, solution.status),
             solution.status != Status.SUCCESS.value,

@@ -1,0 +1,232 @@
+"""The core questions of speed, every peer in the same run: `python -m bench`.
+
+Each row solves the same problem with the same method, order and tolerance, is checked against a
+reference before it is timed, and is reported as a ratio of warm medians taken in turn. The table is
+printed, and written to bench/results.json and, between two marks, into README.md.
+"""
+
+import json
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.ode import odeint as jax_odeint
+
+import jaxode
+
+HERE = Path(__file__).parent
+FLOORS = {}
+
+
+def compile_in_turn(functions, *args):
+    """Trace and compile each; the compiled programs, and seconds."""
+    compiled, seconds = {}, {}
+    for name, function in functions.items():
+        began = time.perf_counter()
+        compiled[name] = jax.jit(function).lower(*args).compile()
+        seconds[name] = time.perf_counter() - began
+    return compiled, seconds
+
+
+def time_in_turn(compiled, *args, rounds=15, least=0.02):
+    """Medians of seconds a call; the programs take turns, so that a slow moment hits all of them."""
+    calls = {}
+    for name, program in compiled.items():
+        jax.block_until_ready(program(*args))
+        began = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        calls[name] = max(1, int(least / (time.perf_counter() - began)))
+    samples = {name: [] for name in compiled}
+    for _ in range(rounds):
+        for name, program in compiled.items():
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                jax.block_until_ready(program(*args))
+            samples[name].append((time.perf_counter() - began) / calls[name])
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def check(compiled, args, reference, tolerance):
+    """No program is timed on a wrong answer."""
+    for name, program in compiled.items():
+        error = max(
+            float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))))
+            for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(reference))
+        )
+        assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+def lorenz(y, t=None):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
+def with_diffrax(f, y0, t1, tolerance, ts=None):
+    saveat = diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts)
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    term = diffrax.ODETerm(lambda t, y, args: f(y, t))
+    return diffrax.diffeqsolve(
+        term, diffrax.Dopri5(), 0.0, t1, None, y0, saveat=saveat, stepsize_controller=controller
+    ).ys
+
+
+def lorenz_rows():
+    y0, tolerance = jnp.array([1.0, 1.0, 1.0]), 1e-6
+    options = dict(rtol=tolerance, atol=tolerance)
+    ends = {
+        "jaxode": lambda y0: jaxode.odeint(lorenz, y0, [0.0, 10.0], method="dopri5", **options)[-1],
+        "diffrax": lambda y0: with_diffrax(lorenz, y0, 10.0, tolerance)[-1],
+        "jax": lambda y0: jax_odeint(lorenz, y0, jnp.array([0.0, 10.0]), **options)[-1],
+    }
+    compiled, compile_seconds = compile_in_turn(ends, y0)
+    exact = jaxode.odeint(lorenz, y0, [0.0, 10.0], rtol=1e-13, atol=1e-13, method="dop853")[-1]
+    check(compiled, (y0,), exact, 1e-3)
+    seconds = time_in_turn(compiled, y0)
+    yield row("Lorenz, forward", seconds, "ms")
+    yield row("Lorenz, forward: trace + compile", compile_seconds, "s")
+
+    # The backward solve of jax.experimental.ode does not come back from this chaotic problem.
+    grads = {n: jax.grad(lambda y0, f=f: f(y0).sum()) for n, f in ends.items() if n != "jax"}
+    compiled, compile_seconds = compile_in_turn(grads, y0)
+    loss = lambda y0: jaxode.odeint(
+        lorenz, y0, [0.0, 10.0], rtol=1e-12, atol=1e-12, method="dop853"
+    )[-1].sum()
+    check(compiled, (y0,), jax.grad(loss)(y0), 1e-2)
+    gradient = time_in_turn(compiled, y0)
+    yield row("Lorenz, gradient", gradient, "ms")
+    yield row("Lorenz, gradient: trace + compile", compile_seconds, "s")
+    yield {
+        "work": "Lorenz, gradient over forward",
+        "unit": "times",
+        "seconds": {"jaxode": gradient["jaxode"] / seconds["jaxode"]},
+    }
+
+
+def mlp_rows():
+    mlp = eqx.nn.MLP(64, 64, 128, 2, jnp.tanh, dtype=jnp.float32, key=jax.random.key(0))
+    weights, static = eqx.partition(mlp, eqx.is_array)
+    y0 = jax.random.normal(jax.random.key(1), (256, 64), jnp.float32)
+    options = dict(rtol=1e-3, atol=1e-3)
+    t = np.array([0.0, 3.0], np.float32)
+
+    def field(weights):
+        mlp = eqx.combine(weights, static)
+        return lambda y, t: jax.vmap(mlp)(y)
+
+    ends = {
+        "jaxode": lambda w, y0: jaxode.odeint(field(w), y0, t, method="dopri5", **options)[-1],
+        "diffrax": lambda w, y0: with_diffrax(field(w), y0, 3.0, 1e-3)[-1],
+        "jax": lambda w, y0: jax_odeint(
+            lambda y, t, w: field(w)(y, t), y0, jnp.asarray(t), w, **options
+        )[-1],
+    }
+    compiled, _ = compile_in_turn(ends, weights, y0)
+    check(compiled, (weights, y0), compiled["diffrax"](weights, y0), 5e-2)
+    seconds = time_in_turn(compiled, weights, y0)
+    yield row("MLP 64-128-128-64, batch 256, forward", seconds, "ms")
+    grads = {n: jax.grad(lambda w, y0, f=f: (f(w, y0) ** 2).mean()) for n, f in ends.items()}
+    compiled, compile_seconds = compile_in_turn(grads, weights, y0)
+    check(compiled, (weights, y0), compiled["diffrax"](weights, y0), 5e-2)
+    gradient = time_in_turn(compiled, weights, y0)
+    yield row("MLP, gradient", gradient, "ms")
+    yield row("MLP, gradient: trace + compile", compile_seconds, "s")
+    yield {
+        "work": "MLP, gradient over forward",
+        "unit": "times",
+        "seconds": {"jaxode": gradient["jaxode"] / seconds["jaxode"]},
+    }
+
+
+def output_rows():
+    y0 = jnp.linspace(0.5, 1.5, 64)
+    weights = jax.random.normal(jax.random.key(0), (64, 64)) / 8
+    field = lambda y, t: jnp.tanh(weights @ y)
+    times = {}
+    for library in ("jaxode", "jax"):
+        solve = jaxode.odeint if library == "jaxode" else jax_odeint
+        grads = {
+            n: jax.grad(lambda y0, n=n, solve=solve: solve(field, y0, jnp.linspace(0, 5, n), rtol=1e-6, atol=1e-6)[-1].sum())
+            for n in (2, 101)
+        }
+        compiled, _ = compile_in_turn(grads, y0)
+        seconds = time_in_turn(compiled, y0)
+        times[library] = seconds[101] / seconds[2]
+    yield {"work": "gradient, 101 outputs over 2 outputs", "unit": "times", "seconds": times}
+
+
+def memory_rows():
+    y0, field = jnp.ones(2000), lambda y, t: jnp.tanh(y)
+    for adjoint in ("backsolve", "replay"):
+        used = []
+        for steps in (100, 10_000):
+            loss = lambda y0, steps=steps, adjoint=adjoint: jaxode.odeint(
+                field, y0, [0.0, 1.0], method="rk4", dt=1 / steps, adjoint=adjoint
+            )[-1].sum()
+            compiled = jax.jit(jax.grad(loss)).lower(y0).compile()
+            used.append(compiled.memory_analysis().temp_size_in_bytes)
+        yield {
+            "work": f"gradient memory, 10,000 steps over 100, {adjoint}",
+            "unit": "times",
+            "seconds": {"jaxode": used[1] / used[0]},
+        }
+
+
+def row(work, seconds, unit):
+    return {"work": work, "unit": unit, "seconds": seconds}
+
+
+def shown(result) -> list[str]:
+    """A line of the table: our time, and how many times longer each peer takes."""
+    scale = {"ms": 1e3, "s": 1.0, "times": 1.0}[result["unit"]]
+    ours = result["seconds"]["jaxode"]
+    digits = {"ms": ".3g", "s": ".2f", "times": ".2f"}[result["unit"]]
+    peers = [
+        "" if name not in result["seconds"]
+        else f"{result['seconds'][name] / ours:.1f}x" if result["unit"] != "times"
+        else f"{result['seconds'][name]:.1f} times"
+        for name in ("diffrax", "jax")
+    ]  # fmt: skip
+    return [result["work"], f"{ours * scale:{digits}} {result['unit']}", *peers]
+
+
+def table(results) -> str:
+    head = ["work", "jaxode", "diffrax takes", "jax.experimental.ode takes"]
+    lines = [head, ["---"] * 4, *map(shown, results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def versions() -> str:
+    names = ("jaxode", "jax", "diffrax", "equinox")
+    return ", ".join(f"{n} {version(n)}" for n in names) + f", {platform.machine()}, " + (
+        f"{jax.devices()[0].platform}, Python {platform.python_version()}"
+    )
+
+
+def write_readme(text: str) -> None:
+    """Put the table between its two marks."""
+    path = HERE.parent / "README.md"
+    before, rest = path.read_text().split("<!-- bench -->\n")
+    _, after = rest.split("<!-- /bench -->")
+    path.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    results = []
+    for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows):
+        for result in rows():
+            results.append(result)
+            print("  ".join(f"{cell:42s}" if i == 0 else f"{cell:>18s}" for i, cell in enumerate(shown(result))), flush=True)
+    (HERE / "results.json").write_text(json.dumps({"versions": versions(), "results": results}, indent=1))
+    write_readme(f"{table(results)}\n\nWarm medians in one run: {versions()}.")
+
+
+if __name__ == "__main__":
+    main()

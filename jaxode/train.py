@@ -1,0 +1,156 @@
+"""Training of any pytree model with any optax optimiser: progress, checkpoints, metrics.
+
+A loss is a function `loss(model, batch, key) -> (value, metrics)`, metrics a dict of scalars.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+
+class TrainState(NamedTuple):
+    """All that a run is, at one step: what a checkpoint holds."""
+
+    model: PyTree
+    optimiser: PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+def start(model: PyTree, optimiser: optax.GradientTransformation, key) -> TrainState:
+    """A run at step 0.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> int(start({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0)).step)
+    0
+    """
+    slots = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    return TrainState(model, slots, jnp.zeros((), jnp.int32), key)
+
+
+def train_step(loss: Callable, optimiser: optax.GradientTransformation) -> Callable:
+    """The compiled function (state, batch) -> (state, metrics); metrics gain the loss.
+
+    The random key of a step is that of the run, folded with the step: nothing is drawn twice, and a
+    resumed run draws what an uninterrupted one would.
+    """
+
+    @eqx.filter_jit
+    def step(state: TrainState, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        value_and_grad = eqx.filter_value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = value_and_grad(state.model, batch, key)
+        weights = eqx.filter(state.model, eqx.is_inexact_array)
+        updates, slots = optimiser.update(grads, state.optimiser, weights)
+        model = eqx.apply_updates(state.model, updates)
+        return TrainState(model, slots, state.step + 1, state.key), {"loss": value, **metrics}
+
+    return step
+
+
+def fit(
+    loss: Callable,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    batches: Callable[[int], Any],
+    steps: int,
+    *,
+    folder: str | Path | None = None,
+    every: int = 50,
+    evaluate: Callable[[PyTree], dict] | None = None,
+    label: str = "training",
+    progress: bool = True,
+    fresh: bool = False,
+) -> tuple[TrainState, list[dict]]:
+    """Train until `steps` steps are done, going on from the checkpoint in `folder` if there is one.
+
+    Args:
+        loss: `loss(model, batch, key) -> (value, metrics)`.
+        optimiser: any optax optimiser.
+        state: the run at its start, from `start`.
+        batches: the batch of a step, a function of its number (so that a resumed run goes on).
+        steps: how many steps the whole run has.
+        folder: where `checkpoint.eqx` and `metrics.jsonl` are kept; None: nowhere.
+        every: a checkpoint, and an evaluation, after so many steps, and after the last.
+        evaluate: `evaluate(model) -> dict` of numbers, for instance the test error.
+        label: what the progress bar says.
+        progress: whether to draw a progress bar.
+        fresh: start over, whatever is in the folder.
+
+    Returns:
+        The state after the last step, and the metrics of every step, as in metrics.jsonl.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the steps done are in the checkpoint, and the next call goes on.
+        ValueError: the checkpoint is of another model or optimiser.
+    """
+    from tqdm import tqdm
+
+    state, history = resume(folder, state) if folder and not fresh else (state, [])
+    step = train_step(loss, optimiser)
+    bar = tqdm(total=steps, initial=int(state.step), desc=label, disable=not progress, leave=False)
+    try:
+        while (n := int(state.step)) < steps:
+            state, metrics = step(state, batches(n))
+            record = {"step": n + 1, **{name: float(x) for name, x in metrics.items()}}
+            due = (n + 1) % every == 0 or n + 1 == steps
+            if due and evaluate:
+                record |= {name: float(x) for name, x in evaluate(state.model).items()}
+            history.append(record)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"}, refresh=False)
+            bar.update()
+            if due and folder:
+                save(folder, state, history)
+    except KeyboardInterrupt:
+        if folder:
+            save(folder, state, history[: int(state.step)])
+        raise
+    finally:
+        bar.close()
+    return state, history
+
+
+def save(folder: str | Path, state: TrainState, history: list[dict]) -> None:
+    """Write the checkpoint and the metrics; whenever this is cut off, the last ones are whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in history)
+    for name, write in {
+        "metrics.jsonl": lambda file: file.write(lines.encode()),
+        "checkpoint.eqx": lambda file: eqx.tree_serialise_leaves(file, savable(state)),
+    }.items():
+        with open(folder / (name + ".part"), "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / (name + ".part"), folder / name)
+
+
+def resume(folder: str | Path, state: TrainState) -> tuple[TrainState, list[dict]]:
+    """The run in a folder, and its metrics up to the checkpoint; `state` itself if there is none."""
+    path = Path(folder) / "checkpoint.eqx"
+    if not path.exists():
+        return state, []
+    try:
+        loaded = eqx.tree_deserialise_leaves(path, savable(state))
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {path} does not fit this model and optimiser ({error}). Use another "
+            "folder, or start over with fresh=True."
+        ) from error
+    state = loaded._replace(key=jax.random.wrap_key_data(loaded.key))
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return state, [json.loads(line) for line in lines][: int(state.step)]
+
+
+def savable(state: TrainState) -> TrainState:
+    """The state with its key as plain numbers, which can be written to a file."""
+    return state._replace(key=jax.random.key_data(state.key))

@@ -1,0 +1,204 @@
+"""A failed solve is never a plausible number, and bad input is refused at the door."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import SolveError, Status, odeint, pid, solve
+from jaxode.adjoints import named
+
+T = [0.0, 0.5, 1.0, 2.0]
+explode = lambda y, t: y**2  # a pole at t = 1 from y = 1
+leave = lambda y, t: jnp.where(t > 0.7, jnp.nan, -1.0) * y
+overflow = lambda y, t: 1e300 * y * y
+stiff = lambda y, t: -1e7 * (y - jnp.cos(t))
+
+FAILURES = {
+    "pole": (explode, {}, {Status.DT_TOO_SMALL, Status.NON_FINITE}, 1.0),
+    "NaN on the way": (leave, {}, {Status.NON_FINITE}, 0.7),
+    "overflow": (overflow, {}, {Status.NON_FINITE, Status.DT_TOO_SMALL}, 0.0),
+    "budget": (stiff, dict(max_steps=50), {Status.MAX_STEPS}, 0.0),
+    "mxstep": (stiff, dict(mxstep=20), {Status.MAX_STEPS}, 0.0),
+    "NaN at the start": (lambda y, t: jnp.nan * y, {}, {Status.NON_FINITE_INITIAL}, 0.0),
+    "fixed steps": (leave, dict(method="rk4", dt=0.1), {Status.NON_FINITE}, 0.7),
+    "no estimate of the end": (leave, dict(method="heun"), {Status.NON_FINITE}, 0.7),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failure(request):
+    return FAILURES[request.param]
+
+
+def test_called_eagerly_a_failed_solve_raises_with_the_time_and_the_remedy(failure):
+    f, options, statuses, time = failure
+    with pytest.raises(SolveError, match="failed") as caught:
+        odeint(f, 1.0, T, **options)
+    solution = caught.value.solution
+    assert Status(int(solution.status)) in statuses
+    assert abs(float(solution.reached) - time) < 0.11
+    assert Status(int(solution.status)).message in str(caught.value)
+
+
+def test_rows_after_a_failure_are_nan_and_rows_before_it_are_right(failure):
+    f, options, _, time = failure
+    sol = solve(f, 1.0, T, throw=False, **options)
+    known = np.array(T) <= float(sol.reached)
+    assert not known[-1] and np.all(np.isnan(sol.ys[~known]))
+    if Status(int(sol.status)) != Status.NON_FINITE_INITIAL:
+        assert np.all(np.isfinite(sol.ys[known]))
+    if f is leave:
+        np.testing.assert_allclose(sol.ys[:2], np.exp([0, -0.5]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("adjoint", named)
+@pytest.mark.parametrize("case", ["pole", "budget", "NaN at the start"])
+def test_a_failed_solve_has_nan_gradients_under_jit(case, adjoint):
+    f, options, _, _ = FAILURES[case]
+    options = {"max_steps": 300, **options}
+
+    def loss(y0, rate):  # the first rows are fine; the gradient must not be
+        ys = odeint(lambda y, t: rate * f(y, t), y0, T, adjoint=adjoint, **options)
+        return ys[0] + ys[1]
+
+    derivative = jax.jacfwd if adjoint == "forward" else jax.grad
+    assert np.all(np.isnan(jax.jit(derivative(loss, (0, 1)))(1.0, 1.0)))
+
+
+def test_one_failed_sample_leaves_its_neighbours_as_they_are():
+    y0 = jnp.array([0.1, 1.0, 0.3])
+    f = lambda y0: solve(explode, y0, [0.0, 0.5, 1.5])
+    sol = jax.vmap(f)(y0)
+    assert [Status(int(s)) == Status.SUCCESS for s in sol.status] == [True, False, True]
+    exact = lambda y0: y0 / (1 - np.array([0, 0.5, 1.5]) * y0)
+    for i in (0, 2):
+        np.testing.assert_allclose(sol.ys[i], exact(float(y0[i])), rtol=1e-6)
+    grads = jax.vmap(jax.grad(lambda y0: f(y0).ys.sum()))(y0)
+    assert np.isnan(grads[1]) and np.all(np.isfinite(grads[np.array([0, 2])]))
+
+
+def test_throw_raises_while_the_program_runs():
+    f = jax.jit(lambda y0: odeint(explode, y0, T, throw=True))
+    with pytest.raises(Exception, match="The solve failed"):
+        jax.block_until_ready(f(1.0))
+    with pytest.raises(Exception, match="The solve failed"):
+        jax.block_until_ready(jax.jit(jax.grad(lambda y0: f(y0)[0]))(1.0))
+    assert np.isfinite(f(0.1)[0])
+
+
+def test_an_error_that_is_not_a_number_shrinks_the_step_a_bounded_number_of_times():
+    sol = solve(leave, 1.0, T, throw=False)
+    assert 5 < int(sol.stats.rejected) < 100
+
+
+def test_a_domain_is_not_left():
+    ys = odeint(lambda y, t: -jnp.sqrt(y), 1.0, [0.0, 1.9], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ys[-1], (1 - 0.95) ** 2, rtol=1e-2)
+
+
+def test_func_is_never_asked_beyond_the_interval():
+    inside = lambda y, t: jnp.where((t < 0.1) | (t > 0.7), jnp.nan, -y)
+    for t in ([0.1, 0.3, 0.7], [0.7, 0.3, 0.1]):
+        assert np.all(np.isfinite(odeint(inside, 1.0, t)))
+
+
+def test_huge_and_tiny_states_succeed():
+    for scale in (1e300, 1e-300):
+        ys = odeint(lambda y, t: -y, scale, [0.0, 1.0], rtol=1e-6, atol=0.0)
+        np.testing.assert_allclose(ys[-1] / scale, np.exp(-1), rtol=1e-5)
+
+
+def test_nothing_to_do_takes_few_steps():
+    for f in (lambda y, t: 0 * y, lambda y, t: 1.0 + 0 * y):
+        sol = solve(f, jnp.ones(2), [0.0, 100.0])
+        assert int(sol.stats.accepted) <= 12
+    assert solve(lambda y, t: y, jnp.zeros(0), [0.0, 1.0]).ys.shape == (2, 0)
+
+
+def test_zero_tolerances_and_zero_components_do_not_divide_by_zero():
+    y0 = jnp.array([0.0, 1.0])
+    ys = odeint(lambda y, t: -y, y0, [0.0, 1.0], rtol=1e-6, atol=0.0)
+    np.testing.assert_allclose(ys[-1], [0, np.exp(-1)], rtol=1e-5)
+    np.testing.assert_allclose(odeint(lambda y, t: -y, y0, [0.0, 1.0], rtol=0.0, atol=1e-8)[-1, 1], np.exp(-1), rtol=1e-6)
+
+
+ok = lambda y, t: -y
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        ((ok, 1.0, [0.0, 2.0, 1.0]), {}, ValueError, "increasing or decreasing"),
+        ((ok, 1.0, [0.0, np.nan]), {}, ValueError, "finite"),
+        ((ok, 1.0, [0.0, np.inf]), {}, ValueError, "finite"),
+        ((ok, 1.0, 1.0), {}, ValueError, "one-dimensional"),
+        ((ok, 1.0, [0.0, 1j]), {}, TypeError, "real"),
+        ((ok, np.nan, [0.0, 1.0]), {}, ValueError, "y0 is NaN"),
+        ((ok, {"a": "text"}, [0.0, 1.0]), {}, TypeError, r"y0\['a'\]"),
+        ((ok, 1.0, [0.0, 1.0]), dict(rtol=-1.0), ValueError, "`rtol` must not be negative"),
+        ((ok, 1.0, [0.0, 1.0]), dict(atol=np.nan), ValueError, "`atol`"),
+        ((ok, 1.0, [0.0, 1.0]), dict(rtol=0.0, atol=0.0), ValueError, "both 0"),
+        ((ok, jnp.ones(2), [0.0, 1.0]), dict(rtol=np.ones(3)), ValueError, "shape"),
+        ((ok, 1.0, [0.0, 1.0]), dict(rtol={"a": 1.0}), ValueError, "pytree like y0"),
+        ((ok, 1.0, [0.0, 1.0]), dict(hmax=0.0), ValueError, "`hmax`"),
+        ((ok, 1.0, [0.0, 1.0]), dict(mxstep=-1), ValueError, "`mxstep`"),
+        ((ok, 1.0, [0.0, 1.0]), dict(max_steps=0), ValueError, "`max_steps`"),
+        ((ok, 1.0, [0.0, 1.0]), dict(dt=-0.1), ValueError, "`dt` must be positive"),
+        ((ok, 1.0, [0.0, 1.0]), dict(method="rk4"), ValueError, "no error estimate: pass a step size"),
+        ((ok, 1.0, [0.0, 1.0]), dict(method="rk5"), ValueError, "no method 'rk5'"),
+        ((ok, 1.0, [0.0, 1.0]), dict(adjoint="adjoint"), ValueError, "`adjoint` must be one of"),
+        ((ok, 1.0, [0.0, 1.0]), dict(controller=3), TypeError, "`controller`"),
+        ((3, 1.0, [0.0, 1.0]), {}, TypeError, "callable"),
+        ((lambda y, t: y[0], jnp.ones(2), [0.0, 1.0]), {}, TypeError, "shape"),
+        ((lambda y, t: None, jnp.ones(2), [0.0, 1.0]), {}, TypeError, "derivative like y0"),
+        ((lambda y, t: y[None], jnp.ones(2), [0.0, 1.0]), {}, TypeError, "shape"),
+        ((lambda y, t: {"b": y["a"]}, {"a": 1.0}, [0.0, 1.0]), {}, TypeError, "derivative like y0"),
+        ((lambda y, t: jnp.ones(2, int), jnp.ones(2), [0.0, 1.0]), {}, TypeError, "use floats"),
+        ((lambda y, t: y.astype(complex), jnp.ones(2), [0.0, 1.0]), {}, TypeError, "complex y0"),
+        ((lambda t, y: -y, jnp.ones(2), [0.0, 1.0]), {}, TypeError, r"\(y, t, \*args\)"),
+    ],
+)
+def test_bad_input_is_refused_with_what_to_do(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        odeint(*arguments, **options)
+    with pytest.raises(error, match=message):  # before compilation, where the values are known
+        jax.jit(lambda: odeint(*arguments, **options))()
+
+
+@pytest.mark.parametrize(
+    "t, options",
+    [
+        ([0.0, 2.0, 1.0], {}),
+        ([0.0, np.nan], {}),
+        ([0.0, 1.0, 0.0], {}),
+        ([0.0, 1.0], dict(rtol=-1.0)),
+        ([0.0, 1.0], dict(hmax=np.nan)),
+    ],
+)
+def test_bad_input_that_is_only_known_at_run_time_gives_a_status(t, options):
+    sol = jax.jit(lambda t, options: solve(ok, 1.0, t, **options))(jnp.array(t), options)
+    assert Status(int(sol.status)) == Status.BAD_INPUT
+    assert np.all(np.isnan(sol.ys))
+
+
+def test_an_exception_of_func_passes_through():
+    def f(y, t):
+        raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        odeint(f, 1.0, [0.0, 1.0])
+
+
+def test_lost_precision_is_warned_of():
+    f = lambda y, t: -y.astype(jnp.float32)
+    with pytest.warns(UserWarning, match="float32"):
+        odeint(f, jnp.ones(2), [0.0, 1.0])
+    with pytest.warns(UserWarning, match="below what float32"):
+        odeint(ok, jnp.ones(2, jnp.float32), [0.0, 1.0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("limits", [dict(safety=0.0), dict(min_factor=2.0), dict(integral=0.0)])
+def test_a_wrong_controller_is_refused(limits):
+    with pytest.raises(ValueError):
+        pid(**limits)

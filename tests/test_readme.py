@@ -1,0 +1,41 @@
+"""Every block of code in README.md runs, in order, as one program."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_code_blocks_run_as_one_program(capsys):
+    assert len(blocks("python")) >= 4
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks("python"):
+            exec(compile(block, str(README), "exec"), namespace)
+    assert "status: success" in capsys.readouterr().out
+
+
+def test_the_commands_name_things_that_exist():
+    commands = "".join(blocks("sh"))
+    project = (README.parent / "pyproject.toml").read_text()
+    for extra in re.findall(r"\.\[(\w+)\]", commands):
+        assert f"\n{extra} = [" in project
+    assert 'jaxode = "jaxode.experiments.command_line:main"' in project
+
+
+def test_the_table_of_speed_is_the_one_that_the_bench_wrote():
+    import json
+
+    results = README.parent / "bench" / "results.json"
+    if not results.exists():
+        pytest.skip("no bench results")
+    works = [row["work"] for row in json.loads(results.read_text())["results"]]
+    table = README.read_text().split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
+    assert all(f"| {work} |" in table for work in works)
