@@ -22,7 +22,6 @@ from jax.experimental.ode import odeint as jax_odeint
 import jaxode
 
 HERE = Path(__file__).parent
-FLOORS = {}
 
 
 def compile_in_turn(functions, *args):
@@ -75,6 +74,18 @@ def with_diffrax(f, y0, t1, tolerance, ts=None):
     return diffrax.diffeqsolve(
         term, diffrax.Dopri5(), 0.0, t1, None, y0, saveat=saveat, stepsize_controller=controller
     ).ys
+
+
+def warm_up():
+    """Compile something else with each library first: its own start-up is not what is compared."""
+    decay = lambda y, t=None: -y
+    for solve in (
+        lambda y0: jaxode.odeint(decay, y0, [0.0, 1.0], method="dopri5")[-1],
+        lambda y0: with_diffrax(decay, y0, 1.0, 1e-6)[-1],
+        lambda y0: jax_odeint(decay, y0, jnp.array([0.0, 1.0]))[-1],
+    ):
+        jax.jit(solve).lower(jnp.ones(2)).compile()
+        jax.jit(jax.grad(lambda y0, solve=solve: solve(y0).sum())).lower(jnp.ones(2)).compile()
 
 
 def lorenz_rows():
@@ -219,6 +230,7 @@ def write_readme(text: str) -> None:
 
 def main():
     jax.config.update("jax_enable_x64", True)
+    warm_up()
     results = []
     for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows):
         for result in rows():

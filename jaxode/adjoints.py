@@ -343,8 +343,8 @@ def backwards(solve, f, tape, visit, carry, y0):
 
         return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
 
-    length = jnp.where(tape.level == 0, kept, 1 << tape.level)
-    most = 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length())
+    most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
+    length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
     room = jax.tree.map(lambda y: lax.empty((most, *y.shape), y.dtype), y0)
     example = (f, y0, y0, tape.grid[0], tape.grid[0])
     plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))
@@ -356,12 +356,13 @@ def backwards(solve, f, tape, visit, carry, y0):
 
         def rebuild(state):
             n, y, k, room = state
-            room = put(n - start, (y, k), room)
+            room = put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
             y, k = again(f, y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
             return n + 1, y, k, room
 
-        y, k = at(start >> tape.level, (tape.ys, tape.ks))
-        first = jnp.where(tape.level == 0, end - 1, start)
+        row = start >> tape.level
+        y, k = at(row, (tape.ys, tape.ks))
+        first = jnp.where(tape.level == 0, end - 1, row << tape.level)
         _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
         room = put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
 

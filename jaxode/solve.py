@@ -146,6 +146,7 @@ def solve(
         steps=steps if isinstance(steps, int) else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+        throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
     dynamic = (leaves, y0, t, rtol, atol, *limits, None if isinstance(steps, int) else steps)
     try:
@@ -172,6 +173,7 @@ class Static:
     steps: int | None
     func_time: Any
     bounded: bool
+    throw: bool
 
 
 @partial(jax.jit, static_argnums=0)
@@ -198,6 +200,8 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
     status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
     inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if static.throw:
+        ys, status = raising(ys, status)
     ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + (t[-1] - t[0]) * report.reached)
@@ -468,23 +472,19 @@ def no_times(y0, t) -> Solution:
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
+def raising(ys, status):
+    """The same, and an error as the program runs if the solve failed (by a host callback)."""
+    codes = [code for code in Status if code != Status.SUCCESS]
+    index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
+    messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
+    failed = status != Status.SUCCESS.value
+    return eqx.branched_error_if((ys, status), failed, index, messages)
+
+
 def checked(solution: Solution, throw: bool | None) -> Solution:
-    """Raise if the solve failed, at once where that is known, or as the program runs."""
-    if throw is False:
-        return solution
-    if known(solution):
-        if np.any(np.asarray(solution.status)):
-            raise SolveError(failure(solution), solution)
-    elif throw:
-        codes = [s for s in Status if s != Status.SUCCESS]
-        index = sum(i * (solution.status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
-        ys, status = eqx.branched_error_if(
-            (solution.ys, solution.status),
-            solution.status != Status.SUCCESS.value,
-            index,
-            [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes],
-        )
-        return solution._replace(ys=ys, status=status)
+    """Raise if the solve failed, where that is known."""
+    if throw is not False and known(solution) and np.any(np.asarray(solution.status)):
+        raise SolveError(failure(solution), solution)
     return solution
 
 
