@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
 from jaxode import scalars, tree
-from jaxode.loop import adaptive, assemble, equal_steps_report, fixed, slots
+from jaxode.loop import Pair, adaptive, assemble, equal_steps_report, fixed, slots
 from jaxode.solution import Status
 from jaxode.step import step, step_and_inside
 
@@ -231,12 +231,10 @@ def pull(x, rest, tape, ys_bar):
     f_rest = rest[1][0]
     at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
     inside = len(ss) > 2
-    take = Backstep(solve.table, f_rest, inside)
-
     y_bar = rows_where(at_end, ys_bar)
+    take = Backstep(solve.table, f_rest, inside, (f_x, y0, ss[0]))
     carry = Cotangents(
-        y=y_bar,
-        k=jax.tree.map(jnp.zeros_like, y_bar),
+        pair=take.pair.pack(y_bar, jax.tree.map(jnp.zeros_like, y_bar)),
         f=jax.tree.map(jnp.zeros_like, f_x),
         ss=None if ss_x is None else jnp.where(at_end, slopes(ys_bar, tape.k_end, ss.dtype), 0),
         row=jnp.sum(~at_end, dtype=jnp.int32) - 1,
@@ -248,9 +246,10 @@ def pull(x, rest, tape, ys_bar):
 
     carry = backwards(solve, f, tape, visit, carry, y0)
     k0, pull_k = jax.vjp(lambda f_x, y: eqx.combine(f_x, f_rest)(y, jnp.zeros_like(ss[0])), f_x, y0)
-    f_bar, y0_bar = pull_k(carry.k)
+    y_bar, k_bar = take.pair.open(carry.pair)
+    f_bar, y0_bar = pull_k(k_bar)
     f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
-    y0_bar = jax.tree.map(lambda *x: sum(x), carry.y, y0_bar, rows_where(at_start, ys_bar))
+    y0_bar = jax.tree.map(lambda *x: sum(x), y_bar, y0_bar, rows_where(at_start, ys_bar))
     ss_bar = None if ss_x is None else jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), carry.ss)
     return f_bar, only(x[1], y0_bar), ss_bar
 
@@ -258,52 +257,56 @@ def pull(x, rest, tape, ys_bar):
 class Cotangents(eqx.Module):
     """What is carried backwards: cotangents, and the next output row to be met."""
 
-    y: PyTree
-    k: PyTree
+    pair: PyTree
     f: PyTree
     ss: PyTree
     row: jax.Array
 
 
 class Backstep:
-    """The vjp of one step, and of the outputs inside it."""
+    """The vjp of one step, and of the outputs inside it; in one kernel if the step is small."""
 
-    def __init__(self, table, f_rest, inside):
+    def __init__(self, table, f_rest, inside, examples):
         self.table, self.f_rest, self.inside = table, f_rest, inside
+        f_x, y, s = examples
+        self.pair = Pair(y, packed=True)
+        self.blank = jax.tree.map(jnp.zeros_like, y)
+        self.d_blank = [self.blank] * len(table.dense) if inside else []
+        args = (f_x, y, y, s, s, self.blank)
+        self.fused = self.slope = None
+        if self.pair.packed:
+            both = self.pair.pack(y, y)
+            self.fused = scalars.fuse(self.pull, *args, both, self.d_blank)
+        if self.fused is None:
+            self.pair = Pair(y, packed=False)
+        elif inside:
+            self.slope = scalars.fuse(lambda *args: self.step(*args)[2], f_x, y, y, s, s)
 
     def step(self, f_x, y, k, s, h):
         f = eqx.combine(f_x, self.f_rest)
         return step_and_inside(self.table, f, y, k, s, h, self.inside)
 
+    def pull(self, f_x, y, k, s, h, straight, both, d_bar):
+        _, vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
+        return self.pulled(vjp, straight, both, d_bar)
+
+    def pulled(self, vjp, straight, both, d_bar):
+        f_bar, y_bar, k_bar = vjp((*self.pair.open(both), d_bar))
+        return f_bar, self.pair.pack(jax.tree.map(jnp.add, y_bar, straight), k_bar)
+
     def __call__(self, carry, f_x, y, k, s, h, ss, ys_bar):
-        def pull(f_x, y, k, s, h, cotangent):
-            _, vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
-            return vjp(cotangent)
-
-        def inner(f_x, y, k, s, h):
-            return self.step(f_x, y, k, s, h)[2]
-
-        d_bar = [jax.tree.map(jnp.zeros_like, y) for _ in self.table.dense] if self.inside else []
-        args = (f_x, y, k, s, h, (carry.y, carry.k, d_bar))
-        fused = scalars.fuse(pull, *args)
-        if fused is None:
+        straight, d_bar, d, vjp = self.blank, self.d_blank, None, None
+        if self.fused is None:
             (_, _, d), vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
         elif self.inside and carry.ss is not None:
-            d, vjp = scalars.fuse(inner, *args[:-1])(*args[:-1]), None
-        else:
-            d, vjp = None, None
-        straight = jax.tree.map(jnp.zeros_like, y)
+            d = self.slope(f_x, y, k, s, h)
         if self.inside:
             carry, straight, d_bar = outputs(carry, d, straight, d_bar, s, h, ss, ys_bar)
-        cotangent = (carry.y, carry.k, d_bar)
-        f_bar, y_bar, k_bar = vjp(cotangent) if vjp else fused(f_x, y, k, s, h, cotangent)
-        return Cotangents(
-            y=jax.tree.map(jnp.add, y_bar, straight) if self.inside else y_bar,
-            k=k_bar,
-            f=jax.tree.map(jnp.add, carry.f, f_bar),
-            ss=carry.ss,
-            row=carry.row,
-        )
+        if vjp:
+            f_bar, both = self.pulled(vjp, straight, carry.pair, d_bar)
+        else:
+            f_bar, both = self.fused(f_x, y, k, s, h, straight, carry.pair, d_bar)
+        return Cotangents(both, jax.tree.map(jnp.add, carry.f, f_bar), carry.ss, carry.row)
 
 
 def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
@@ -329,7 +332,7 @@ def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
 
     state = (carry.row, carry.ss, straight, d_bar)
     row, ss_bar, straight, d_bar = lax.while_loop(met, meet, state)
-    return Cotangents(carry.y, carry.k, carry.f, ss_bar, row), straight, d_bar
+    return Cotangents(carry.pair, carry.f, ss_bar, row), straight, d_bar
 
 
 def backwards(solve, f, tape, visit, carry, y0):
@@ -476,7 +479,7 @@ def solve_backwards(solve, x, rest, ys, ys_bar):
     after = functools.partial(collect, solve.table, field, ss, ys_bar) if len(ss) > 2 else None
     advance = adaptive if solve.steps is None else fixed
     state, report = advance(solve, field, start, k, end, after=after, extra=extra)
-    _, a, f_bar = state.y
+    _, a, f_bar = state.pair[0]
     fine = jnp.where(report.status == Status.SUCCESS.value, 1.0, jnp.nan)
     y0_bar = jax.tree.map(jnp.add, a, rows_where(at_start, ys_bar))
     ss_bar = state.extra[1]
@@ -493,25 +496,24 @@ def collect(table, field, ss, ys_bar, state, new):
     row, ss_bar = new.extra
 
     def moved():
-        y, a, p = new.y
-        take = Backstep(table, field.f_rest, True)
+        y, a, p = new.pair[0]
 
         def dense(f_x, y):
-            k = eqx.combine(f_x, field.f_rest)(y, s)
-            return take.step(f_x, y, k, s, h)[2]
+            f = eqx.combine(f_x, field.f_rest)
+            return step_and_inside(table, f, y, f(y, s), s, h, True)[2]
 
         d, vjp = jax.vjp(dense, field.f_x, y)
         zeros = jax.tree.map(jnp.zeros_like, y)
-        carry = Cotangents(a, None, p, ss_bar, row)
+        carry = Cotangents(None, p, ss_bar, row)
         carry, straight, d_bar = outputs(carry, d, zeros, [zeros] * len(d), s, h, ss, ys_bar)
         f_bar, y_bar = vjp(d_bar)
         a = jax.tree.map(lambda *x: sum(x), a, straight, y_bar)
         there = (y, a, jax.tree.map(jnp.add, p, f_bar))
-        return there, field(there, new.s), (carry.row, carry.ss)
+        return (there, field(there, new.s)), (carry.row, carry.ss)
 
     met = (row >= 0) & (ss[jnp.maximum(row, 0)] > s)
-    y, k, extra = lax.cond(met, moved, lambda: (new.y, new.k, new.extra))
-    return new._replace(y=y, k=k, extra=extra)
+    pair, extra = lax.cond(met, moved, lambda: (new.pair, new.extra))
+    return new._replace(pair=pair, extra=extra)
 
 
 def retolerated(solve, rtol, atol, ys):

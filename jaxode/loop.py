@@ -63,8 +63,7 @@ class State(NamedTuple):
 
     s: Array
     h: Array
-    y: PyTree
-    k: PyTree
+    pair: PyTree  # (y, k), or one vector of both: see `Pair`
     ratio: Array
     history: tuple[Array, ...]
     accepted: Array
@@ -102,7 +101,7 @@ class Integrator(eqx.Module):
     def record(self, f, y0: PyTree, ss: Array) -> tuple[PyTree, Report, Tape]:
         """The same, and the tape."""
         ys, report, state = self.run(f, y0, ss, tape=self.empty_tape(y0, ss.dtype))
-        return ys, report, state.tape._replace(steps=state.accepted, k_end=state.k)
+        return ys, report, state.tape._replace(steps=state.accepted, k_end=state.pair[1])
 
     def run(self, f, y0, ss, tape):
         k0 = f(y0, jnp.zeros_like(ss[0]))
@@ -110,7 +109,7 @@ class Integrator(eqx.Module):
         advance = adaptive if self.steps is None else fixed
         state, report = advance(self, f, y0, k0, lax.stop_gradient(ss[-1]), ss, rows, tape)
         inside = state.rows and state.rows.ys
-        return assemble(y0, k0, state.y, state.k, inside, ss, report), report, state
+        return assemble(y0, k0, *state.pair, inside, ss, report), report, state
 
     @property
     def segment(self) -> int:
@@ -134,7 +133,7 @@ def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None,
     """
     table, dtype = integrator.table, end.dtype
     order = table.error_order + 1
-    attempt = embedded(table, f, y0, k0, end)
+    attempt, pair = embedded(table, f, y0, k0, end, fuse=after is None)
 
     def tolerated(*ys):
         ys = map(integrator.measured, ys)
@@ -143,21 +142,21 @@ def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None,
         return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
 
     def body(state: State) -> State:
-        s, y, k = state.s, state.y, state.k
+        s, (y, k) = state.s, pair.open(state.pair)
         s1 = jnp.where(s + state.h >= end, end, s + state.h)
         h = s1 - s  # exactly, so that the steps add up to where we are
-        y1, k1, errors, inside, _ = attempt(f, y, k, s, h)
+        pair1, y1, errors, inside = attempt(f, state.pair, s, h)
         ratio = error_ratio([tree.norm(integrator.measured(e), tolerated(y, y1)) for e in errors])
         if not table.e[-1]:  # then the estimate has not seen the last stage
-            ratio = jnp.where(tree.all_finite(k1), ratio, jnp.nan)
+            ratio = jnp.where(tree.all_finite(pair.open(pair1)[1]), ratio, jnp.nan)
         ratio = lax.stop_gradient(lax.convert_element_type(ratio, dtype))
         accept = ratio <= 1
         factor, history = integrator.controller(ratio, state.history, order)
-        s1, y1, k1, history = tree.where(
-            accept, (s1, y1, k1, history), (s, y, k, state.history)
+        s1, pair1, history = tree.where(
+            accept, (s1, pair1, history), (s, state.pair, state.history)
         )
         new = state._replace(
-            s=s1, y=y1, k=k1, ratio=ratio, history=history,
+            s=s1, pair=pair1, ratio=ratio, history=history,
             h=jnp.minimum(h * factor, integrator.hmax),
             accepted=state.accepted + accept.astype(jnp.int32),
             attempts=state.attempts + 1,
@@ -185,12 +184,13 @@ def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None,
     healthy = tree.all_finite(y0, k0)
     zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
     start = State(
-        s=0 * one, h=jnp.where(healthy, lax.stop_gradient(h0), 0 * one), y=y0, k=k0, ratio=0 * one,
+        s=0 * one, h=jnp.where(healthy, lax.stop_gradient(h0), 0 * one), pair=pair.pack(y0, k0), ratio=0 * one,
         history=integrator.controller.start(dtype), accepted=zero, attempts=zero,
         mark=None if integrator.mxstep is None else zero, rows=rows, tape=tape, extra=extra,
     )  # fmt: skip
     state = while_room(unfinished, body, start)
     status = judge(state, end, healthy, integrator)
+    state = state._replace(pair=pair.open(state.pair))
     return state, report_of(integrator, state, status, end)
 
 
@@ -198,28 +198,29 @@ def fixed(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, after=None,
     """`integrator.steps` steps of equal size, from 0 to `end`."""
     n = jnp.where(end > 0, jnp.asarray(integrator.steps, jnp.int32), 0)
     count = lax.convert_element_type(jnp.maximum(n, 1), end.dtype)
-    attempt = embedded(integrator.table, f, y0, k0, end)
+    attempt, pair = embedded(integrator.table, f, y0, k0, end, fuse=after is None)
 
     def body(state: State) -> State:
         i = lax.convert_element_type(state.accepted, end.dtype)
         s, s1 = end * (i / count), end * ((i + 1) / count)
-        y1, k1, _, inside, _ = attempt(f, state.y, state.k, s, s1 - s)
+        pair1, y1, _, inside = attempt(f, state.pair, s, s1 - s)
         new = state._replace(
-            y=y1, k=k1, accepted=state.accepted + 1, attempts=state.attempts + 1,
+            pair=pair1, accepted=state.accepted + 1, attempts=state.attempts + 1,
             s=jnp.where(tree.all_finite(y1), s1, state.s),  # how far the solution is finite
-            tape=write_tape(state.tape, state.accepted, state.y, state.k, s1),
+            tape=write_tape(state.tape, state.accepted, *pair.open(state.pair), s1),
             rows=write_rows(state.rows, ss, s, s1, s1 - s, inside),
         )  # fmt: skip
         return after(state, new) if after else new
 
     zero, one = jnp.zeros((), jnp.int32), jnp.ones((), end.dtype)
     start = State(
-        s=0 * one, h=one, y=y0, k=k0, ratio=one, history=(), accepted=zero, attempts=zero,
+        s=0 * one, h=one, pair=pair.pack(y0, k0), ratio=one, history=(), accepted=zero, attempts=zero,
         mark=None, rows=rows, tape=tape, extra=extra,
     )  # fmt: skip
     within = jnp.where(n <= integrator.max_steps, n, 0)
     state = while_room(lambda state: state.accepted < within, body, start)
-    report = equal_steps_report(integrator, y0, k0, state.y, n, state.s, end, state.rows)
+    state = state._replace(pair=pair.open(state.pair))
+    report = equal_steps_report(integrator, y0, k0, state.pair[0], n, state.s, end, state.rows)
     return state, report
 
 
@@ -245,26 +246,58 @@ def error_ratio(norms):
     return jnp.where(both > 0, high**2 / jnp.sqrt(jnp.where(both > 0, both, 1.0)), both)
 
 
-def embedded(table, f, y0, k0, s):
-    """One attempt: (y1, k1, errors, the solution inside the step, every k), fused if it is small."""
+def embedded(table, f, y0, k0, s, fuse=True):
+    """One attempt, and what it takes and gives a state as: fused to one kernel if it is small.
 
-    def plain(f, y, k, s, h):
-        y1, ks = step(table, f, y, k, s, h)
-        return y1, ks[-1], error(table, h, ks)
+    attempt(f, pair, s, h) -> (pair at the end, y at the end, errors, the solution inside).
+    """
+    pair = Pair(y0, packed=fuse)
 
-    def with_stages(f, y, k, s, h):
-        y1, ks = step(table, f, y, k, s, h)
-        inside = Inside(table, f, y, s, h, ks)
-        return y1, ks[-1], error(table, h, ks), inside, ks
+    def plain(f, both, s, h):
+        y1, ks = step(table, f, *pair.open(both), s, h)
+        return pair.pack(y1, ks[-1]), y1, error(table, h, ks)
 
-    fused = scalars.fuse(plain, f, y0, k0, s, s)
-    if fused is None:
-        return with_stages
+    fused = scalars.fuse(plain, f, pair.pack(y0, k0), s, s) if pair.packed else None
+    if fused is not None:
 
-    def small(f, y, k, s, h):
-        return *fused(f, y, k, s, h), Inside(table, f, y, s, h, k=k), None
+        def small(f, both, s, h):
+            y, k = pair.open(both)
+            return *fused(f, both, s, h), Inside(table, f, y, s, h, k=k)
 
-    return small
+        return small, pair
+    pair = Pair(y0, packed=False)
+
+    def with_stages(f, both, s, h):
+        y1, ks = step(table, f, *both, s, h)
+        return (y1, ks[-1]), y1, error(table, h, ks), Inside(table, f, both[0], s, h, ks)
+
+    return with_stages, pair
+
+
+class Pair:
+    """y and k, two pytrees alike, as a tuple, or as one vector so that one kernel computes both."""
+
+    def __init__(self, y, packed: bool):
+        leaves, self.tree = jax.tree.flatten(y)
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.packed = packed and len({leaf.dtype for leaf in leaves}) == 1
+
+    def pack(self, y, k):
+        if not self.packed:
+            return y, k
+        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves((y, k))])
+
+    def open(self, both):
+        if not self.packed:
+            return both
+        ends = [math.prod(shape) for shape in self.shapes] * 2
+        starts = [sum(ends[:i]) for i in range(len(ends))]
+        leaves = [
+            both[start : start + size].reshape(shape)
+            for start, size, shape in zip(starts, ends, self.shapes * 2)
+        ]
+        half = len(self.shapes)
+        return tuple(jax.tree.unflatten(self.tree, part) for part in (leaves[:half], leaves[half:]))
 
 
 class Inside:

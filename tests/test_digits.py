@@ -14,6 +14,13 @@ from jaxode.experiments import command_line, digits
 SMALL = digits.Settings().quick()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam multiplies floats and its integer count: strict promotion refuses that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")

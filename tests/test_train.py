@@ -15,6 +15,13 @@ from jaxode.nn import MLPField, NeuralODE
 TARGET = jnp.array([[0.5, -1.0]])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam multiplies floats and its integer count: strict promotion refuses that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def loss(model, batch, key):
     noise = 0.01 * jax.random.normal(key, batch.shape)
     solution = model.solve(batch + noise)
