@@ -163,7 +163,11 @@ def output_rows():
     for library in ("jaxode", "jax"):
         solve = jaxode.odeint if library == "jaxode" else jax_odeint
         grads = {
-            n: jax.grad(lambda y0, n=n, solve=solve: solve(field, y0, jnp.linspace(0, 5, n), rtol=1e-6, atol=1e-6)[-1].sum())
+            n: jax.grad(
+                lambda y0, n=n, solve=solve: solve(
+                    field, y0, jnp.linspace(0, 5, n), rtol=1e-6, atol=1e-6
+                )[-1].sum()
+            )
             for n in (2, 101)
         }
         compiled, _ = compile_in_turn(grads, y0)
@@ -215,8 +219,10 @@ def table(results) -> str:
 
 def versions() -> str:
     names = ("jaxode", "jax", "diffrax", "equinox")
-    return ", ".join(f"{n} {version(n)}" for n in names) + f", {platform.machine()}, " + (
-        f"{jax.devices()[0].platform}, Python {platform.python_version()}"
+    return (
+        ", ".join(f"{n} {version(n)}" for n in names)
+        + f", {platform.machine()}, "
+        + (f"{jax.devices()[0].platform}, Python {platform.python_version()}")
     )
 
 
@@ -235,8 +241,16 @@ def main():
     for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows):
         for result in rows():
             results.append(result)
-            print("  ".join(f"{cell:42s}" if i == 0 else f"{cell:>18s}" for i, cell in enumerate(shown(result))), flush=True)
-    (HERE / "results.json").write_text(json.dumps({"versions": versions(), "results": results}, indent=1))
+            print(
+                "  ".join(
+                    f"{cell:42s}" if i == 0 else f"{cell:>18s}"
+                    for i, cell in enumerate(shown(result))
+                ),
+                flush=True,
+            )
+    (HERE / "results.json").write_text(
+        json.dumps({"versions": versions(), "results": results}, indent=1)
+    )
     write_readme(f"{table(results)}\n\nWarm medians in one run: {versions()}.")
 
 

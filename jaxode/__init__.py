@@ -1,10 +1,18 @@
 """jaxode: differential equations inside JAX models."""
 
-from jaxode.controllers import Controller as Controller, pid as pid
+from jaxode.controllers import Controller as Controller
+from jaxode.controllers import pid as pid
 from jaxode.solution import (
     Solution as Solution,
+)
+from jaxode.solution import (
     SolveError as SolveError,
+)
+from jaxode.solution import (
     Stats as Stats,
+)
+from jaxode.solution import (
     Status as Status,
 )
-from jaxode.solve import odeint as odeint, solve as solve
+from jaxode.solve import odeint as odeint
+from jaxode.solve import solve as solve

@@ -7,7 +7,7 @@ returns is differentiated by JAX; a new one may live outside this library.
 
 | adjoint | gradient | memory | modes |
 |---|---|---|---|
-| `replay` | exact for the numbers that the solve returned | about 2 sqrt(max_steps) states | reverse, forward or reverse over it |
+| `replay` | exact for the numbers that the solve returned | at most 128 states | reverse, and over it |
 | `backsolve` | of the continuous problem, to tolerance | constant | reverse |
 | `direct` | exact, through the operations of the solver | all steps | all, any order |
 | `forward` | exact, step sizes held fixed | constant | forward, any order |
@@ -323,7 +323,9 @@ def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
         d_bar = [tree.combine(b, 1.0, [p], [w]) for b, p in zip(d_bar, powers)]
         if ss_bar is not None:
             rates = [jnp.ones_like(theta), *powers[:-1]]
-            slope = tree.weighted_sum(1 / h, [((p + 1) * r, d) for p, (r, d) in enumerate(zip(rates, d))])
+            slope = tree.weighted_sum(
+                1 / h, [((p + 1) * r, d) for p, (r, d) in enumerate(zip(rates, d))]
+            )
             ss_bar = ss_bar.at[row].set(tree.dot(w, slope).astype(ss_bar.dtype))
         return row - 1, ss_bar, straight, d_bar
 
@@ -562,7 +564,9 @@ def join(x, rest):
 
 def only(mask, tree_):
     """tree_ where the mask has a leaf, None elsewhere."""
-    return jax.tree.map(lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None)
+    return jax.tree.map(
+        lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None
+    )
 
 
 def no_tangent(x):

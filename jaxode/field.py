@@ -7,7 +7,6 @@ their full relative precision when t0 is large, because what is added up is s an
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx

@@ -20,7 +20,9 @@ from jaxode.solution import Status
 from jaxode.step import error, extra_stages, interpolate, step
 from jaxode.tableaus import Tableau
 
-SEGMENT = 64  # 64 states kept and 64 rebuilt serve 4,096 steps at the price of one more forward pass
+SEGMENT = (
+    64  # 64 states kept and 64 rebuilt serve 4,096 steps at the price of one more forward pass
+)
 TAPE_BYTES = 32 * 1024  # a tape up to this size keeps every state: it stays in the nearest cache
 
 
@@ -126,7 +128,9 @@ class Integrator(eqx.Module):
         return Tape(ys=room, ks=room, k_end=y0, grid=grid, level=zero, steps=zero)
 
 
-def adaptive(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None, after=None, extra=None):
+def adaptive(
+    integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None, after=None, extra=None
+):
     """Steps whose size the error estimate chooses, from 0 to `end`.
 
     `after(state, new) -> new` sees every attempt, and may add to what an accepted one did.
@@ -313,7 +317,9 @@ class Inside:
         blank = jax.tree.map(jnp.zeros_like, self.y)
         more = lax.cond(
             wanted,
-            lambda: extra_stages(self.table, self.f, self.y, self.ks, self.s, self.h)[len(self.ks) :],
+            lambda: extra_stages(self.table, self.f, self.y, self.ks, self.s, self.h)[
+                len(self.ks) :
+            ],
             lambda: [blank] * len(self.table.extra_c),
         )
         return [*self.ks, *more]
@@ -353,7 +359,13 @@ def report_of(integrator, state: State, status, end) -> Report:
     evaluations = 2 + state.attempts * (len(table.c) - 1)
     if state.rows is not None:
         evaluations = evaluations + state.rows.visits * len(table.extra_c)
-    return Report(status.astype(jnp.int32), fraction(state.s, end), evaluations, state.accepted, state.attempts - state.accepted)
+    return Report(
+        status.astype(jnp.int32),
+        fraction(state.s, end),
+        evaluations,
+        state.accepted,
+        state.attempts - state.accepted,
+    )
 
 
 def fraction(s, end):
@@ -401,7 +413,9 @@ def assemble(y0, k0, y1, k1, inside, ss, report: Report) -> PyTree:
     """
     at_start, at_end = ss <= 0, ss >= ss[-1]
     end = lax.stop_gradient(ss[-1])
-    known = at_start | (ss <= report.reached * end) & (report.status != Status.NON_FINITE_INITIAL.value)
+    known = at_start | (ss <= report.reached * end) & (
+        report.status != Status.NON_FINITE_INITIAL.value
+    )
     move = ss - lax.stop_gradient(ss)
 
     def leaf(y0, k0, y1, k1, *inside):
@@ -465,7 +479,9 @@ def thin(tape: Tape, full) -> Tape:
         take = lambda room: lax.dynamic_update_index_in_dim(room, room[2 * i], i, 0)
         return i + 1, jax.tree.map(take, ys), jax.tree.map(take, ks)
 
-    _, ys, ks = lax.while_loop(lambda c: c[0] < half, move, (jnp.zeros_like(half), tape.ys, tape.ks))
+    _, ys, ks = lax.while_loop(
+        lambda c: c[0] < half, move, (jnp.zeros_like(half), tape.ys, tape.ks)
+    )
     return tape._replace(ys=ys, ks=ks, level=tape.level + full.astype(jnp.int32))
 
 

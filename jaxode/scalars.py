@@ -25,10 +25,10 @@ LIMIT = 3000  # scalar operations; beyond this, compiling costs more than the ke
 INPUTS = 64  # scalars that go in
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type "
-    "copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le "
-    "lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt "
-    "select_n sign sin sinh sqrt square sub tan tanh xor".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh
+    convert_element_type div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real rem round
+    rsqrt select_n sign sin sinh sqrt square sub tan tanh xor""".split()
 )
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"))
 
@@ -68,14 +68,16 @@ def fuse(fn, *examples):
         return outs, [True] * len(outs)
 
     def fused(*args):
-        return jax.tree.unflatten(tree, call(jaxpr.consts, *map(jnp.asarray, jax.tree.leaves(args))))
+        return jax.tree.unflatten(
+            tree, call(jaxpr.consts, *map(jnp.asarray, jax.tree.leaves(args)))
+        )
 
     return fused
 
 
 def is_number(x) -> bool:
     """Whether x is an array of floats, complex numbers, integers or booleans (and not of keys)."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.number) or jnp.result_type(x) == bool
+    return jnp.issubdtype(jnp.result_type(x), jnp.number) or jnp.result_type(x) == jnp.bool
 
 
 def cost(jaxpr) -> float:
@@ -152,7 +154,9 @@ def reduction(eqn, x):
     axes = eqn.params["axes"]
     x = np.moveaxis(x, axes, range(len(axes))).reshape(-1, *eqn.outvars[0].aval.shape)
     combine = REDUCTIONS[eqn.primitive.name]
-    return fill(x.shape[1:], lambda i: functools.reduce(combine, [x[(j, *i)] for j in range(len(x))]))
+    return fill(
+        x.shape[1:], lambda i: functools.reduce(combine, [x[(j, *i)] for j in range(len(x))])
+    )
 
 
 def fill(shape, entry):
@@ -168,7 +172,9 @@ def take_apart(x):
         x = np.asarray(x)
         return fill(x.shape, lambda i: x[i])
     flat = x.reshape(-1)
-    scalars = iter([x] if not x.shape else [lax.index_in_dim(flat, i, keepdims=False) for i in range(x.size)])
+    scalars = iter(
+        [x] if not x.shape else [lax.index_in_dim(flat, i, keepdims=False) for i in range(x.size)]
+    )
     return fill(x.shape, lambda _: next(scalars))
 
 
@@ -208,7 +214,12 @@ def _pad(x, value, *, padding_config):
         raise NotImplementedError("negative padding")
     shape = [a + n + (n - 1) * i * (n > 0) + b for a, n, i, b in zip(low, x.shape, interior, high)]
     out = fill(tuple(shape), lambda _: value[()])
-    out[tuple(slice(a, a + (n - 1) * (i + 1) + 1 if n else a, i + 1) for a, n, i in zip(low, x.shape, interior))] = x
+    out[
+        tuple(
+            slice(a, a + (n - 1) * (i + 1) + 1 if n else a, i + 1)
+            for a, n, i in zip(low, x.shape, interior)
+        )
+    ] = x
     return out
 
 

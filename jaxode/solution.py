@@ -89,7 +89,9 @@ class Solution(NamedTuple):
         lines = [f"Solution at {np.asarray(self.ts).size} times, {_span(self.ts)}"]
         for code in np.unique(status):
             share = f" ({np.sum(status == code)} of {status.size})" if status.size > 1 else ""
-            lines.append(f"  status: {Status(int(code)).name.lower()}{share}. {Status(int(code)).message}")
+            lines.append(
+                f"  status: {Status(int(code)).name.lower()}{share}. {Status(int(code)).message}"
+            )
         for name, count in zip(Stats._fields, self.stats):
             lines.append(f"  {name}: {_range(np.asarray(count))}")
         shapes = jax.tree.map(lambda y: f"{y.dtype.name}{list(y.shape)}", self.ys)

@@ -127,7 +127,9 @@ def solve(
     (0, (2,))
     """
     if not callable(func):
-        raise TypeError(f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}.")
+        raise TypeError(
+            f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
+        )
     y0 = as_state(y0)
     t, func_time = as_times(t, y0)
     table = tableaus.named(method)
@@ -247,8 +249,10 @@ def as_state(y0: PyTree) -> PyTree:
         try:
             dtype = jnp.result_type(y)
         except TypeError as error:
-            raise TypeError(f"{where} must be an array of numbers, got {type(y).__name__}.") from error
-        if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+            raise TypeError(
+                f"{where} must be an array of numbers, got {type(y).__name__}."
+            ) from error
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
             raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.result_type(float)
@@ -401,7 +405,9 @@ def named_adjoint(adjoint) -> Callable:
     if callable(adjoint):
         return adjoint
     if adjoint not in adjoints.named:
-        raise ValueError(f"`adjoint` must be one of {list(adjoints.named)} or a function; got {adjoint!r}.")
+        raise ValueError(
+            f"`adjoint` must be one of {list(adjoints.named)} or a function; got {adjoint!r}."
+        )
     return adjoints.named[adjoint]
 
 
@@ -413,13 +419,18 @@ def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
 
     def derivative(arrays, y, t):
         arrays = iter(arrays)
-        func, args = jax.tree.unflatten(structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)])
+        func, args = jax.tree.unflatten(
+            structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)]
+        )
         return like_state(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
     origin = structure, [x for x, d in zip(flat, dynamic) if not d]
-    return Trace(closed, jax.tree.structure(y0), origin), [*map(jnp.asarray, closed.consts), *arrays]
+    return Trace(closed, jax.tree.structure(y0), origin), [
+        *map(jnp.asarray, closed.consts),
+        *arrays,
+    ]
 
 
 def like_state(k, y):
@@ -427,9 +438,8 @@ def like_state(k, y):
     one = jax.tree.structure(0)
     if jax.tree.structure(y) == one and isinstance(k, list | tuple):
         k = jnp.stack([jnp.asarray(x) for x in k]) if k else jnp.zeros(0, y.dtype)
-    elif jax.tree.structure(y) != one and jax.tree.structure(k) == one and isinstance(y, list | tuple):
-        if jnp.ndim(k) == 1 and len(k) == len(y):
-            k = type(y)(k)
+    elif jax.tree.structure(k) == one and isinstance(y, list | tuple) and jnp.shape(k) == (len(y),):
+        k = type(y)(k)
     if jax.tree.structure(k) != jax.tree.structure(y):
         raise TypeError(
             f"func must return a derivative like y0: y0 is {jax.tree.structure(y)}, func returned "

@@ -55,9 +55,7 @@ def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
 
 def coefficients(table: Tableau, ks, h) -> list[PyTree]:
     """d_p = h sum_i B_pi k_i, so that y(s + theta h) = y + sum_p theta^(p+1) d_p."""
-    return [
-        tree.weighted_sum(h, [(b, k) for b, k in zip(row, ks) if b]) for row in table.dense
-    ]
+    return [tree.weighted_sum(h, [(b, k) for b, k in zip(row, ks) if b]) for row in table.dense]
 
 
 def step_and_inside(table: Tableau, f, y: PyTree, k: PyTree, s, h, inside: bool):

@@ -105,7 +105,9 @@ def fit(
             if due and evaluate:
                 record |= {name: float(x) for name, x in evaluate(state.model).items()}
             history.append(record)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"}, refresh=False)
+            bar.set_postfix(
+                {k: f"{v:.4g}" for k, v in record.items() if k != "step"}, refresh=False
+            )
             bar.update()
             if due and folder:
                 save(folder, state, history)

@@ -42,7 +42,7 @@ def test_called_eagerly_a_failed_solve_raises_with_the_time_and_the_remedy(failu
 
 
 def test_rows_after_a_failure_are_nan_and_rows_before_it_are_right(failure):
-    f, options, _, time = failure
+    f, options, _, _ = failure
     sol = solve(f, 1.0, T, throw=False, **options)
     known = np.array(T) <= float(sol.reached)
     assert not known[-1] and np.all(np.isnan(sol.ys[~known]))
@@ -120,7 +120,9 @@ def test_zero_tolerances_and_zero_components_do_not_divide_by_zero():
     y0 = jnp.array([0.0, 1.0])
     ys = odeint(lambda y, t: -y, y0, [0.0, 1.0], rtol=1e-6, atol=0.0)
     np.testing.assert_allclose(ys[-1], [0, np.exp(-1)], rtol=1e-5)
-    np.testing.assert_allclose(odeint(lambda y, t: -y, y0, [0.0, 1.0], rtol=0.0, atol=1e-8)[-1, 1], np.exp(-1), rtol=1e-6)
+    np.testing.assert_allclose(
+        odeint(lambda y, t: -y, y0, [0.0, 1.0], rtol=0.0, atol=1e-8)[-1, 1], np.exp(-1), rtol=1e-6
+    )
 
 
 ok = lambda y, t: -y
@@ -145,7 +147,12 @@ ok = lambda y, t: -y
         ((ok, 1.0, [0.0, 1.0]), dict(mxstep=-1), ValueError, "`mxstep`"),
         ((ok, 1.0, [0.0, 1.0]), dict(max_steps=0), ValueError, "`max_steps`"),
         ((ok, 1.0, [0.0, 1.0]), dict(dt=-0.1), ValueError, "`dt` must be positive"),
-        ((ok, 1.0, [0.0, 1.0]), dict(method="rk4"), ValueError, "no error estimate: pass a step size"),
+        (
+            (ok, 1.0, [0.0, 1.0]),
+            dict(method="rk4"),
+            ValueError,
+            "no error estimate: pass a step size",
+        ),
         ((ok, 1.0, [0.0, 1.0]), dict(method="rk5"), ValueError, "no method 'rk5'"),
         ((ok, 1.0, [0.0, 1.0]), dict(adjoint="adjoint"), ValueError, "`adjoint` must be one of"),
         ((ok, 1.0, [0.0, 1.0]), dict(controller=3), TypeError, "`controller`"),

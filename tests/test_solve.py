@@ -205,7 +205,9 @@ def test_every_method_is_accurate_inside_and_at_the_end(name, dtype):
 def test_a_table_of_ones_own_is_a_method():
     heun = tableau(2, c=[0, 1], a=[[], [1]], b=[1 / 2, 1 / 2], e=[-1 / 2, 1 / 2])
     ours = odeint(decay, 1.0, [0.0, 1.0], method=heun, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(ours, odeint(decay, 1.0, [0.0, 1.0], method="heun", rtol=1e-5, atol=1e-5))
+    np.testing.assert_array_equal(
+        ours, odeint(decay, 1.0, [0.0, 1.0], method="heun", rtol=1e-5, atol=1e-5)
+    )
 
 
 def test_fixed_steps_are_the_steps_of_the_book():
@@ -247,7 +249,9 @@ def test_statistics_and_status_are_per_sample_under_vmap():
 def test_controllers_change_the_steps_not_the_solution():
     for gains in ({}, dict(integral=0.4, proportional=0.3), dict(integral=0.3, derivative=0.05)):
         controller = pid(**gains)
-        ys = odeint(turning, jnp.asarray(start), [0.0, 5.0], rtol=1e-8, atol=1e-8, controller=controller)
+        ys = odeint(
+            turning, jnp.asarray(start), [0.0, 5.0], rtol=1e-8, atol=1e-8, controller=controller
+        )
         exact = odeint(turning, jnp.asarray(start), [0.0, 5.0], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(ys, exact, atol=1e-6)
 

@@ -121,7 +121,9 @@ def field(t, y):
 def reference():
     from scipy.integrate import solve_ivp
 
-    return solve_ivp(field, (0, 2), [0.5, 1.0], "DOP853", rtol=1e-13, atol=1e-14, dense_output=True).sol
+    return solve_ivp(
+        field, (0, 2), [0.5, 1.0], "DOP853", rtol=1e-13, atol=1e-14, dense_output=True
+    ).sol
 
 
 def largest_errors(table, n):
@@ -152,7 +154,11 @@ def test_errors_fall_with_the_declared_order_at_the_ends_and_inside(table):
 def test_tables_agree_with_other_libraries():
     from scipy.integrate._ivp import rk
 
-    for ours, theirs in [(tableaus.dopri5, rk.RK45), (tableaus.bosh3, rk.RK23), (tableaus.dop853, rk.DOP853)]:
+    for ours, theirs in [
+        (tableaus.dopri5, rk.RK45),
+        (tableaus.bosh3, rk.RK23),
+        (tableaus.dop853, rk.DOP853),
+    ]:
         np.testing.assert_allclose(ours.b[: len(theirs.B)], theirs.B, rtol=1e-14)
         np.testing.assert_allclose(ours.c[: len(theirs.C)], theirs.C, rtol=1e-14)
     np.testing.assert_allclose(np.abs(tableaus.dopri5.e), np.abs(rk.RK45.E), rtol=1e-13)

@@ -16,14 +16,18 @@ class MLPClassifier(eqx.Module):
 
     layers: list[eqx.nn.Linear]
 
-    def __init__(self, pixels: int, classes: int, *, width: int = 300, dtype=None, key: PRNGKeyArray):
+    def __init__(
+        self, pixels: int, classes: int, *, width: int = 300, dtype=None, key: PRNGKeyArray
+    ):
         sizes = [pixels, width, classes]
         self.layers = [
             eqx.nn.Linear(a, b, dtype=dtype, key=k)
             for a, b, k in zip(sizes, sizes[1:], jax.random.split(key))
         ]
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> tuple[Float[Array, "n classes"], Int[Array, ""]]:
+    def __call__(
+        self, x: Float[Array, "n h w c"]
+    ) -> tuple[Float[Array, "n classes"], Int[Array, ""]]:
         """Logits, and the number of field evaluations (0)."""
         h = jax.nn.relu(affine(self.layers[0], x.reshape(len(x), -1)))
         return affine(self.layers[1], h), jnp.zeros((), jnp.int32)
@@ -42,7 +46,9 @@ class Classifier(eqx.Module):
     norm: GroupNorm
     head: eqx.nn.Linear
 
-    def __init__(self, body, channels, classes, *, inputs=1, strides=(1, 2, 2), groups=None, dtype=None, key):
+    def __init__(
+        self, body, channels, classes, *, inputs=1, strides=(1, 2, 2), groups=None, dtype=None, key
+    ):
         *keys, head_key = jax.random.split(key, len(strides) + 1)
         cins = [inputs, *[channels] * (len(strides) - 1)]
         self.downs = [
@@ -65,7 +71,9 @@ class Classifier(eqx.Module):
         h = jax.nn.relu(self.norm(h))
         return affine(self.head, jnp.mean(h, axis=(1, 2)))
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> tuple[Float[Array, "n classes"], Int[Array, ""]]:
+    def __call__(
+        self, x: Float[Array, "n h w c"]
+    ) -> tuple[Float[Array, "n classes"], Int[Array, ""]]:
         """Logits, and the number of field evaluations of the body (0 for residual blocks)."""
         h, evaluations = self.features(x), jnp.zeros((), jnp.int32)
         if isinstance(self.body, NeuralODE):
@@ -117,5 +125,12 @@ def classifier(
     else:
         raise ValueError(f"`name` must be 'mlp', 'resnet', 'rk-net' or 'ode-net', got {name!r}.")
     return Classifier(
-        body, channels, classes, inputs=image[2], strides=strides, groups=groups, dtype=dtype, key=key
+        body,
+        channels,
+        classes,
+        inputs=image[2],
+        strides=strides,
+        groups=groups,
+        dtype=dtype,
+        key=key,
     )

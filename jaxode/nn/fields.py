@@ -21,7 +21,9 @@ class MLPField(eqx.Module):
 
     layers: list[eqx.nn.Linear]
 
-    def __init__(self, size: int, *, width: int = 64, depth: int = 2, dtype=None, key: PRNGKeyArray):
+    def __init__(
+        self, size: int, *, width: int = 64, depth: int = 2, dtype=None, key: PRNGKeyArray
+    ):
         sizes = [size + 1, *[width] * depth, size]
         keys = jax.random.split(key, len(sizes) - 1)
         self.layers = [

@@ -24,7 +24,9 @@ class Conv(eqx.Module):
     stride: int = eqx.field(static=True)
     with_time: bool = eqx.field(static=True)
 
-    def __init__(self, cin: int, cout: int, *, stride=1, with_time=False, dtype=None, key: PRNGKeyArray):
+    def __init__(
+        self, cin: int, cout: int, *, stride=1, with_time=False, dtype=None, key: PRNGKeyArray
+    ):
         wkey, bkey = jax.random.split(key)
         cin = cin + with_time
         bound = 1 / (9 * cin) ** 0.5
@@ -75,7 +77,11 @@ class GroupNorm(eqx.Module):
         if channels % groups:
             raise ValueError(f"{channels} channels do not divide into {groups} groups.")
         dtype = jnp.result_type(float) if dtype is None else dtype
-        self.scale, self.shift, self.groups = jnp.ones(channels, dtype), jnp.zeros(channels, dtype), groups
+        self.scale, self.shift, self.groups = (
+            jnp.ones(channels, dtype),
+            jnp.zeros(channels, dtype),
+            groups,
+        )
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         grouped = x.reshape(*x.shape[:3], self.groups, -1)
