@@ -350,7 +350,7 @@ def backwards(solve, f, tape, visit, carry, y0):
 
     most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
     length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
-    room = jax.tree.map(lambda y: lax.empty((most, *y.shape), y.dtype), y0)
+    room = jax.tree.map(lambda y: jnp.zeros((most, *y.shape), y.dtype), y0)
     example = (f, y0, y0, tape.grid[0], tape.grid[0])
     plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))
     again = scalars.fuse(plain, *example) or plain

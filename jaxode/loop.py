@@ -122,7 +122,7 @@ class Integrator(eqx.Module):
         """Room for as many states, or for all of them while they are small."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
         slots = min(max(self.segment, TAPE_BYTES // max(size, 1)), self.max_steps)
-        room = jax.tree.map(lambda x: lax.empty((slots + 1, *x.shape), x.dtype), y0)
+        room = jax.tree.map(lambda x: jnp.zeros((slots + 1, *x.shape), x.dtype), y0)
         zero = jnp.zeros((), jnp.int32)
         grid = jnp.zeros(self.max_steps + 1, dtype)
         return Tape(ys=room, ks=room, k_end=y0, grid=grid, level=zero, steps=zero)

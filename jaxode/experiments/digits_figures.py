@@ -87,7 +87,7 @@ def between(net, test_set, times: int = 6, samples: int = 4):
     x, y = jnp.asarray(test_set.x), np.asarray(test_set.y)
     path = np.asarray(net.body.solve(net.features(x), ts).ys)
     figure = plt.figure(figsize=(13, 5.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+    left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=[1.25, 1])))
     axes = left.subplots(samples, times + 1)
     shown = [int(np.flatnonzero(y == digit)[0]) for digit in range(samples)]
     places = np.linspace(0, len(ts) - 1, times).astype(int)
