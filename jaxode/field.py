@@ -88,7 +88,8 @@ def fingerprint(jaxpr, rules: list) -> tuple:
         return names[atom], str(atom.aval)
 
     def parameter(eqn, value):
-        if callable(value) and eqn.primitive.name.startswith("custom_"):
+        plain = isinstance(value, core.ClosedJaxpr | core.Jaxpr | bool | int | str | tuple | list)
+        if eqn.primitive.name.startswith("custom_") and not plain:
             rules.append(value)
             return "rule"
         return frozen(value, rules)
