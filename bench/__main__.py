@@ -71,8 +71,9 @@ def with_diffrax(f, y0, t1, tolerance, ts=None):
     saveat = diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts)
     controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
     term = diffrax.ODETerm(lambda t, y, args: f(y, t))
+    t0, t1 = jnp.zeros((), y0.dtype), jnp.asarray(t1, y0.dtype)  # else it computes in float64
     return diffrax.diffeqsolve(
-        term, diffrax.Dopri5(), 0.0, t1, None, y0, saveat=saveat, stepsize_controller=controller
+        term, diffrax.Dopri5(), t0, t1, None, y0, saveat=saveat, stepsize_controller=controller
     ).ys
 
 
