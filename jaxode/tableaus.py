@@ -63,7 +63,7 @@ def tableau(
 
     Raises:
         ValueError: shapes do not fit, a row does not sum to its node, the weights do not sum to 1,
-            or those of the error to 0.
+            those of the error to 0, or those of dense output at theta = 1 to b.
 
     >>> heun = tableau(2, c=[0, 1], a=[[], [1]], b=[1/2, 1/2], e=[-1/2, 1/2])
     >>> heun.c, heun.b
@@ -74,13 +74,13 @@ def tableau(
     if not closed:
         c, a, b = [*c, 1], [*a, b], [*b, 0]
     stages = len(c)
-    e = None if e is None else [*e, *[0] * (stages - len(e))]
+    e, e_low = (None if x is None else [*x, *[0] * (stages - len(x))] for x in (e, e_low))
     dense = (
         hermite(b)
         if dense is None
         else [[*row, *[0] * (stages + len(extra_c) - len(row))] for row in dense]
     )
-    check(c, a, b, e, dense, extra_c, extra_a)
+    check(c, a, b, e, e_low, dense, extra_c, extra_a)
     return Tableau(
         order=order,
         c=floats(c),
@@ -92,7 +92,7 @@ def tableau(
         dense_order=dense_order or min(order, 4),
         extra_c=floats(extra_c),
         extra_a=tuple(map(floats, extra_a)),
-        e_low=e_low and floats([*e_low, *[0] * (stages - len(e_low))]),
+        e_low=e_low and floats(e_low),
     )
 
 
@@ -100,14 +100,22 @@ def floats(xs) -> tuple[float, ...]:
     return tuple(map(float, xs))
 
 
-def check(c, a, b, e, dense, extra_c, extra_a):
+def check(c, a, b, e, e_low, dense, extra_c, extra_a):
     """Raise a ValueError that names what is wrong with a table."""
     stages = len(c)
-    if len(a) != stages or len(b) != stages or (e is not None and len(e) != stages):
+    errors = {name: x for name, x in {"e": e, "e_low": e_low}.items() if x is not None}
+    if any(len(x) != stages for x in (a, b, *errors.values())):
         raise ValueError(
-            f"A table with {stages} nodes c needs as many rows a and weights b (and e)."
+            f"A table with {stages} nodes c needs as many rows a and weights b (and e, e_low)."
         )
-    if abs(float(sum(b)) - 1) > 1e-12:
+    if len(extra_c) != len(extra_a):
+        raise ValueError(
+            f"`extra_a` needs one row for each node of `extra_c`: "
+            f"got {len(extra_a)} rows and {len(extra_c)} nodes."
+        )
+    if e is None and e_low is not None:
+        raise ValueError("`e_low` only sharpens the estimate `e`: pass `e` as well.")
+    if not near(sum(b), 1):
         raise ValueError(f"The weights `b` must sum to 1, got {float(sum(b))}.")
     for i, row in enumerate([*a, *extra_a]):
         node = [*c, *extra_c][i]
@@ -115,16 +123,28 @@ def check(c, a, b, e, dense, extra_c, extra_a):
             raise ValueError(
                 f"Row {i} of `a` must have {i} entries (the method is explicit), got {len(row)}."
             )
-        if abs(float(sum(row)) - float(node)) > 1e-12:
+        if not near(sum(row), node):
             raise ValueError(f"Row {i} of `a` must sum to c[{i}] = {node}, got {float(sum(row))}.")
-    if e is not None and abs(float(sum(e))) > 1e-12:
-        raise ValueError(
-            f"The weights `e` of the error must sum to 0, got {float(sum(e))}: they are b - b_hat."
-        )
-    if any(len(row) != stages + len(extra_c) for row in dense):
-        raise ValueError(
-            f"Every row of `dense` needs an entry for each of {stages + len(extra_c)} stages."
-        )
+    for name, x in errors.items():
+        if not near(sum(x), 0):
+            raise ValueError(
+                f"The weights `{name}` of the error must sum to 0, got {float(sum(x))}: "
+                "they are b - b_hat."
+            )
+    columns = stages + len(extra_c)
+    if any(len(row) != columns for row in dense):
+        raise ValueError(f"Every row of `dense` needs an entry for each of {columns} stages.")
+    for i, (column, w) in enumerate(zip(zip(*dense), [*b, *[0] * len(extra_c)])):
+        if not near(sum(column), w, 1e-10):  # coefficients reach 500 in dop853
+            raise ValueError(
+                f"Column {i} of `dense` must sum to the weight {float(w)} of its stage, got "
+                f"{float(sum(column))}: at theta = 1 dense output is the end of the step."
+            )
+
+
+def near(x, y, tolerance=1e-12) -> bool:
+    """|x - y| <= tolerance; false where either is nan."""
+    return abs(float(x) - float(y)) <= tolerance
 
 
 def hermite(b):

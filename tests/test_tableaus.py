@@ -95,6 +95,8 @@ def test_dense_output_satisfies_its_order_conditions(table, theta):
     weights = theta ** np.arange(1, len(table.dense) + 1) @ np.array(table.dense)
     for order in range(1, interior_order(table) + 1):
         assert defect(a, weights, order, theta) < 1e-12
+    if table.dense_order < table.order or len(table.dense) > 3:  # else the next is met at the ends
+        assert defect(a, weights, interior_order(table) + 1, theta) > 1e-7
 
 
 @tables
@@ -122,7 +124,14 @@ def reference():
     from scipy.integrate import solve_ivp
 
     return solve_ivp(
-        field, (0, 2), [0.5, 1.0], "DOP853", rtol=1e-13, atol=1e-14, dense_output=True
+        field,
+        (0, 2),
+        [0.5, 1.0],
+        "DOP853",
+        rtol=1e-13,
+        atol=1e-14,
+        max_step=0.01,
+        dense_output=True,
     ).sol
 
 
@@ -151,24 +160,65 @@ def test_errors_fall_with_the_declared_order_at_the_ends_and_inside(table):
     assert table.dense_order - 0.35 < inside < table.dense_order + 0.7
 
 
-def test_tables_agree_with_other_libraries():
+@pytest.mark.parametrize(
+    "ours, theirs", [("dopri5", "RK45"), ("bosh3", "RK23"), ("dop853", "DOP853")]
+)
+def test_tables_agree_with_scipy(ours, theirs):
     from scipy.integrate._ivp import rk
 
-    for ours, theirs in [
-        (tableaus.dopri5, rk.RK45),
-        (tableaus.bosh3, rk.RK23),
-        (tableaus.dop853, rk.DOP853),
-    ]:
-        np.testing.assert_allclose(ours.b[: len(theirs.B)], theirs.B, rtol=1e-14)
-        np.testing.assert_allclose(ours.c[: len(theirs.C)], theirs.C, rtol=1e-14)
-    np.testing.assert_allclose(np.abs(tableaus.dopri5.e), np.abs(rk.RK45.E), rtol=1e-13)
-    np.testing.assert_allclose(np.array(tableaus.dopri5.dense).T, rk.RK45.P, rtol=1e-10, atol=1e-12)
+    table, theirs = methods[ours], getattr(rk, theirs)
+    s = len(theirs.C)
+    np.testing.assert_allclose(table.c[:s], theirs.C, rtol=1e-14)
+    np.testing.assert_allclose(matrix(table)[:s, : theirs.A.shape[1]], theirs.A[:s], rtol=1e-14)
+    np.testing.assert_allclose(table.b[:s], theirs.B, rtol=1e-14)
+    if ours == "dop853":
+        np.testing.assert_allclose(table.e, theirs.E5, rtol=1e-14)
+        np.testing.assert_allclose(table.e_low, theirs.E3, rtol=1e-14)
+    else:  # scipy's E is b_hat - b
+        np.testing.assert_allclose(table.e, -theirs.E, rtol=1e-12, atol=1e-16)
+
+
+def test_dense_output_agrees_with_scipy_inside_one_step():
+    from scipy.integrate import DOP853, RK45
+
+    for table, solver in [(tableaus.dopri5, RK45), (tableaus.dop853, DOP853)]:
+        theirs = solver(field, 0.0, [0.5, 1.0], 2.0, first_step=0.5, rtol=1, atol=1)
+        theirs.step()
+        a, c, y = matrix(table), [*table.c, *table.extra_c], np.array([0.5, 1.0])
+        ks = np.zeros((len(c), 2))
+        for j in range(len(c)):
+            ks[j] = field(c[j] * 0.5, y + 0.5 * a[j] @ ks)
+        for theta in (0.1, 0.5, 0.8, 1.0):
+            weights = theta ** np.arange(1, len(table.dense) + 1) @ np.array(table.dense)
+            ours = y + 0.5 * weights @ ks
+            np.testing.assert_allclose(ours, theirs.dense_output()(0.5 * theta), rtol=1e-12)
+
+
+# Not its Dopri8, which is another method of order 8: Prince and Dormand's, of 13 stages.
+@pytest.mark.parametrize("name", ["midpoint", "heun", "ralston", "bosh3", "dopri5", "tsit5"])
+def test_tables_agree_with_diffrax(name):
+    diffrax = pytest.importorskip("diffrax")
+    table, theirs = methods[name], getattr(diffrax, name.capitalize()).tableau
+    s = len(theirs.b_sol)
+    for ours, row in zip(table.a[1:], theirs.a_lower):
+        np.testing.assert_allclose(ours, row, rtol=1e-14)
+    np.testing.assert_allclose(table.b[:s], theirs.b_sol, rtol=1e-14)
+    # Signs differ in the pairs of order 2. In dopri5 theirs (as JAX's own) is 2/3 of b - b_hat of
+    # Dormand and Prince, which is ours and scipy's: also a pair of order 4, with larger tolerance.
+    scale = {"midpoint": -1, "heun": -1, "ralston": -1, "dopri5": 2 / 3}.get(name, 1)
+    np.testing.assert_allclose(
+        scale * np.array(table.e[:s]), theirs.b_error, rtol=1e-11, atol=1e-15
+    )
 
 
 def test_a_table_of_ones_own_needs_only_what_is_printed_in_the_book():
     heun = tableau(2, c=[0, 1], a=[[], [1]], b=[1 / 2, 1 / 2], e=[-1 / 2, 1 / 2])
     assert heun == methods["heun"]
     assert named(heun) is heun
+    arrays = tableau(
+        2, c=np.array([0, 1]), a=[[], np.ones(1)], b=np.ones(2) / 2, e=np.array([-0.5, 0.5])
+    )
+    assert arrays == heun and hash(arrays) == hash(heun)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +230,15 @@ def test_a_table_of_ones_own_needs_only_what_is_printed_in_the_book():
         (dict(e=[0.5, 0.5]), "sum to 0"),
         (dict(c=[0]), "as many rows"),
         (dict(dense=[[1, 0, 0, 0]]), "Every row of `dense`"),
+        (dict(dense=[[1, 0, 0]]), "Column 0 of `dense`"),
+        (dict(b=[float("nan"), 0.5]), "weights `b` must sum to 1, got nan"),
+        (dict(a=[[], [float("nan")]]), "must sum to c"),
+        (dict(e=[float("nan"), 0.5]), "weights `e` of the error"),
+        (dict(e_low=[0.5, 0.5]), "weights `e_low` of the error"),
+        (dict(e_low=[1, -1, 0, 0]), "as many rows"),
+        (dict(e=None, e_low=[-0.5, 0.5]), "pass `e` as well"),
+        (dict(extra_c=[0.5]), "one row for each node of `extra_c`"),
+        (dict(extra_a=[[0.5, 0, 0]]), "one row for each node of `extra_c`"),
     ],
 )
 def test_a_wrong_table_is_refused_with_the_reason(change, message):
@@ -193,6 +252,10 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
         named("dopry5")
     with pytest.raises(TypeError, match="a name or a Tableau"):
         named(5)
+
+
+def test_dopri8_is_another_name_of_dop853():
+    assert named("dopri8") is named("dop853")
 
 
 def test_only_methods_without_an_estimate_lack_one():
