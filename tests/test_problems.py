@@ -1,0 +1,68 @@
+"""The problems have the answers that they state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from jaxode import odeint, solve
+from jaxode.problems import problems
+
+every = pytest.mark.parametrize("name", list(problems))
+smooth = pytest.mark.parametrize("name", [n for n, p in problems.items() if not p.stiff])
+
+
+@every
+def test_another_library_finds_the_stated_answer(name):
+    p = problems[name]
+    f = jax.jit(lambda t, y: p.f(y, t, *p.args))
+    method = "Radau" if p.stiff else "DOP853"
+    found = solve_ivp(f, (p.t0, p.t1), p.y0, method, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(found.y[:, -1], p.answer(), rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_a_stated_solution_starts_where_the_problem_does_and_obeys_its_equation(name):
+    p = problems[name]
+    if p.exact is None:
+        return
+    np.testing.assert_allclose(p.exact(p.t0), p.y0, rtol=1e-12, atol=1e-12)
+    for t in np.linspace(p.t0 + 0.1, p.t1 - 0.1, 7):
+        slope = (p.exact(t + 1e-5) - p.exact(t - 1e-5)) / 2e-5
+        np.testing.assert_allclose(p.f(p.exact(t), t, *p.args), slope, rtol=1e-4, atol=1e-6)
+
+
+@smooth
+@pytest.mark.parametrize("method", ["tsit5", "dop853"])
+def test_a_solve_finds_the_answer(name, method):
+    p = problems[name]
+    ys = odeint(p.f, p.y0, (p.t0, p.t1), *p.args, method=method, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(ys[-1], p.answer(), rtol=1e-4, atol=1e-5)
+
+
+@smooth
+def test_a_tighter_tolerance_gives_a_smaller_error(name):
+    p = problems[name]
+    errors = []
+    for tolerance in (1e-5, 1e-10):
+        ys = odeint(p.f, p.y0, (p.t0, p.t1), *p.args, rtol=tolerance, atol=tolerance)
+        errors.append(np.abs(ys[-1] - p.answer()).max())
+    assert errors[1] < 1e-2 * errors[0]
+
+
+@pytest.mark.parametrize("name", [n for n, p in problems.items() if p.invariants])
+def test_invariants_are_kept_to_tolerance(name):
+    p = problems[name]
+    ys = odeint(p.f, p.y0, np.linspace(p.t0, p.t1, 20), *p.args, rtol=1e-9, atol=1e-9)
+    kept = np.array([p.invariants(np.asarray(y)) for y in ys])
+    np.testing.assert_allclose(kept, np.broadcast_to(kept[0], kept.shape), rtol=1e-5, atol=1e-5)
+
+
+@smooth
+def test_problems_keep_the_precision_of_their_state(name):
+    p = problems[name]
+    solution = solve(
+        p.f, jnp.array(p.y0, jnp.float32), (p.t0, (p.t0 + p.t1) / 50), *p.args, throw=False
+    )
+    assert solution.ys.dtype == jnp.float32 and np.all(np.isfinite(solution.ys))
