@@ -15,6 +15,7 @@ returns is differentiated by JAX; a new one may live outside this library.
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -198,7 +199,7 @@ def symmetric(operator, v, x):
     """A linear operator that is its own transpose, applied to v. It may depend on x."""
     one = once(x)
     # JAX transposes the operator only if every part of v is linear: zeros are made so.
-    total = sum(jnp.sum(part.real).astype(one.dtype) for part in jax.tree.leaves(v))
+    total = sum((jnp.sum(part.real).astype(one.dtype) for part in jax.tree.leaves(v)), 0 * one)
     v = jax.tree.map(lambda part: part + (0 * total).astype(part.dtype), v)
     return lax.custom_linear_solve(
         lambda v: jax.tree.map(lambda part: tree.scale(one, part), v),
@@ -273,7 +274,8 @@ class Backstep:
         self.blank = jax.tree.map(jnp.zeros_like, y)
         self.d_blank = [self.blank] * len(table.dense) if inside else []
         args = (f_x, y, y, s, s, self.blank)
-        self.fused = self.slope = None
+        self.fused: Any = None
+        self.slope: Any = None
         if self.pair.packed:
             both = self.pair.pack(y, y)
             self.fused = scalars.fuse(self.pull, *args, both, self.d_blank)
@@ -295,14 +297,16 @@ class Backstep:
         return f_bar, self.pair.pack(jax.tree.map(jnp.add, y_bar, straight), k_bar)
 
     def __call__(self, carry, f_x, y, k, s, h, ss, ys_bar):
-        straight, d_bar, d, vjp = self.blank, self.d_blank, None, None
+        straight, d_bar = self.blank, self.d_blank
+        d: Any = None
+        vjp: Any = None
         if self.fused is None:
             (_, _, d), vjp = jax.vjp(lambda f_x, y, k: self.step(f_x, y, k, s, h), f_x, y, k)
         elif self.inside and carry.ss is not None:
             d = self.slope(f_x, y, k, s, h)
         if self.inside:
             carry, straight, d_bar = outputs(carry, d, straight, d_bar, s, h, ss, ys_bar)
-        if vjp:
+        if self.fused is None:
             f_bar, both = self.pulled(vjp, straight, carry.pair, d_bar)
         else:
             f_bar, both = self.fused(f_x, y, k, s, h, straight, carry.pair, d_bar)

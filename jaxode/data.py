@@ -1,6 +1,10 @@
 """Data sets, and batches of them, as functions of a key."""
 
-from typing import NamedTuple
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +30,131 @@ def digits(*, test: float = 0.2, seed: int = 0, dtype="float32") -> tuple[Images
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    raw = load_digits()
+    raw: Any = load_digits()
     x = (raw.images[..., None] / 16).astype(dtype)
-    parts = train_test_split(x, raw.target, test_size=test, random_state=seed, stratify=raw.target)
+    parts: Any = train_test_split(
+        x, raw.target, test_size=test, random_state=seed, stratify=raw.target
+    )
     return Images(parts[0], parts[2]), Images(parts[1], parts[3])
+
+
+MNIST = {  # where the four files are fetched from, and their MD5 digests
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "fashion": (
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        {
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+}
+
+
+def mnist(folder: str | Path | None = None, dataset: str = "mnist") -> tuple[Images, Images]:
+    """MNIST (LeCun et al. 1998) or Fashion-MNIST (Xiao et al. 2017): (train, test), 28 x 28.
+
+    Args:
+        folder: where the four IDX files are, gzipped or not, under their usual names. None: they
+            are fetched once into the cache of the user (needs `pooch`), and their digests checked.
+        dataset: "mnist" or "fashion": which one to fetch.
+
+    Raises:
+        FileNotFoundError: a file is not in the folder.
+        ValueError: a file is cut short, or is not what its name says.
+        ConnectionError: the files cannot be fetched.
+    """
+    if dataset not in MNIST:
+        raise ValueError(f"`dataset` must be one of {list(MNIST)}, got {dataset!r}.")
+    folder = fetched(dataset) if folder is None else Path(folder)
+    parts = []
+    for part in ("train", "t10k"):
+        x = idx(found(folder, f"{part}-images-idx3-ubyte"), dimensions=3)
+        y = idx(found(folder, f"{part}-labels-idx1-ubyte"), dimensions=1)
+        if len(x) != len(y):
+            raise ValueError(f"{folder} has {len(x)} images but {len(y)} labels in part {part!r}.")
+        if y.max(initial=0) > 9:
+            raise ValueError(f"{folder} has a label {y.max()} in part {part!r}; they go from 0 to 9.")
+        parts.append(Images((x[..., None] / 255).astype(np.float32), y.astype(np.int32)))
+    return parts[0], parts[1]
+
+
+def found(folder: Path, name: str) -> Path:
+    """A file, or the same gzipped."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"{folder} has neither {name} nor {name}.gz: it must hold the four files of MNIST "
+        "(train- and t10k-, images-idx3-ubyte and labels-idx1-ubyte)."
+    )
+
+
+def fetched(dataset: str) -> Path:
+    """The folder of the four files, fetched if they are not there."""
+    import pooch
+
+    url, digests = MNIST[dataset]
+    registry = {name: f"md5:{digest}" for name, digest in digests.items()}
+    folder = pooch.os_cache("jaxode") / dataset
+    store = pooch.create(folder, base_url=url, registry=registry)
+    try:
+        for name in registry:
+            store.fetch(name, progressbar=True)
+    except OSError as error:
+        raise ConnectionError(
+            f"{url} cannot be reached ({type(error).__name__}). Where there is no network, pass "
+            "the folder that holds the four files (--data DIR)."
+        ) from error
+    return Path(folder)
+
+
+def idx(path: str | Path, dimensions: int | None = None) -> np.ndarray:
+    """An array from a file in IDX format (LeCun), gzipped or not.
+
+    The format: two bytes 0, one byte for the dtype, one for the number of dimensions; their sizes
+    as big-endian 32-bit integers; the elements, big-endian.
+
+    Raises:
+        ValueError: the file is not an IDX file, is cut short, goes on too long, or has another
+            number of dimensions than it should.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again.") from error
+    kinds = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in kinds or raw[3] == 0:
+        raise ValueError(
+            f"{path} is not an IDX file: it starts with 0x{raw[:4].hex()}, and IDX with 0x0000, a "
+            "kind (08 to 0e) and a number of dimensions."
+        )
+    if dimensions is not None and raw[3] != dimensions:
+        raise ValueError(
+            f"{path} has {raw[3]} dimensions instead of {dimensions}: images and labels may have "
+            "been exchanged."
+        )
+    start = 4 + 4 * raw[3]
+    shape = tuple(np.frombuffer(raw[4:start], ">u4").astype(int)) if len(raw) >= start else (0,)
+    size = start + np.dtype(kinds[raw[2]]).itemsize * math.prod(shape)
+    if len(raw) != size:
+        raise ValueError(
+            f"{path} is {'cut short' if len(raw) < size else 'too long'}: {len(raw)} bytes where "
+            f"its header promises {size}."
+        )
+    return np.frombuffer(raw[start:], kinds[raw[2]]).reshape(shape)
 
 
 def batch_indices(key, size: int, batch: int, step: int) -> np.ndarray:
@@ -49,16 +174,16 @@ def batch_indices(key, size: int, batch: int, step: int) -> np.ndarray:
     return order[place * batch : (place + 1) * batch]
 
 
-def shifted(key, x):
-    """Each image moved by -1, 0 or 1 pixel in both directions, zeros moved in.
+def shifted(key, x, pad: int = 1):
+    """Each image moved by at most `pad` pixels in both directions, zeros moved in.
 
     >>> import jax, jax.numpy as jnp
     >>> shifted(jax.random.key(0), jnp.ones((5, 8, 8, 1))).shape
     (5, 8, 8, 1)
     """
     n, h, w, c = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    corners = jax.random.randint(key, (n, 2), 0, 3)
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = jax.random.randint(key, (n, 2), 0, 2 * pad + 1)
     crop = lambda image, corner: jax.lax.dynamic_slice(
         image, (corner[0], corner[1], jnp.zeros_like(corner[0])), (h, w, c)
     )

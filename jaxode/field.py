@@ -13,8 +13,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 from jaxtyping import Array, PyTree
+
+from jaxode import tree
 
 
 class Field(eqx.Module):
@@ -28,20 +32,21 @@ class Field(eqx.Module):
     leaves: list[Any]
     t0: Array
     t1: Array
+    span: Array  # t1 - t0; 1 if they are equal
     time_dtype: Any = eqx.field(static=True)
 
     def time(self, s):
-        """t0 + (t1 - t0) s, never beyond t1 by a rounding."""
-        t = self.t0 + (self.t1 - self.t0) * s
+        """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it."""
+        if not self.trace.uses_time:
+            return self.t0
+        t = self.t0 + self.span * s
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         # `where`, not `clip`: at a tie the derivative is that of t.
         return jnp.where(t < low, low, jnp.where(t > high, high, t))
 
     def __call__(self, y: PyTree, s) -> PyTree:
-        span = self.t1 - self.t0
-        span = jnp.where(span == 0, jnp.ones_like(span), span)  # t0 == t1: see solve.unit_times
-        out = self.trace(self.leaves, y, self.time(s).astype(self.time_dtype))
-        return jax.tree.map(lambda k: span.astype(k.dtype) * k, out)
+        out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
+        return jax.tree.map(lambda k: tree.scale(self.span, k), out)
 
 
 class Trace:
@@ -119,7 +124,7 @@ def frozen(value, rules: list):
     if isinstance(value, dict):
         return tuple((key, frozen(item, rules)) for key, item in sorted(value.items()))
     if isinstance(value, np.ndarray | np.generic) or (
-        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+        isinstance(value, jax.Array) and not isinstance(value, Tracer)
     ):
         return str(value.dtype), value.shape, np.asarray(value).tobytes()
     try:

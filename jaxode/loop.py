@@ -103,6 +103,7 @@ class Integrator(eqx.Module):
     def record(self, f, y0: PyTree, ss: Array) -> tuple[PyTree, Report, Tape]:
         """The same, and the tape."""
         ys, report, state = self.run(f, y0, ss, tape=self.empty_tape(y0, ss.dtype))
+        assert state.tape is not None
         return ys, report, state.tape._replace(steps=state.accepted, k_end=state.pair[1])
 
     def run(self, f, y0, ss, tape):
@@ -111,7 +112,8 @@ class Integrator(eqx.Module):
         advance = adaptive if self.steps is None else fixed
         state, report = advance(self, f, y0, k0, lax.stop_gradient(ss[-1]), ss, rows, tape)
         inside = state.rows and state.rows.ys
-        return assemble(y0, k0, *state.pair, inside, ss, report), report, state
+        y1, k1 = state.pair
+        return assemble(y0, k0, y1, k1, inside, ss, report), report, state
 
     @property
     def segment(self) -> int:
@@ -159,16 +161,16 @@ def adaptive(
         s1, pair1, history = tree.where(
             accept, (s1, pair1, history), (s, state.pair, state.history)
         )
+        written = write_rows(state.rows, ss, s, s1, h, inside)
         new = state._replace(
             s=s1, pair=pair1, ratio=ratio, history=history,
             h=jnp.minimum(h * factor, integrator.hmax),
             accepted=state.accepted + accept.astype(jnp.int32),
             attempts=state.attempts + 1,
-            tape=write_tape(state.tape, state.accepted, y, k, s1),
-            rows=write_rows(state.rows, ss, s, s1, h, inside),
+            tape=write_tape(state.tape, state.accepted, (y, k), s1), rows=written,
         )  # fmt: skip
-        if state.mark is not None and state.rows is not None:
-            passed = new.rows.count > state.rows.count
+        if state.mark is not None and state.rows is not None and written is not None:
+            passed = written.count > state.rows.count
             new = new._replace(mark=jnp.where(passed, new.attempts, state.mark))
         return after(state, new) if after else new
 
@@ -211,7 +213,7 @@ def fixed(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, after=None,
         new = state._replace(
             pair=pair1, accepted=state.accepted + 1, attempts=state.attempts + 1,
             s=jnp.where(tree.all_finite(y1), s1, state.s),  # how far the solution is finite
-            tape=write_tape(state.tape, state.accepted, *pair.open(state.pair), s1),
+            tape=write_tape(state.tape, state.accepted, pair.open(state.pair), s1),
             rows=write_rows(state.rows, ss, s, s1, s1 - s, inside),
         )  # fmt: skip
         return after(state, new) if after else new
@@ -258,7 +260,8 @@ def embedded(table, f, y0, k0, s, fuse=True):
     pair = Pair(y0, packed=fuse)
 
     def plain(f, both, s, h):
-        y1, ks = step(table, f, *pair.open(both), s, h)
+        y, k = pair.open(both)
+        y1, ks = step(table, f, y, k, s, h)
         return pair.pack(y1, ks[-1]), y1, error(table, h, ks)
 
     fused = scalars.fuse(plain, f, pair.pack(y0, k0), s, s) if pair.packed else None
@@ -272,8 +275,9 @@ def embedded(table, f, y0, k0, s, fuse=True):
     pair = Pair(y0, packed=False)
 
     def with_stages(f, both, s, h):
-        y1, ks = step(table, f, *both, s, h)
-        return (y1, ks[-1]), y1, error(table, h, ks), Inside(table, f, both[0], s, h, ks)
+        y, k = both
+        y1, ks = step(table, f, y, k, s, h)
+        return (y1, ks[-1]), y1, error(table, h, ks), Inside(table, f, y, s, h, ks)
 
     return with_stages, pair
 
@@ -312,17 +316,16 @@ class Inside:
 
     def prepare(self, wanted):
         """The further stages that dense output needs, if any output is wanted."""
-        if self.ks is None or not self.table.extra_c:
-            return self.ks
+        ks = self.ks
+        if ks is None or not self.table.extra_c:
+            return ks
         blank = jax.tree.map(jnp.zeros_like, self.y)
         more = lax.cond(
             wanted,
-            lambda: extra_stages(self.table, self.f, self.y, self.ks, self.s, self.h)[
-                len(self.ks) :
-            ],
+            lambda: extra_stages(self.table, self.f, self.y, ks, self.s, self.h)[len(ks) :],
             lambda: [blank] * len(self.table.extra_c),
         )
-        return [*self.ks, *more]
+        return [*ks, *more]
 
     def at(self, ks, theta):
         if ks is not None:
@@ -339,6 +342,7 @@ class Inside:
 
 def waited(state: State):
     """Attempts since the last output was passed."""
+    assert state.mark is not None
     return (state.attempts - state.mark).astype(jnp.result_type(float))
 
 
@@ -433,7 +437,7 @@ def assemble(y0, k0, y1, k1, inside, ss, report: Report) -> PyTree:
 # The tape: states at about sqrt(max_steps) places, whatever the number of steps.
 
 
-def write_tape(tape: Tape | None, n, y, k, s1) -> Tape | None:
+def write_tape(tape: Tape | None, n, pair, s1) -> Tape | None:
     """State n, where an attempt begins, and where it ends. What a rejected attempt wrote is written over.
 
     State n belongs into row n / 2^level, rounded up: the last state written into a row is the one
@@ -441,6 +445,7 @@ def write_tape(tape: Tape | None, n, y, k, s1) -> Tape | None:
     """
     if tape is None:
         return None
+    y, k = pair
     row = (n + (1 << tape.level) - 1) >> tape.level
     put = lambda room, x: lax.dynamic_update_index_in_dim(room, x, row, 0)
     return tape._replace(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +28,12 @@ class Problem:
     """
 
     f: Callable
-    y0: np.ndarray
+    y0: npt.ArrayLike
     t1: float
     t0: float = 0.0
     args: tuple = ()
     exact: Callable | None = None
-    end: np.ndarray | None = None
+    end: npt.ArrayLike | None = None
     invariants: Callable | None = None
     stiff: bool = False
 
@@ -43,7 +44,7 @@ class Problem:
 
     def answer(self) -> np.ndarray:
         """y(t1)."""
-        return self.exact(self.t1) if self.end is None else self.end
+        return np.asarray(self.exact(self.t1) if self.exact else self.end)
 
 
 def decay(y, t, rate):

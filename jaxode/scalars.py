@@ -185,11 +185,12 @@ def put_together(scalars, aval):
         return jnp.zeros(aval.shape, aval.dtype)
     if not aval.shape:
         return flat[0]
+    wide = (len(flat),)
     place = np.arange(len(flat))
-    out = jnp.full(len(flat), flat[-1])
+    out = lax.broadcast(flat[-1], wide)
     for i, x in enumerate(flat[:-1]):
-        out = jnp.where(place == i, x, out)
-    return out.reshape(aval.shape)
+        out = lax.select(place == i, lax.broadcast(x, wide), out)
+    return lax.reshape(out, aval.shape)
 
 
 def _slice(x, *, start_indices, limit_indices, strides):

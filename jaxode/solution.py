@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
@@ -83,7 +84,7 @@ class Solution(NamedTuple):
     reached: Array
 
     def __str__(self) -> str:
-        if isinstance(self.status, jax.core.Tracer):
+        if isinstance(self.status, Tracer):
             return f"Solution(ts={self.ts}, ys={self.ys}, status={self.status})"
         status = np.asarray(self.status)
         lines = [f"Solution at {np.asarray(self.ts).size} times, {_span(self.ts)}"]

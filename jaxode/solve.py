@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxode import adjoints, tableaus, tree
@@ -182,7 +183,7 @@ class Static:
 def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> Solution:
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     ss, span = unit_times(t)
-    field = Field(static.trace, leaves, t[0], t[-1], static.func_time)
+    field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
     valid = valid_times(t) & valid_limits(rtol, atol, mxstep, hmax)
     long = lax.stop_gradient(jnp.abs(span))
     eps = float(jnp.finfo(static.func_time).eps)
@@ -238,7 +239,7 @@ def poisoned_jvp(primals, tangents):
 
 def known(*xs) -> bool:
     """Whether values are there to look at, outside of any transformation."""
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(xs))
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(xs))
 
 
 def as_state(y0: PyTree) -> PyTree:
@@ -390,7 +391,7 @@ def whole(name, value) -> int:
     return int(value)
 
 
-def controller_or_default(controller) -> Controller:
+def controller_or_default(controller) -> Any:
     if controller is None:
         return Controller()
     if not callable(controller) or not hasattr(controller, "start"):

@@ -6,6 +6,7 @@ every method: the last k is both the slope that dense output needs and the first
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
@@ -21,7 +22,7 @@ def step(table: Tableau, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list[Py
     ks = [k]
     for c, row in zip(table.c[1:], table.a[1:]):
         y1 = tree.combine(y, h, row, ks)
-        ks.append(f(y1, s + c * h))
+        ks.append(f(y1, s + tree.scale(c, h)))
     return y1, ks
 
 
@@ -35,7 +36,7 @@ def extra_stages(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
     """The stages that only dense output needs (three in dop853, none in most tables)."""
     ks = list(ks)
     for c, row in zip(table.extra_c, table.extra_a):
-        ks.append(f(tree.combine(y, h, row, ks), s + c * h))
+        ks.append(f(tree.combine(y, h, row, ks), s + tree.scale(c, h)))
     return ks
 
 
@@ -43,14 +44,14 @@ def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
     """y(s + theta h) = y + h sum_i b_i(theta) k_i: dense output, for 0 <= theta <= 1."""
     powers = [theta]
     while len(powers) < len(table.dense):
-        powers.append(powers[-1] * theta)
+        powers.append(lax.mul(powers[-1], theta))
     weights = [
-        sum((d * p for d, p in zip(column, powers) if d), jnp.zeros_like(theta))
+        sum((tree.scale(d, p) for d, p in zip(column, powers) if d), jnp.zeros_like(theta))
         for column in zip(*table.dense)
     ]
     used = [any(column) for column in zip(*table.dense)]
     terms = [(w, k) for w, k, u in zip(weights, ks, used) if u]
-    return jax.tree.map(lambda y, d: y + d, y, tree.weighted_sum(h, terms))
+    return jax.tree.map(lax.add, y, tree.weighted_sum(h, terms))
 
 
 def coefficients(table: Tableau, ks, h) -> list[PyTree]:

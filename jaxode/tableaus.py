@@ -86,13 +86,13 @@ def tableau(
         c=floats(c),
         a=tuple(map(floats, a)),
         b=floats(b),
-        e=e and floats(e),
-        error_order=e and (error_order or order - 1),
+        e=None if e is None else floats(e),
+        error_order=None if e is None else error_order or order - 1,
         dense=tuple(map(floats, dense)),
         dense_order=dense_order or min(order, 4),
         extra_c=floats(extra_c),
         extra_a=tuple(map(floats, extra_a)),
-        e_low=e_low and floats(e_low),
+        e_low=None if e_low is None else floats(e_low),
     )
 
 

@@ -5,6 +5,7 @@ A loss is a function `loss(model, batch, key) -> (value, metrics)`, metrics a di
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,8 @@ def fit(
         fresh: start over, whatever is in the folder.
 
     Returns:
-        The state after the last step, and the metrics of every step, as in metrics.jsonl.
+        The state after the last step, and the metrics of every step, as in metrics.jsonl: its
+        number, the loss, what `loss` and `evaluate` said, and the seconds since the run began.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the steps done are in the checkpoint, and the next call goes on.
@@ -95,6 +97,7 @@ def fit(
     from tqdm import tqdm
 
     state, history = resume(folder, state) if folder and not fresh else (state, [])
+    began = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     step = train_step(loss, optimiser)
     bar = tqdm(total=steps, initial=int(state.step), desc=label, disable=not progress, leave=False)
     try:
@@ -104,9 +107,11 @@ def fit(
             due = (n + 1) % every == 0 or n + 1 == steps
             if due and evaluate:
                 record |= {name: float(x) for name, x in evaluate(state.model).items()}
+            record["seconds"] = time.perf_counter() - began
             history.append(record)
             bar.set_postfix(
-                {k: f"{v:.4g}" for k, v in record.items() if k != "step"}, refresh=False
+                {k: f"{v:.4g}" for k, v in record.items() if k not in ("step", "seconds")},
+                refresh=False,
             )
             bar.update()
             if due and folder:

@@ -1,5 +1,8 @@
 """Data: every sample where it should be, once, and the same ones the next time."""
 
+import gzip
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +59,68 @@ def test_a_shift_moves_whole_images_by_at_most_a_pixel():
     assert np.all(moved.sum((1, 2, 3)) == 1)
     places = {tuple(np.argwhere(one)[0][:2] - 4) for one in moved}
     assert places == {(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+
+
+def idx_bytes(array):
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return head + array.astype("u1").tobytes()
+
+
+@pytest.fixture
+def mnist_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 6), ("t10k", 3)):
+        images = idx_bytes(rng.integers(0, 256, (n, 28, 28)))
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(rng.integers(0, 10, n)))
+    return tmp_path
+
+
+def test_idx_files_are_read_gzipped_or_not(mnist_folder):
+    train, test = data.mnist(mnist_folder)
+    assert train.x.shape == (6, 28, 28, 1) and test.y.shape == (3,)
+    assert train.x.dtype == np.float32 and 0 <= train.x.min() and train.x.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("t10k-labels-idx1-ubyte", lambda raw: raw[:-1], "cut short"),
+        ("t10k-labels-idx1-ubyte", lambda raw: raw + b"\0", "too long"),
+        ("t10k-labels-idx1-ubyte", lambda raw: raw[:6], "cut short"),
+        ("t10k-labels-idx1-ubyte", lambda raw: b"\x01" + raw[1:], "not an IDX file"),
+        ("t10k-labels-idx1-ubyte", lambda raw: b"", "not an IDX file"),
+        ("train-images-idx3-ubyte.gz", lambda raw: raw[:-9], "damaged or cut short"),
+        ("train-images-idx3-ubyte.gz", lambda raw: idx_bytes(np.zeros(6)), "exchanged"),
+        ("train-labels-idx1-ubyte", lambda raw: idx_bytes(np.zeros(5)), "6 images but 5 labels"),
+        ("train-labels-idx1-ubyte", lambda raw: idx_bytes(np.full(6, 12)), "a label 12"),
+    ],
+)
+def test_a_bad_file_gets_an_error_that_names_it(mnist_folder, name, change, message):
+    path = mnist_folder / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        data.mnist(mnist_folder)
+
+
+def test_a_missing_file_is_named(mnist_folder):
+    (mnist_folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte"):
+        data.mnist(mnist_folder)
+
+
+def test_an_unreachable_server_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
+    pytest.importorskip("pooch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(data.MNIST, "mnist", ("http://127.0.0.1:9/", data.MNIST["mnist"][1]))
+    with pytest.raises(ConnectionError, match="--data"):
+        data.mnist()
+
+
+def test_the_real_subset_is_read():
+    folder = Path(__file__).parents[2] / "shared" / "data" / "mnist10k"
+    if not folder.exists():
+        pytest.skip("no real data here")
+    train, test = data.mnist(folder)
+    assert (len(train.y), len(test.y)) == (8000, 2000)
+    assert set(train.y) == set(range(10)) and 0.1 < train.x.mean() < 0.2

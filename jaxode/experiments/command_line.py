@@ -1,7 +1,12 @@
-"""The command `jaxode`: a sub-command an experiment, which imports what it needs when it runs."""
+"""The command `jaxode`: a sub-command an experiment, whose options are its settings."""
 
+import importlib
 import sys
 
+EXPERIMENTS = {  # module: what --help says of it; a module is imported when its command runs
+    "digits": "MLP, ResNet, RK-Net and ODE-Net on scikit-learn's digits (table 1): the main job.",
+    "mnist": "The same on MNIST or Fashion-MNIST, with figure 3.",
+}
 EXTRAS = "jaxode's command needs {}: pip install 'jaxode[experiments]'"
 
 
@@ -12,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         code = commands().main(arguments, prog_name="jaxode", standalone_mode=False)
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "matplotlib", "sklearn"):
+        if error.name not in ("click", "matplotlib", "sklearn", "pooch"):
             raise
         return fail(EXTRAS.format(error.name), 1)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -30,59 +35,93 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def module_of(name: str):
+    return importlib.import_module(f"jaxode.experiments.{name.replace('-', '_')}")
+
+
 def commands():
-    """The click group; experiments are imported by the commands that run them."""
+    """The click group; an experiment is imported when its command is asked for."""
     import click
 
-    @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-    def group():
-        """Experiments of jaxode: differential equations inside JAX models."""
+    class Experiments(click.Group):
+        def list_commands(self, ctx):
+            return list(EXPERIMENTS)
 
-    @group.command()
-    @click.option("--out", default="runs/digits", help="Folder of checkpoints and figures.")
-    @click.option(
-        "--epochs", type=click.IntRange(1), default=None, help="Passes over the training data."
+        def get_command(self, ctx, cmd_name):
+            return command(cmd_name) if cmd_name in EXPERIMENTS else None
+
+        def format_commands(self, ctx, formatter):
+            with formatter.section("Experiments"):
+                formatter.write_dl(list(EXPERIMENTS.items()))
+
+        def resolve_command(self, ctx, args):
+            if args and args[0] not in EXPERIMENTS:
+                ctx.fail(f"No experiment {args[0]!r}; there are {', '.join(EXPERIMENTS)}.")
+            return super().resolve_command(ctx, args)
+
+    return Experiments(
+        help="Experiments of jaxode: differential equations inside JAX models. Each trains, prints "
+        "a table, and writes results.json, metrics and figures into a folder; interrupted, it goes "
+        "on when it is called again. `jaxode EXPERIMENT --help` explains its options.",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, order and shifts.")
-    @click.option("--quick", is_flag=True, help="Tiny networks, one epoch: does everything work?")
-    @click.option(
-        "--adjoint",
-        type=click.Choice(["replay", "backsolve"]),
-        default="replay",
-        help="How the ODE-Net is differentiated: through its accepted steps, or the adjoint ODE.",
-    )
-    @click.option(
-        "--rtol",
-        type=click.FloatRange(1e-6, 1.0),
-        default=1e-2,
-        help="Tolerance of the ODE-Net's solver, relative and absolute.",
-    )
-    @click.option("--fresh", is_flag=True, help="Start over instead of going on from checkpoints.")
-    def digits(out, epochs, seed, quick, adjoint, rtol, fresh):
-        """Train MLP, ResNet, RK-Net and ODE-Net on 8 x 8 digits (table 1 of Chen et al. 2018).
 
-        Prints a table and writes results.json, metrics and figures. Ctrl-C keeps what was done; the
-        same command goes on from there.
-        """
-        import dataclasses
 
-        import matplotlib  # noqa: F401  here, so that a missing package shows at once
-        import sklearn  # noqa: F401
+def command(name: str):
+    """The command of one experiment."""
+    import dataclasses
 
-        from jaxode.experiments import digits as experiment
+    import click
+    import sklearn  # noqa: F401  here, so that a missing package shows at once
 
-        settings = experiment.Settings(seed=seed, adjoint=adjoint, rtol=rtol)
-        settings = settings.quick() if quick else settings
-        if epochs is not None:
-            settings = dataclasses.replace(settings, epochs=epochs)
+    module = module_of(name)
+    from jaxode.experiments.experiment import carry_out
+
+    def callback(out, scale, fresh, **given):
+        given = {key: value for key, value in given.items() if value is not None}
+        settings = module.Settings.at(scale, **given)
         try:
-            results = experiment.run(out, settings, fresh=fresh, progress=sys.stderr.isatty())
+            bar = sys.stderr.isatty()
+            results = carry_out(module, settings, out, fresh=fresh, progress=bar)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
-        click.echo(experiment.table(results))
+        click.echo(str(results))
         click.echo(f"results.json, metrics and figures are in {out}")
 
-    return group
+    fields = [click_option(field) for field in dataclasses.fields(module.Settings)]
+    general = [
+        click.Option(
+            ["--out"], default=f"runs/{name}", show_default=True,
+            help="Folder of checkpoints and figures.",
+        ),
+        click.Option(
+            ["--quick", "scale"], flag_value="quick", default="default",
+            help="Under a minute: does everything work?",
+        ),
+        click.Option(["--full", "scale"], flag_value="full", help="The published size."),
+        click.Option(
+            ["--fresh"], is_flag=True, help="Start over instead of going on from checkpoints."
+        ),
+    ]  # fmt: skip
+    return click.Command(name, callback=callback, params=[*general, *fields], help=module.__doc__)
+
+
+def click_option(field):
+    """An option from a field of settings; None if it is not given."""
+    import click
+
+    low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
+    kinds = {int: click.IntRange(low, high), float: click.FloatRange(low, high), str: str}
+    scales = [f"{k}: {field.metadata[k]}" for k in ("quick", "full") if field.metadata[k] is not None]
+    shown = "; ".join([str(field.default) or "none", *scales])
+    flag = field.type is bool
+    return click.Option(
+        [f"--{field.name.replace('_', '-')}"],
+        type=None if flag else click.Choice(choices) if choices else kinds[field.type],
+        default=None,
+        is_flag=flag,
+        help=field.metadata["help"] + ("" if flag else f"  [{shown}]"),
+    )
 
 
 if __name__ == "__main__":

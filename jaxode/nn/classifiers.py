@@ -1,5 +1,7 @@
 """The four classifiers of table 1 of Chen et al. (2018): MLP, ResNet, RK-Net, ODE-Net."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -99,7 +101,7 @@ def classifier(
     atol: float = 1e-3,
     dtype=None,
     key: PRNGKeyArray,
-):
+) -> Any:
     """A classifier of table 1 by its name: "mlp", "resnet", "rk-net" or "ode-net".
 
     RK-Net takes a fixed number of Runge-Kutta steps and is differentiated through the solver
@@ -119,9 +121,10 @@ def classifier(
         body = ResidualBlocks(blocks, channels, groups=groups, dtype=dtype, key=body_key)
     elif name in ("rk-net", "ode-net"):
         field = ConvField(channels, groups=groups, dtype=dtype, key=body_key)
-        fixed = dict(method="rk4", dt=0.5, adjoint="direct")
-        adaptive = dict(method="tsit5", rtol=rtol, atol=atol, adjoint=adjoint)
-        body = NeuralODE(field, **(fixed if name == "rk-net" else adaptive))
+        if name == "rk-net":
+            body = NeuralODE(field, method="rk4", dt=0.5, adjoint="direct")
+        else:
+            body = NeuralODE(field, method="tsit5", rtol=rtol, atol=atol, adjoint=adjoint)
     else:
         raise ValueError(f"`name` must be 'mlp', 'resnet', 'rk-net' or 'ode-net', got {name!r}.")
     return Classifier(

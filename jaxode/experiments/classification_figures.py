@@ -1,44 +1,14 @@
-"""The figures of `jaxode digits`."""
-
-from pathlib import Path
+"""The figures of the image experiments."""
 
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 COLOURS = {"mlp": "#999999", "resnet": "#E69F00", "rk-net": "#56B4E9", "ode-net": "#0072B2"}
 LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-Net"}
-STYLE = {
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 120,
-    "lines.linewidth": 2.2,
-    "axes.titlesize": 14,
-    "savefig.bbox": "tight",
-}
-
-
-def draw(out: Path, curves, sweep, net, test_set) -> list[str]:
-    """All figures, as PNG files in `out`; their names."""
-    figures = {
-        "training.png": lambda: training(curves),
-        "tolerance.png": lambda: tolerance(sweep),
-        "between.png": lambda: between(net, test_set),
-    }
-    with plt.rc_context(STYLE):
-        for name, figure in figures.items():
-            figure().savefig(out / name)
-            plt.close("all")
-    return list(figures)
-
-
 def training(curves):
     """Test error, and evaluations of the ODE-Net, against the step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for name, history in curves.items():
         tested = [r for r in history if "test error" in r]
         steps = [r["step"] for r in tested]
@@ -47,7 +17,7 @@ def training(curves):
     left.set(yscale="log", xlabel="training step", ylabel="test error (%)", title="Learning")
     left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     left.minorticks_off()
-    left.legend(frameon=False)
+    left.legend()
     history = curves["ode-net"]
     right.plot(
         [r["step"] for r in history], [r["evaluations"] for r in history], color=COLOURS["ode-net"]
@@ -59,25 +29,58 @@ def training(curves):
     return figure
 
 
-def tolerance(sweep):
-    """Figure 3 of the paper: error and time against evaluations, for one trained network."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+def figure_3(sweep, history):
+    """Figure 3 of the paper: error, time and backward evaluations; and cost over training."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     count = np.array([row["evaluations"] for row in sweep])
-    panels = [
-        ([row["feature error"] for row in sweep], "error of the features (RMS)", "log"),
-        ([1e3 * row["seconds"] for row in sweep], "time of a forward solve (ms)", "linear"),
-        ([100 * row["test error"] for row in sweep], "test error (%)", "linear"),
-    ]
-    for axis, (values, label, scale) in zip(axes, panels):
-        axis.plot(count, values, "o-", color=COLOURS["ode-net"])
-        axis.set(xlabel="evaluations of the field", ylabel=label, yscale=scale)
-        if scale == "linear":
-            axis.set_ylim(0, 1.25 * max([*values, 1e-9]))
+    axes[0, 0].plot(count, [row["feature error"] for row in sweep], "o-")
+    axes[0, 0].set(ylabel="error of the features (RMS)", yscale="log", title="(a) error")
     for row in sweep:
-        axes[0].annotate(
+        axes[0, 0].annotate(
             f"  {row['tolerance']:.0e}", (row["evaluations"], row["feature error"]), fontsize=10
         )
-    axes[0].set_title("Trained at one tolerance, tested at many")
+    axes[0, 1].plot(count, [1e3 * row["seconds"] for row in sweep], "o-", label="time (ms)")
+    errors = [100 * row["test error"] for row in sweep]
+    axes[0, 1].plot(count, errors, "s--", label="test error (%)")
+    axes[0, 1].set(title="(b) time, and the trade after training", ylim=(0, None))
+    axes[0, 1].legend()
+    for adjoint in sweep[0]["backward"]:
+        forward, backward = zip(*(row["backward"][adjoint] for row in sweep))
+        axes[1, 0].plot(forward, backward, "o-", label=f'"{adjoint}"')
+    top = max(count)
+    axes[1, 0].plot([0, top], [0, top], ":", color="#999999", label="as many as forward")
+    axes[1, 0].set(ylabel="backward evaluations (vjps)", title="(c) backward and forward")
+    axes[1, 0].legend()
+    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
+        axis.set_xlabel("forward evaluations")
+    axes[1, 1].plot([r["step"] for r in history], [r["evaluations"] for r in history])
+    axes[1, 1].set(
+        xlabel="training step", ylabel="forward evaluations", ylim=(0, None),
+        title="(d) cost over training",
+    )  # fmt: skip
+    return figure
+
+
+def memory(rows):
+    """Temporary memory of the gradient against accuracy."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.5))
+    for adjoint in ("direct", "replay", "backsolve"):
+        axis.plot(
+            [row["tolerance"] for row in rows], [row[adjoint] / 2**20 for row in rows], "o-",
+            label=f'"{adjoint}"',
+        )  # fmt: skip
+    for row in rows:
+        top = max(row[a] for a in ("direct", "replay", "backsolve")) / 2**20
+        axis.annotate(
+            f"{row['steps']} steps", (row["tolerance"], top), xytext=(0, 6), fontsize=10,
+            textcoords="offset points", ha="center",
+        )  # fmt: skip
+    axis.set(
+        xscale="log", yscale="log", xlabel="tolerance", ylabel="memory of the gradient (MiB)",
+        title="Memory against accuracy",
+    )  # fmt: skip
+    axis.invert_xaxis()
+    axis.legend()
     return figure
 
 
@@ -86,7 +89,7 @@ def between(net, test_set, times: int = 6, samples: int = 4):
     ts = np.linspace(0, 1, 25)
     x, y = jnp.asarray(test_set.x), np.asarray(test_set.y)
     path = np.asarray(net.body.solve(net.features(x), ts).ys)
-    figure = plt.figure(figsize=(13, 5.4), layout="constrained")
+    figure = plt.figure(figsize=(13, 5.4))
     left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=[1.25, 1])))
     axes = left.subplots(samples, times + 1)
     shown = [int(np.flatnonzero(y == digit)[0]) for digit in range(samples)]

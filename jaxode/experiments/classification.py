@@ -1,0 +1,369 @@
+"""Table 1 and figure 3 of Chen et al. (2018): MLP, ResNet, RK-Net and ODE-Net on images.
+
+`train_and_measure` does the work for `digits` and `mnist`, which say what the images are.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxode import data, train
+from jaxode.experiments import classification_figures as figures
+from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode.nn import NeuralODE, classifier
+from jaxode.solve import solve
+
+LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-Net"}
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Options):
+    """What both image experiments can be asked for."""
+
+    epochs: int = option(24, "Passes over the training data.", quick=1, low=1)
+    batch: int = option(32, "Images a step.", quick=16, low=1)
+    channels: int = option(24, "Of the feature maps.", quick=4, low=1)
+    hidden: int = option(128, "Width of the MLP.", quick=16, low=1)
+    blocks: int = option(6, "Of the ResNet.", low=1)
+    rate: float = option(1e-2, "Learning rate.", low=0.0)
+    samples: int = option(0, "Images to train on; 0: all.", quick=64, low=0)
+    adjoint: str = option(
+        "replay", "How the ODE-Net is differentiated.", choices=("replay", "backsolve")
+    )
+    rtol: float = option(
+        1e-2, "Tolerance of the ODE-Net's solver, relative and absolute.", low=1e-6, high=1.0
+    )
+    validate: bool = option(
+        False, "Keep the test images unseen: hold out a fifth of the training images instead."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Images, and how a network takes them in."""
+
+    images: data.Images
+    test: data.Images
+    strides: tuple[int, ...]
+    pad: int  # how far training images are moved at random, in pixels
+    groups: int | None
+    optimiser: Callable  # (settings, steps, steps of an epoch) -> optax optimiser
+    size: tuple[int, int, int]
+
+
+def network(name: str, task: Task, settings: Settings, key):
+    """One of the four, in float32."""
+    net = classifier(
+        name,
+        channels=settings.channels,
+        image=task.size,
+        strides=task.strides,
+        blocks=settings.blocks,
+        hidden=settings.hidden,
+        groups=task.groups,
+        adjoint=settings.adjoint,
+        rtol=settings.rtol,
+        atol=settings.rtol,
+        dtype=jnp.float32,
+        key=key,
+    )
+    if name != "ode-net":
+        return net
+    # Replay keeps about 2 sqrt(max_steps) states, and these fields take fewer than ten steps.
+    return eqx.tree_at(lambda net: net.body, net, net.body.with_options(max_steps=256))
+
+
+def loss_of(pad: int):
+    """The loss on images that are moved at random, each time another way."""
+
+    def loss(net, batch, key):
+        """Cross entropy."""
+        x, labels = batch
+        logits, evaluations = net(data.shifted(key, x, pad))
+        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+        return value, {"accuracy": accuracy, "evaluations": evaluations}
+
+    return loss
+
+
+def prepared(task: Task, settings: Settings) -> Task:
+    """The images that the settings ask for."""
+    images, test = task.images, task.test
+    if settings.validate:
+        order = np.random.default_rng(0).permutation(len(images.y))
+        held = order[: len(order) // 5]
+        test = data.Images(images.x[held], images.y[held])
+        images = data.Images(images.x[order[len(held) :]], images.y[order[len(held) :]])
+    images = data.Images(*(part[: settings.samples or None] for part in images))
+    return dataclasses.replace(task, images=images, test=test)
+
+
+def train_and_measure(task: Task, settings: Settings, folder: Path, progress: bool):
+    """Train the four and measure them: (networks, histories, rows of numbers, sweep of tolerances)."""
+    task = prepared(task, settings)
+    numbers, nets, histories = {}, {}, {}
+    for name in LABELS:
+        nets[name], histories[name] = trained(name, task, settings, folder / name, progress)
+        batch = task.images.x[: settings.batch], task.images.y[: settings.batch]
+        numbers[name] = {
+            "test error": histories[name][-1]["test error"],
+            "parameters": parameters(nets[name]),
+            "ms": step_milliseconds(histories[name]),
+            **cost_of_gradient(nets[name], batch, loss_of(task.pad)),
+        }
+    return nets, histories, numbers, tolerances(nets["ode-net"], task.test)
+
+
+def rows_of(numbers: dict) -> list[dict]:
+    """The table: a line for each network."""
+    return [
+        {
+            "network": LABELS[name],
+            "test error": f"{100 * row['test error']:.2f} %",
+            "parameters": f"{row['parameters']:,}",
+            "ms/step": f"{row['ms']:.1f}",
+            "grad memory": f"{row['gradient_bytes'] / 2**20:.2f} MiB",
+            "forward": str(row["forward_evaluations"]),
+            "backward": str(row["backward_vjps"])
+            + (f" + {row['rebuilding_evaluations']}" if row["rebuilding_evaluations"] else ""),
+        }
+        for name, row in numbers.items()
+    ]
+
+
+NOTES = (
+    "forward: evaluations of the field (or residual blocks); backward: vjps of it, +\n"
+    "evaluations that rebuild states between checkpoints."
+)
+
+
+def trained(name, task, settings, folder, progress):
+    """The network after training, and the metrics of its steps."""
+    net_key, order_key, shift_key = jax.random.split(jax.random.key(settings.seed), 3)
+    net = network(name, task, settings, net_key)
+    size = len(task.images.y)
+    epoch = size // settings.batch
+    steps = settings.epochs * epoch
+    optimiser = task.optimiser(settings, steps, epoch)
+
+    def batches(step):
+        i = data.batch_indices(order_key, size, settings.batch, step)
+        return task.images.x[i], task.images.y[i]
+
+    wrong = eqx.filter_jit(lambda net, x, y: jnp.sum(jnp.argmax(net(x)[0], -1) != y))
+
+    def test_error(net):
+        x, y = task.test
+        parts = [slice(i, i + 500) for i in range(0, len(y), 500)]
+        return {"test error": sum(int(wrong(net, x[i], y[i])) for i in parts) / len(y)}
+
+    state, history = train.fit(
+        loss_of(task.pad),
+        optimiser,
+        train.start(net, optimiser, shift_key),
+        batches,
+        steps,
+        folder=folder,
+        every=max(1, min(2 * epoch, steps // 4)),
+        evaluate=test_error,
+        label=LABELS[name],
+        progress=progress,
+    )
+    return state.model, history
+
+
+def step_milliseconds(history) -> float:
+    """The median time of a step; the first one compiles."""
+    laps = [1e3 * (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(history[1:])]
+    return statistics.median(laps) if laps else float("nan")
+
+
+def parameters(net) -> int:
+    """The number of weights."""
+    return sum(x.size for x in jax.tree.leaves(eqx.filter(net, eqx.is_inexact_array)))
+
+
+class Counted(eqx.Module):
+    """A field that reports each of its evaluations, and each vjp of one, as the program runs."""
+
+    field: eqx.Module
+    report: Callable = eqx.field(static=True)
+
+    def __call__(self, y, t):
+        weights, rest = eqx.partition(self.field, eqx.is_inexact_array)
+        report = self.report
+
+        @jax.custom_vjp
+        def evaluate(weights, y, t):
+            jax.debug.callback(
+                report, False, t
+            )  # t: a call that depends on nothing leaves the loop
+            return eqx.combine(weights, rest)(y, t)
+
+        def forwards(weights, y, t):
+            return evaluate(weights, y, t), (weights, y, t)
+
+        def backwards(residuals, k_bar):
+            jax.debug.callback(report, True, residuals[-1])
+            plain = lambda weights, y, t: eqx.combine(weights, rest)(y, t)
+            return jax.vjp(plain, *residuals)[1](k_bar)
+
+        evaluate.defvjp(forwards, backwards)
+        return evaluate(weights, y, t)
+
+
+def cost_of_gradient(net, batch, loss) -> dict:
+    """Temporary memory (bytes) of the compiled gradient, and how often it evaluates the field.
+
+    `forward_evaluations` is what the solve says; the backward ones are counted as the program runs:
+    vector-Jacobian products of the field, and evaluations without one (states that are rebuilt).
+    Residual blocks count as one evaluation each, both ways.
+    """
+
+    def compiled_gradient(net, batch):
+        weights, rest = eqx.partition(net, eqx.is_inexact_array)
+        value = lambda weights, batch: loss(eqx.combine(weights, rest), batch, jax.random.key(0))
+        gradient = jax.jit(jax.value_and_grad(value, has_aux=True))
+        program: Any = gradient.lower(weights, batch).compile(QUICK_TO_COMPILE)
+        (_, metrics), _ = jax.block_until_ready(program(weights, batch))
+        return program.memory_analysis().temp_size_in_bytes, int(metrics["evaluations"])
+
+    solved = isinstance(getattr(net, "body", None), NeuralODE)
+    memory, forward = compiled_gradient(net, batch)
+    cost = {"gradient_bytes": memory}
+    if not solved:
+        blocks = len(net.body.blocks) if hasattr(net, "body") else 0
+        return {
+            **cost,
+            "forward_evaluations": blocks,
+            "backward_vjps": blocks,
+            "rebuilding_evaluations": 0,
+        }
+    counts = [0, 0]
+
+    def report(is_vjp, t):
+        counts[int(is_vjp)] += 1
+
+    one = jax.tree.map(lambda x: x[:1], batch)
+    field = lambda net: net.body.field
+    counted = eqx.tree_at(field, net, Counted(net.body.field, report))
+    _, ran = compiled_gradient(counted, one)
+    jax.effects_barrier()
+    return {
+        **cost,
+        "forward_evaluations": forward,
+        "backward_vjps": counts[1],
+        "rebuilding_evaluations": counts[0] - ran,
+    }
+
+
+def at_tolerance(net, x, tolerance, adjoint="replay"):
+    """The features at t1, the logits, and the evaluations, at a tolerance that may be traced."""
+    body = net.body
+    solution = solve(
+        body.field, net.features(x), [body.t0, body.t1], rtol=tolerance, atol=tolerance,
+        adjoint=adjoint, max_steps=256,
+    )  # fmt: skip
+    return solution.ys[-1], net.logits(solution.ys[-1]), solution.stats
+
+
+def tolerances(net, test) -> list[dict]:
+    """One trained ODE-Net, solved at several tolerances on test images (the paper's figure 3).
+
+    `feature error` is the root mean square of the features at t1 minus those at tolerance 1e-6;
+    `backward` are the evaluations in a gradient: of the adjoint ODE, and vjps of the steps.
+    """
+    x, y = test.x[:500], test.y[:500]
+    program = eqx.filter_jit(at_tolerance)
+    solved = lambda tolerance: jax.block_until_ready(
+        program(net, x, jnp.asarray(tolerance, jnp.float32))
+    )
+    exact = solved(1e-6)[0]
+    backward = {adjoint: backward_counter(net, x[:1], adjoint) for adjoint in ("backsolve", "replay")}
+    rows = []
+    for tolerance in TOLERANCES:
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            features, logits, stats = solved(tolerance)
+            seconds.append(time.perf_counter() - began)
+        rows.append(
+            {
+                "tolerance": tolerance,
+                "evaluations": int(stats.evaluations),
+                "feature error": float(jnp.sqrt(jnp.mean((features - exact) ** 2))),
+                "seconds": min(seconds),
+                "test error": float(np.mean(np.argmax(np.asarray(logits), -1) != y)),
+                "backward": {adjoint: count(tolerance) for adjoint, count in backward.items()},
+            }
+        )
+    return rows
+
+
+def backward_counter(net, x, adjoint):
+    """A function tolerance -> (evaluations in the forward solve, vjps in the backward pass)."""
+    counts = [0, 0]
+
+    def report(is_vjp, t):
+        counts[int(is_vjp)] += 1
+
+    net = eqx.tree_at(lambda net: net.body.field, net, Counted(net.body.field, report))
+    weights, rest = eqx.partition(net, eqx.is_inexact_array)
+
+    def value(weights, tolerance):
+        _, logits, stats = at_tolerance(eqx.combine(weights, rest), x, tolerance, adjoint)
+        return jnp.sum(jax.nn.log_softmax(logits)[:, 0]), stats.evaluations
+
+    gradient = jax.jit(jax.grad(value, has_aux=True), compiler_options=QUICK_TO_COMPILE)
+
+    def count(tolerance):
+        counts[:] = 0, 0
+        _, forward = jax.block_until_ready(gradient(weights, jnp.asarray(tolerance, jnp.float32)))
+        jax.effects_barrier()
+        return int(forward), counts[1]
+
+    return count
+
+
+def gradient_memory(net, batch, accuracies=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)) -> list[dict]:
+    """Temporary bytes of the compiled gradient against accuracy, for each adjoint.
+
+    `max_steps` is what each tolerance needs, for that is what room is made for.
+    """
+    x, labels = batch
+    steps_at = eqx.filter_jit(lambda net, tolerance: at_tolerance(net, x, tolerance)[2])
+    rows = []
+    for tolerance in accuracies:
+        stats = steps_at(net, jnp.asarray(tolerance, jnp.float32))
+        steps = int(stats.accepted + stats.rejected)
+        row: dict[str, Any] = {"tolerance": tolerance, "steps": steps}
+        for adjoint in ("backsolve", "replay", "direct"):
+            body = net.body.with_options(
+                rtol=tolerance, atol=tolerance, adjoint=adjoint, max_steps=steps
+            )
+            solved = eqx.tree_at(lambda net: net.body, net, body)
+            weights, rest = eqx.partition(solved, eqx.is_inexact_array)
+
+            def value(weights, x, rest=rest):
+                logits, _ = eqx.combine(weights, rest)(x)
+                return jnp.mean(
+                    optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                )
+
+            program: Any = jax.jit(jax.grad(value)).lower(weights, x).compile(QUICK_TO_COMPILE)
+            row[adjoint] = program.memory_analysis().temp_size_in_bytes
+        rows.append(row)
+    return rows

@@ -1,0 +1,137 @@
+"""What an experiment is: settings that are its options, a folder that resumes, a table, claims.
+
+An experiment is a module with a `Settings` (a frozen dataclass of `option`s) and a function
+`run(settings, folder, progress) -> Results`; its docstring is its help. The command line and the
+tests find all that they need there.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STYLE: Any = {
+    "font.size": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 14,
+    "axes.prop_cycle": plt.cycler(
+        color=["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]
+    ),
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "savefig.bbox": "tight",
+}
+
+
+def option(default, help: str, *, quick=None, full=None, low=None, high=None, choices=None):
+    """A field of settings: its default, its values with --quick and --full, and its range."""
+    metadata = dict(help=help, quick=quick, full=full, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of an experiment; a folder holds runs of one of these.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Settings(Options):
+    ...     steps: int = option(1000, "Steps of training.", quick=10, full=100_000, low=1)
+    >>> Settings.at("quick"), Settings.at("default", steps=7)
+    (Settings(seed=0, steps=10), Settings(seed=0, steps=7))
+    """
+
+    seed: int = option(0, "Of weights, data and noise.", low=0)
+
+    @classmethod
+    def at(cls, scale: str = "default", **given):
+        """The settings at "quick", "default" or "full" scale, but for those given."""
+        scaled = {
+            f.name: f.metadata[scale]
+            for f in dataclasses.fields(cls)
+            if scale != "default" and f.metadata.get(scale) is not None
+        }
+        return cls(**{**scaled, **given})
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What an experiment found: rows of its table, claims that hold or do not, and what else it has.
+
+    `published` is a line about the numbers of the paper, and `notes` say how to read the table.
+    """
+
+    rows: list[dict[str, Any]]
+    claims: dict[str, bool]
+    notes: str = ""
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        marks = [f"[{'yes' if held else 'NO '}] {claim}" for claim, held in self.claims.items()]
+        parts = [aligned(self.rows), self.notes, *marks, f"{self.seconds:.0f} s in all"]
+        return "\n".join(part for part in parts if part)
+
+
+def carry_out(experiment, settings, folder: str | Path, *, fresh=False, progress=True) -> Results:
+    """Run an experiment in a folder; what is done there already is not done again.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    began, folder = time.perf_counter(), Path(folder)
+    prepare(folder, settings, fresh)
+    with plt.rc_context(STYLE):
+        results = experiment.run(settings, folder, progress)
+    results = dataclasses.replace(results, seconds=time.perf_counter() - began)
+    written = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(results)}
+    (folder / "results.json").write_text(json.dumps(written, indent=2, default=float) + "\n")
+    return results
+
+
+def prepare(folder: Path, settings, fresh: bool) -> None:
+    """Make the folder, or see that it holds a run with these settings."""
+    path, wanted = folder / "settings.json", dataclasses.asdict(settings)
+    if fresh and path.exists():
+        shutil.rmtree(folder)
+    elif path.exists() and (found := json.loads(path.read_text())) != json.loads(json.dumps(wanted)):
+        other = ", ".join(f"{k} = {found.get(k)}" for k in wanted if found.get(k) != wanted[k])
+        raise ValueError(
+            f"{folder} holds a run with other settings ({other}): choose another --out, or start "
+            "over with --fresh."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure, and forget it."""
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def aligned(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table of text: the first column to the left, numbers to the right.
+
+    >>> print(aligned([{"network": "MLP", "error": "1.5 %"}, {"network": "ODE-Net", "error": ""}]))
+    network  error
+    MLP      1.5 %
+    ODE-Net
+    """
+    head = list(rows[0])
+    lines = [head, *([str(row.get(name, "")) for name in head] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
