@@ -83,7 +83,9 @@ def mnist(folder: str | Path | None = None, dataset: str = "mnist") -> tuple[Ima
         if len(x) != len(y):
             raise ValueError(f"{folder} has {len(x)} images but {len(y)} labels in part {part!r}.")
         if y.max(initial=0) > 9:
-            raise ValueError(f"{folder} has a label {y.max()} in part {part!r}; they go from 0 to 9.")
+            raise ValueError(
+                f"{folder} has a label {y.max()} in part {part!r}; they go from 0 to 9."
+            )
         parts.append(Images((x[..., None] / 255).astype(np.float32), y.astype(np.int32)))
     return parts[0], parts[1]
 
@@ -134,7 +136,9 @@ def idx(path: str | Path, dimensions: int | None = None) -> np.ndarray:
         try:
             raw = gzip.decompress(raw)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again.") from error
+            raise ValueError(
+                f"{path} is damaged or cut short ({error}): fetch it again."
+            ) from error
     kinds = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in kinds or raw[3] == 0:
         raise ValueError(
@@ -155,6 +159,107 @@ def idx(path: str | Path, dimensions: int | None = None) -> np.ndarray:
             f"its header promises {size}."
         )
     return np.frombuffer(raw[start:], kinds[raw[2]]).reshape(shape)
+
+
+def circles(key, n: int):
+    """Two circles of radius 1 and 2 with noise 0.08: samples of shape (n, 2)."""
+    angle_key, which_key, noise_key = jax.random.split(key, 3)
+    angle = jax.random.uniform(angle_key, (n,), maxval=2 * jnp.pi)
+    radius = 1.0 + jax.random.bernoulli(which_key, shape=(n,))
+    points = radius[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
+    return points + 0.08 * jax.random.normal(noise_key, (n, 2))
+
+
+def moons(key, n: int):
+    """Two interleaving half circles with noise 0.1: samples of shape (n, 2)."""
+    angle_key, which_key, noise_key = jax.random.split(key, 3)
+    angle = jax.random.uniform(angle_key, (n,), maxval=jnp.pi)
+    x, y = jnp.cos(angle), jnp.sin(angle)
+    upper = jax.random.bernoulli(which_key, shape=(n,))
+    points = jnp.where(
+        upper[:, None], jnp.stack([x - 0.5, y - 0.25], 1), jnp.stack([0.5 - x, 0.25 - y], 1)
+    )
+    return 1.5 * (points + 0.1 * jax.random.normal(noise_key, (n, 2)))
+
+
+def pinwheel(key, n: int):
+    """Five twisted arms: samples of shape (n, 2)."""
+    arm_key, noise_key = jax.random.split(key)
+    radial, tangential = (0.3 * jax.random.normal(noise_key, (n, 2)) * jnp.array([1.0, 1 / 3])).T
+    angle = 2 * jnp.pi * jax.random.randint(arm_key, (n,), 0, 5) / 5 + 0.25 * jnp.exp(1 + radial)
+    across, along = tangential, 1 + radial
+    x = along * jnp.cos(angle) - across * jnp.sin(angle)
+    y = along * jnp.sin(angle) + across * jnp.cos(angle)
+    return 2 * jnp.stack([x, y], 1)
+
+
+def checkerboard(key, n: int):
+    """Eight squares of a 4 x 4 board: samples of shape (n, 2), uniform, in [-4, 4] x [-4, 4] / 2."""
+    place_key, square_key = jax.random.split(key)
+    square = jax.random.randint(square_key, (n,), 0, 8)
+    row, column = square // 2, 2 * (square % 2) + (square // 2) % 2
+    corner = jnp.stack([column, row], 1) - 2
+    return corner + jax.random.uniform(place_key, (n, 2))
+
+
+def spirals(key, n: int, *, points: int = 100, ahead: int = 100, noise: float = 0.1):
+    """Spirals in the plane, half of them clockwise, each from a random place (Chen et al. 2018, 5.1).
+
+    Archimedean spirals as in the released example, on 500 instants of [0, 6 pi]; a window of 100 of
+    them is the training interval, in which `points` are observed (without replacement) with noise.
+
+    Returns:
+        times (n, points), values (n, points, 2); later times (n, ahead) and values without noise,
+        the `ahead` instants that follow the window. The first time of a window is 0.
+    """
+    which_key, start_key, choice_key, noise_key = jax.random.split(key, 4)
+    window, total, last = 100, 500, 400  # beyond the last one, clockwise spirals run away
+    clockwise = jax.random.bernoulli(which_key, shape=(n,))
+    start = jax.random.randint(start_key, (n,), 0, last - window - ahead + 1)
+    index = start[:, None] + jnp.arange(window + ahead)[None]
+    angle = 6 * jnp.pi * index / (total - 1)
+    reverse = 6 * jnp.pi + 1 - angle
+    inward, outward = 0.3 * 50 / reverse, 0.3 * angle
+    right = jnp.stack([inward * jnp.cos(reverse) - 5, inward * jnp.sin(reverse)], -1)
+    left = jnp.stack([outward * jnp.cos(angle) + 5, outward * jnp.sin(angle)], -1)
+    values = jnp.where(clockwise[:, None, None], right, left)
+    times = jnp.arange(window + ahead) * (6 * jnp.pi / (total - 1))
+    pick = lambda key: jnp.sort(jax.random.choice(key, window, (points,), replace=False))
+    chosen = jax.vmap(pick)(jax.random.split(choice_key, n))
+    seen = jnp.take_along_axis(values, chosen[..., None], axis=1)
+    seen = seen + noise * jax.random.normal(noise_key, seen.shape)
+    later = jnp.broadcast_to(times[window:], (n, ahead))
+    return times[chosen], seen, later, values[:, window:]
+
+
+def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:
+    """Weekly carbon dioxide at Mauna Loa, 1958 to 2001, with gaps: (years, ppm), both (n,).
+
+    Source: Keeling and Whorf (2004), as shipped with statsmodels; weeks without a value are left out.
+    """
+    from statsmodels.datasets import co2
+
+    series = co2.load_pandas().data["co2"].dropna()
+    years = series.index.year + (series.index.dayofyear - 0.5) / 365.25
+    return np.asarray(years, np.float64), np.asarray(series.values, np.float64)
+
+
+def breast_cancer(
+    *, features: int = 10, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Measurements of 569 cell nuclei, standardised: (train, validation, test) of shape (n, features).
+
+    The mean features of scikit-learn's `load_breast_cancer` (Street et al. 1993); no labels.
+    """
+    from sklearn.datasets import load_breast_cancer
+
+    raw: Any = load_breast_cancer()
+    x = raw.data[:, :features].astype(np.float32)
+    x = x[np.random.default_rng(seed).permutation(len(x))]
+    cuts = int(0.7 * len(x)), int(0.8 * len(x))
+    mean, spread = x[: cuts[0]].mean(0), x[: cuts[0]].std(0)
+    train, validation, test = np.split((x - mean) / spread, cuts)
+    return train, validation, test
 
 
 def batch_indices(key, size: int, batch: int, step: int) -> np.ndarray:

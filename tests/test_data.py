@@ -79,7 +79,7 @@ def mnist_folder(tmp_path):
 def test_idx_files_are_read_gzipped_or_not(mnist_folder):
     train, test = data.mnist(mnist_folder)
     assert train.x.shape == (6, 28, 28, 1) and test.y.shape == (3,)
-    assert train.x.dtype == np.float32 and 0 <= train.x.min() and train.x.max() <= 1
+    assert train.x.dtype == np.float32 and train.x.min() >= 0 and train.x.max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The main job, at its smallest, and its command line."""
+"""The main job, at its smallest, and the command line of all experiments."""
 
 import dataclasses
 import json
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxode import data
-from jaxode.experiments import command_line, digits
+from jaxode.experiments import classification, command_line, digits
+from jaxode.experiments.experiment import carry_out, option
 
-SMALL = digits.Settings().quick()
+SMALL = digits.Settings.at("quick")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,63 +24,69 @@ def standard_promotion():
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
-    return out, digits.run(out, SMALL, progress=False)
+    return out, carry_out(digits, SMALL, out, progress=False)
 
 
 def test_the_job_writes_what_it_promises(ran):
     out, results = ran
     written = {path.name for path in out.iterdir()}
     assert {"results.json", "training.png", "tolerance.png", "between.png"} <= written
-    assert all((out / name / "metrics.jsonl").exists() for name in digits.NAMES)
-    assert json.loads((out / "results.json").read_text()) == results
+    assert all((out / name / "metrics.jsonl").exists() for name in classification.LABELS)
+    assert json.loads((out / "results.json").read_text())["more"] == results.more
 
 
-def test_the_table_has_a_line_for_each_network(ran):
-    text = digits.table(ran[1])
+def test_the_table_has_a_line_for_each_network_and_the_claims_hold(ran):
+    text = str(ran[1])
     assert all(any(line.startswith(name) for line in text.splitlines())
-               for name in digits.LABELS.values())  # fmt: skip
+               for name in classification.LABELS.values())  # fmt: skip
+    assert ran[1].claims and all(ran[1].claims.values())
 
 
 def test_rk_net_evaluates_and_transposes_as_often_as_it_steps(ran):
-    row = ran[1]["networks"]["rk-net"]
+    row = ran[1].more["networks"]["rk-net"]
     assert (row["forward_evaluations"], row["backward_vjps"]) == (9, 9)
     assert row["rebuilding_evaluations"] == 0
 
 
-def test_a_smaller_tolerance_costs_more_and_errs_less(ran):
-    first, *_, last = ran[1]["tolerances"]
-    assert last["evaluations"] > first["evaluations"]
-    assert last["feature error"] < first["feature error"]
-
-
 def test_the_second_run_goes_on_from_the_first_and_keeps_its_numbers(ran, monkeypatch):
     out, results = ran
-    monkeypatch.setattr(digits, "cost_of_gradient", lambda *_: {})
-    monkeypatch.setattr(digits, "tolerances", lambda *_: results["tolerances"])
-    again = digits.run(out, SMALL, progress=False)
-    for name, row in again["networks"].items():
-        assert row == {key: results["networks"][name][key] for key in row}
+    monkeypatch.setattr(classification, "cost_of_gradient", lambda *_: {})
+    monkeypatch.setattr(classification, "tolerances", lambda *_: results.more["tolerances"])
+    monkeypatch.setattr(classification, "rows_of", lambda _: results.rows)
+    again = carry_out(digits, SMALL, out, progress=False)
+    for name, row in again.more["networks"].items():
+        assert row == {key: results.more["networks"][name][key] for key in row}
 
 
 def test_a_folder_with_other_settings_is_refused(ran):
     other = dataclasses.replace(SMALL, seed=1)
     with pytest.raises(ValueError, match=r"seed = 0.*--fresh"):
-        digits.run(ran[0], other, progress=False)
+        carry_out(digits, other, ran[0], progress=False)
 
 
-def test_the_published_settings_give_an_ode_net_of_half_a_resnet():
+def test_the_default_settings_give_an_ode_net_of_half_a_resnet():
     key = jax.random.key(0)
-    size = {name: digits.parameters(digits.network(name, digits.Settings(), key))
+    size = {name: classification.parameters(
+                classification.network(name, digits.task(), digits.Settings(), key))
             for name in ("resnet", "ode-net")}  # fmt: skip
     assert 2 * size["ode-net"] <= size["resnet"]
 
 
 def test_the_loss_of_an_untrained_network_is_about_that_of_guessing():
-    images, _ = data.digits()
-    net = digits.network("mlp", SMALL, jax.random.key(0))
-    value, metrics = digits.loss(net, (images.x[:64], images.y[:64]), jax.random.key(1))
+    task = digits.task()
+    net = classification.network("mlp", task, SMALL, jax.random.key(0))
+    batch = task.images.x[:64], task.images.y[:64]
+    value, metrics = classification.loss_of(1)(net, batch, jax.random.key(1))
     assert abs(float(value) - float(jnp.log(10.0))) < 0.5
     assert 0 <= float(metrics["accuracy"]) <= 1
+
+
+def test_validation_holds_out_training_images_and_leaves_the_test_images_alone():
+    task = digits.task()
+    held = classification.prepared(task, digits.Settings(validate=True))
+    assert len(held.test.y) + len(held.images.y) == len(task.images.y)
+    seen = {x.tobytes() for x in task.test.x}
+    assert not any(x.tobytes() in seen for x in held.test.x)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +97,39 @@ def test_the_loss_of_an_untrained_network_is_about_that_of_guessing():
         (["digits", "--rtol", "-1"], "--rtol"),
         (["digits", "--colour"], "--colour"),
         (["letters"], "letters"),
+        (["mnist", "--quick", "--data", "/nowhere"], "/nowhere"),
     ],
 )
-def test_a_bad_option_gets_one_line_and_exit_code_2(arguments, words, capsys):
-    assert command_line.main(arguments) == 2
+def test_a_bad_option_gets_one_line_and_exit_code_2(arguments, words, capsys, tmp_path):
+    out = ["--out", str(tmp_path)] if len(arguments) > 1 else []
+    assert command_line.main([*arguments, *out]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
 
 
-def test_help_explains_every_option(capsys):
-    assert command_line.main(["digits", "--help"]) == 0
+@pytest.mark.parametrize("name", list(command_line.EXPERIMENTS))
+def test_help_explains_every_option(name, capsys):
+    assert command_line.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    for option in ("--out", "--epochs", "--seed", "--quick", "--adjoint", "--rtol", "--fresh"):
-        assert option in text
+    settings = command_line.module_of(name).Settings
+    for name in ("out", "quick", "full", "fresh", *(f.name for f in dataclasses.fields(settings))):
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("name", list(command_line.EXPERIMENTS))
+def test_every_setting_is_an_option_with_a_default_in_its_range(name):
+    for field in dataclasses.fields(command_line.module_of(name).Settings):
+        low, high = field.metadata["low"], field.metadata["high"]
+        for value in (field.default, field.metadata["quick"], field.metadata["full"]):
+            if value is not None and field.type in (int, float):
+                assert (low is None or value >= low) and (high is None or value <= high)
+        assert field.metadata.keys() == option(0, "").metadata.keys() and field.metadata["help"]
+
+
+def test_the_list_of_experiments_has_a_line_each(capsys):
+    assert command_line.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in command_line.EXPERIMENTS)
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):

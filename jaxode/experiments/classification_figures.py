@@ -6,6 +6,8 @@ import numpy as np
 
 COLOURS = {"mlp": "#999999", "resnet": "#E69F00", "rk-net": "#56B4E9", "ode-net": "#0072B2"}
 LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-Net"}
+
+
 def training(curves):
     """Test error, and evaluations of the ODE-Net, against the step."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
@@ -29,30 +31,42 @@ def training(curves):
     return figure
 
 
+def tolerance(sweep):
+    """Error, time and test error against evaluations, for one trained network."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    error_and_time(axes, sweep)
+    return figure
+
+
+def error_and_time(axes, sweep):
+    """Panels (a) and (b) of figure 3 of the paper, and what the trade does to the test error."""
+    count = np.array([row["evaluations"] for row in sweep])
+    axes[0].plot(count, [row["feature error"] for row in sweep], "o-")
+    axes[0].set(ylabel="error of the features (RMS)", yscale="log", title="(a) error")
+    for row in sweep:
+        axes[0].annotate(
+            f"  {row['tolerance']:.0e}", (row["evaluations"], row["feature error"]), fontsize=10
+        )
+    axes[1].plot(count, [1e3 * row["seconds"] for row in sweep], "o-", label="time (ms)")
+    axes[1].plot(count, [100 * row["test error"] for row in sweep], "s--", label="test error (%)")
+    axes[1].set(title="(b) time, and the trade after training", ylim=(0, None))
+    axes[1].legend()
+    for axis in axes:
+        axis.set_xlabel("forward evaluations")
+
+
 def figure_3(sweep, history):
     """Figure 3 of the paper: error, time and backward evaluations; and cost over training."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
-    count = np.array([row["evaluations"] for row in sweep])
-    axes[0, 0].plot(count, [row["feature error"] for row in sweep], "o-")
-    axes[0, 0].set(ylabel="error of the features (RMS)", yscale="log", title="(a) error")
-    for row in sweep:
-        axes[0, 0].annotate(
-            f"  {row['tolerance']:.0e}", (row["evaluations"], row["feature error"]), fontsize=10
-        )
-    axes[0, 1].plot(count, [1e3 * row["seconds"] for row in sweep], "o-", label="time (ms)")
-    errors = [100 * row["test error"] for row in sweep]
-    axes[0, 1].plot(count, errors, "s--", label="test error (%)")
-    axes[0, 1].set(title="(b) time, and the trade after training", ylim=(0, None))
-    axes[0, 1].legend()
+    error_and_time(axes[0], sweep)
     for adjoint in sweep[0]["backward"]:
         forward, backward = zip(*(row["backward"][adjoint] for row in sweep))
         axes[1, 0].plot(forward, backward, "o-", label=f'"{adjoint}"')
-    top = max(count)
+    top = max(row["evaluations"] for row in sweep)
     axes[1, 0].plot([0, top], [0, top], ":", color="#999999", label="as many as forward")
     axes[1, 0].set(ylabel="backward evaluations (vjps)", title="(c) backward and forward")
     axes[1, 0].legend()
-    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
-        axis.set_xlabel("forward evaluations")
+    axes[1, 0].set_xlabel("forward evaluations")
     axes[1, 1].plot([r["step"] for r in history], [r["evaluations"] for r in history])
     axes[1, 1].set(
         xlabel="training step", ylabel="forward evaluations", ylim=(0, None),

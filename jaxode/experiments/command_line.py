@@ -6,6 +6,8 @@ import sys
 EXPERIMENTS = {  # module: what --help says of it; a module is imported when its command runs
     "digits": "MLP, ResNet, RK-Net and ODE-Net on scikit-learn's digits (table 1): the main job.",
     "mnist": "The same on MNIST or Fashion-MNIST, with figure 3.",
+    "flow": "Continuous normalizing flows against planar ones (figures 4 and 5), FFJORD.",
+    "latent": "Latent ODEs for irregular series against RNNs (table 2, figures 6 and 8).",
 }
 EXTRAS = "jaxode's command needs {}: pip install 'jaxode[experiments]'"
 
@@ -17,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         code = commands().main(arguments, prog_name="jaxode", standalone_mode=False)
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "matplotlib", "sklearn", "pooch"):
+        if error.name not in ("click", "matplotlib", "sklearn", "pooch", "statsmodels"):
             raise
         return fail(EXTRAS.format(error.name), 1)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -112,7 +114,9 @@ def click_option(field):
 
     low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
     kinds = {int: click.IntRange(low, high), float: click.FloatRange(low, high), str: str}
-    scales = [f"{k}: {field.metadata[k]}" for k in ("quick", "full") if field.metadata[k] is not None]
+    scales = [
+        f"{k}: {field.metadata[k]}" for k in ("quick", "full") if field.metadata[k] is not None
+    ]
     shown = "; ".join([str(field.default) or "none", *scales])
     flag = field.type is bool
     return click.Option(

@@ -104,7 +104,9 @@ def prepare(folder: Path, settings, fresh: bool) -> None:
     path, wanted = folder / "settings.json", dataclasses.asdict(settings)
     if fresh and path.exists():
         shutil.rmtree(folder)
-    elif path.exists() and (found := json.loads(path.read_text())) != json.loads(json.dumps(wanted)):
+    elif path.exists() and (found := json.loads(path.read_text())) != json.loads(
+        json.dumps(wanted)
+    ):
         other = ", ".join(f"{k} = {found.get(k)}" for k in wanted if found.get(k) != wanted[k])
         raise ValueError(
             f"{folder} holds a run with other settings ({other}): choose another --out, or start "

@@ -11,6 +11,21 @@ from jaxode.nn.classifiers import (
 )
 from jaxode.nn.fields import ConvField as ConvField
 from jaxode.nn.fields import MLPField as MLPField
+from jaxode.nn.flows import ConcatSquash as ConcatSquash
+from jaxode.nn.flows import ContinuousFlow as ContinuousFlow
+from jaxode.nn.flows import Normal as Normal
+from jaxode.nn.flows import PlanarField as PlanarField
+from jaxode.nn.flows import PlanarFlow as PlanarFlow
+from jaxode.nn.integrals import Hutchinson as Hutchinson
+from jaxode.nn.integrals import JacobianNorm as JacobianNorm
+from jaxode.nn.integrals import WithIntegrals as WithIntegrals
+from jaxode.nn.integrals import divergence as divergence
+from jaxode.nn.integrals import kinetic_energy as kinetic_energy
+from jaxode.nn.latent import ODERNN as ODERNN
+from jaxode.nn.latent import RNN as RNN
+from jaxode.nn.latent import LatentODE as LatentODE
+from jaxode.nn.latent import RecognitionRNN as RecognitionRNN
+from jaxode.nn.latent import Series as Series
 from jaxode.nn.layers import Conv as Conv
 from jaxode.nn.layers import GroupNorm as GroupNorm
 from jaxode.nn.neural_ode import NeuralODE as NeuralODE

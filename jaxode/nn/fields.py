@@ -11,7 +11,8 @@ from jaxode.nn.layers import Conv, GroupNorm
 class MLPField(eqx.Module):
     """A multilayer perceptron of (y, t): tanh layers, the last one linear.
 
-    Works on any leading axes, so that a whole batch can be one state.
+    Works on any leading axes, so that a whole batch can be one state. With time=False it is one of
+    y alone: what it learns in one stretch of time then holds in every other (extrapolation).
 
     >>> import jax, jax.numpy as jnp
     >>> field = MLPField(2, width=16, depth=2, key=jax.random.key(0))
@@ -20,19 +21,30 @@ class MLPField(eqx.Module):
     """
 
     layers: list[eqx.nn.Linear]
+    time: bool = eqx.field(static=True)
 
     def __init__(
-        self, size: int, *, width: int = 64, depth: int = 2, dtype=None, key: PRNGKeyArray
+        self,
+        size: int,
+        *,
+        width: int = 64,
+        depth: int = 2,
+        time=True,
+        dtype=None,
+        key: PRNGKeyArray,
     ):
-        sizes = [size + 1, *[width] * depth, size]
+        self.time = time
+        sizes = [size + time, *[width] * depth, size]
         keys = jax.random.split(key, len(sizes) - 1)
         self.layers = [
             eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
         ]
 
     def __call__(self, y: Float[Array, "*batch size"], t) -> Float[Array, "*batch size"]:
-        time = jnp.broadcast_to(jnp.asarray(t).astype(y.dtype), (*y.shape[:-1], 1))
-        h = jnp.concatenate([y, time], axis=-1)
+        h = y
+        if self.time:
+            time = jnp.broadcast_to(jnp.asarray(t).astype(y.dtype), (*y.shape[:-1], 1))
+            h = jnp.concatenate([y, time], axis=-1)
         for layer in self.layers[:-1]:
             h = jnp.tanh(affine(layer, h))
         return affine(self.layers[-1], h)

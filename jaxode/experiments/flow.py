@@ -1,0 +1,336 @@
+"""Continuous normalizing flows against planar ones (figures 4 and 5 of Chen et al. 2018; FFJORD).
+
+Fits densities known up to a constant by KL divergence, point clouds by maximum likelihood, and a
+real table (cell nuclei, with scikit-learn) against a Gaussian mixture.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from jaxode import data, train
+from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode.nn import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
+
+LIMIT = 5.0  # half the width of the square on which densities are drawn and summed
+CLOUDS = {
+    "circles": data.circles,
+    "moons": data.moons,
+    "pinwheel": data.pinwheel,
+    "checkerboard": data.checkerboard,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Options):
+    """How long, how wide, and which."""
+
+    kl_steps: int = option(600, "Steps of each fit by KL.", quick=30, full=10_000, low=1)
+    steps: int = option(1500, "Steps of each fit by likelihood.", quick=250, full=10_000, low=1)
+    table_steps: int = option(600, "Steps on the table.", quick=60, full=3000, low=1)
+    batch: int = option(512, "Samples a step.", quick=256, low=2)
+    sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8")
+    clouds: str = option(
+        "circles,moons", "Of " + ", ".join(CLOUDS), quick="circles", full=",".join(CLOUDS)
+    )
+    width: int = option(64, "Width M of the flows fitted by likelihood.", low=1)
+    tolerance: float = option(1e-3, "Of the solver, relative and absolute.", low=1e-7, high=1.0)
+
+
+# Densities known up to a constant (Rezende and Mohamed 2015, table 1).
+
+
+def ring(z):
+    """Two bumps on a ring."""
+    a, b = z[:, 0], z[:, 1]
+    radius = jnp.sqrt(a**2 + b**2)
+    bumps = jnp.logaddexp(-0.5 * ((a - 2) / 0.6) ** 2, -0.5 * ((a + 2) / 0.6) ** 2)
+    return bumps - 0.5 * ((radius - 2) / 0.4) ** 2
+
+
+def wave(z):
+    """A sine, cut off smoothly at both ends."""
+    a, b = z[:, 0], z[:, 1]
+    return -0.5 * ((b - jnp.sin(jnp.pi * a / 2)) / 0.4) ** 2 - (a / 3.5) ** 8
+
+
+TARGETS = {"ring": ring, "wave": wave}
+
+
+def grid(n=200):
+    """Points of the square, and the area of one."""
+    axis = jnp.linspace(-LIMIT, LIMIT, n)
+    return jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2), (2 * LIMIT / (n - 1)) ** 2
+
+
+def log_constant(log_density) -> float:
+    """The logarithm of the integral over the square."""
+    points, area = grid(400)
+    return float(jax.scipy.special.logsumexp(log_density(points)) + jnp.log(area))
+
+
+def kl_loss(target, constant):
+    """KL(flow || target) on samples of the flow."""
+
+    def loss(flow, batch, key):
+        x, log_prob = flow.sample_and_log_prob(key, batch)
+        return jnp.mean(log_prob - target(x)) + constant, {}
+
+    return loss
+
+
+def likelihood_loss(flow, batch, key):
+    """-log p, a mean over the batch."""
+    return -jnp.mean(flow.log_prob(batch)), {}
+
+
+def estimated_loss(flow, batch, key):
+    """The same with Hutchinson's trace."""
+    return -jnp.mean(flow.log_prob(batch, key=key)), {}
+
+
+def fitted(loss, flow, batches, steps, seed, folder, label, progress, rate=5e-3, evaluate=None):
+    """The flow after training."""
+    schedule = optax.cosine_decay_schedule(rate, steps, 0.01)
+    optimiser = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
+    state = train.start(flow, optimiser, jax.random.key(seed))
+    every = max(1, steps // 10)
+    state, history = train.fit(
+        loss, optimiser, state, batches, steps, folder=folder, every=every, label=label,
+        progress=progress, evaluate=evaluate,
+    )  # fmt: skip
+    return state.model, history
+
+
+def parameters(flow) -> int:
+    """Weights that are trained."""
+    return sum(w.size for w in jax.tree.leaves(eqx.filter(flow, eqx.is_inexact_array)))
+
+
+def continuous(width, key, settings, hidden=32):
+    """A planar CNF."""
+    field = PlanarField(2, width=width, hidden=hidden, key=key)
+    tolerance = settings.tolerance
+    return ContinuousFlow(field, Normal(2), rtol=tolerance, atol=tolerance, max_steps=1024)
+
+
+def fits_by_kl(settings, folder, progress):
+    """KL to each target, for each size and both kinds of flow, and the flows."""
+    found, flows = [], {}
+    for target, log_density in TARGETS.items():
+        constant = log_constant(log_density)
+        loss = kl_loss(log_density, constant)
+        for size in map(int, settings.sizes.split(",")):
+            key = jax.random.key(settings.seed)
+            row = {"target": target, "size": size}
+            for kind, flow in {
+                "CNF": continuous(size, key, settings),
+                "NF": PlanarFlow(size, Normal(2), key=key),
+            }.items():
+                name = f"kl-{target}-{kind}-{size}".lower()
+                flow, _ = fitted(
+                    loss, flow, lambda step: settings.batch, settings.kl_steps, settings.seed,
+                    folder / name, name, progress,
+                )  # fmt: skip
+                x, log_prob = flow.sample_and_log_prob(jax.random.key(99), 5000)
+                row[kind] = float(jnp.mean(log_prob - log_density(x)) + constant)
+                flows[target, kind, size] = flow
+            found.append(row)
+    return found, flows
+
+
+def fits_by_likelihood(settings, folder, progress):
+    """Held-out log-likelihood of each cloud, and the flows."""
+    found, flows = [], {}
+    for cloud in settings.clouds.split(","):
+        held = CLOUDS[cloud](jax.random.key(1234), 5000)
+        key = jax.random.key(settings.seed)
+        wide = continuous(settings.width, key, settings)
+        gated = continuous(settings.width, key, settings, hidden=0)
+        depth = -(-parameters(gated) // 5)  # 5 numbers a layer: as many as the gated CNF has
+        deep = PlanarFlow(depth, Normal(2), density=True, key=key)
+        row = {"cloud": cloud}
+        for kind, flow in {"CNF": wide, "gated CNF": gated, "NF": deep}.items():
+            name = f"{cloud}-{kind}".lower().replace(" ", "-")
+            flow, _ = fitted(
+                likelihood_loss, flow,
+                lambda step, cloud=cloud: CLOUDS[cloud](jax.random.key(step), settings.batch),
+                settings.steps, settings.seed, folder / name, name, progress,
+            )  # fmt: skip
+            row[kind] = {
+                "log-likelihood": float(jnp.mean(flow.log_prob(held))),
+                "parameters": parameters(flow),
+            }
+            flows[cloud, kind] = flow
+        exact = flows[cloud, "CNF"].with_options(rtol=1e-5, atol=1e-5)
+        points, area = grid()
+        row["total"] = float(jnp.sum(jnp.exp(exact.log_prob(points))) * area)
+        back = exact.forward(exact.inverse(held[:1000]))
+        row["round trip"] = float(jnp.max(jnp.abs(back - held[:1000])))
+        found.append(row)
+    return found, flows
+
+
+def table_fit(settings, folder, progress):
+    """Held-out nats of cell nuclei: FFJORD, its best step by validation, and a Gaussian mixture."""
+    from sklearn.mixture import GaussianMixture
+
+    rows, validation, test = data.breast_cancer()
+    field = ConcatSquash(rows.shape[1], width=48, depth=2, key=jax.random.key(settings.seed))
+    flow = ContinuousFlow(
+        field, Normal(rows.shape[1]), rtol=1e-2, atol=1e-2, max_steps=1024
+    )  # fmt: skip
+    nats = eqx.filter_jit(lambda flow, x: -jnp.mean(flow.log_prob(x)))
+    scores = lambda flow: {"validation": nats(flow, validation), "test": nats(flow, test)}
+
+    def batches(step):
+        i = np.random.default_rng([settings.seed, step]).integers(0, len(rows), 128)
+        noise = np.random.default_rng([settings.seed, step, 1]).normal(size=(128, rows.shape[1]))
+        return (rows[i] + 0.1 * noise).astype(np.float32)
+
+    _, history = fitted(
+        estimated_loss, flow, batches, settings.table_steps, settings.seed, folder / "table",
+        "table", progress, rate=3e-3, evaluate=scores,
+    )  # fmt: skip
+    best = min((r for r in history if "test" in r), key=lambda record: record["validation"])
+    mixtures = [
+        GaussianMixture(k, covariance_type="full", reg_covar=r, random_state=0, n_init=3).fit(rows)
+        for k in (1, 2, 3, 4, 6)
+        for r in (1e-3, 1e-2, 1e-1)
+    ]
+    mixture = max(mixtures, key=lambda m: m.score(validation))
+    return {
+        "CNF": best["test"],
+        "mixture": -float(mixture.score(test)),
+        "components": int(mixture.n_components),
+        "step": best["step"],
+    }
+
+
+def run(settings: Settings, folder: Path, progress: bool) -> Results:
+    """All fits, the table and the figures."""
+    by_kl, kl_flows = fits_by_kl(settings, folder, progress)
+    by_likelihood, flows = fits_by_likelihood(settings, folder, progress)
+    nuclei = table_fit(settings, folder, progress)
+    save(figure_4(by_kl, kl_flows, settings), folder / "figure_4.png")
+    save(figure_5(by_likelihood, flows), folder / "figure_5.png")
+    save(film(by_likelihood, flows), folder / "film.png")
+    rows = [
+        {"fit": f"KL, {r['target']}, M = K = {r['size']}", "CNF": f"{r['CNF']:.3f}", "NF": f"{r['NF']:.3f}"}
+        for r in by_kl
+    ]  # fmt: skip
+    for r in by_likelihood:
+        shown = {kind: f"{r[kind]['log-likelihood']:.3f}" for kind in ("CNF", "gated CNF", "NF")}
+        rows.append({"fit": f"log-likelihood, {r['cloud']}", **shown})
+    rows.append(
+        {"fit": "nats, cell nuclei", "CNF": f"{nuclei['CNF']:.3f}", "mixture": f"{nuclei['mixture']:.3f}"}
+    )  # fmt: skip
+    rows = [
+        {name: r.get(name, "") for name in ("fit", "CNF", "gated CNF", "NF", "mixture")}
+        for r in rows
+    ]
+    first = by_likelihood[0]
+    claims = {
+        f"On {first['cloud']} a CNF beats an NF of as many parameters (held-out likelihood)": first[
+            "gated CNF"
+        ]["log-likelihood"]
+        > first["NF"]["log-likelihood"],
+        "Learnt densities integrate to 1 within 1 %": all(
+            abs(r["total"] - 1) < 0.01 for r in by_likelihood
+        ),
+        "There and back again is the same point to 1e-2": all(
+            r["round trip"] < 1e-2 for r in by_likelihood
+        ),
+    }
+    if settings.kl_steps >= 500:
+        widest = [r for r in by_kl if r["size"] == max(x["size"] for x in by_kl)]
+        claims["Fitted by KL, the widest CNF is nearer than the deepest NF"] = all(
+            r["CNF"] < r["NF"] for r in widest
+        )
+    sizes = ", ".join(
+        f"{kind} {first[kind]['parameters']:,}" for kind in ("CNF", "gated CNF", "NF")
+    )
+    notes = (
+        "KL in nats to the normalised target (less is better, 0 is best); log-likelihood of 5,000\n"
+        "held-out samples in nats (more is better); nats of held-out rows (less is better).\n"
+        f"Parameters in the fits by likelihood: {sizes}."
+    )
+    more = {"kl": by_kl, "likelihood": by_likelihood, "nuclei": nuclei}
+    return Results(rows, claims, notes, more)
+
+
+# Figures.
+
+
+def show(axis, values):
+    axis.imshow(
+        np.asarray(values).reshape(200, 200),
+        origin="lower",
+        extent=(-LIMIT, LIMIT) * 2,
+        cmap="viridis",
+    )
+    blank(axis)
+
+
+def blank(axis):
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def histogram(axis, x):
+    image, *_ = np.histogram2d(x[:, 1], x[:, 0], 100, [(-LIMIT, LIMIT)] * 2)
+    axis.imshow(image, origin="lower", extent=(-LIMIT, LIMIT) * 2, cmap="viridis")
+    blank(axis)
+
+
+def figure_4(found, flows, settings):
+    """Targets, and samples of each fit."""
+    sizes = list(map(int, settings.sizes.split(",")))
+    count = 1 + 2 * len(sizes)
+    figure, axes = plt.subplots(len(TARGETS), count, figsize=(2.2 * count, 2.5 * len(TARGETS)))
+    for row, (target, log_density) in zip(axes, TARGETS.items()):
+        show(row[0], jnp.exp(log_density(grid()[0])))
+        row[0].set_title("target")
+        for j, (kind, size) in enumerate((k, s) for k in ("NF", "CNF") for s in sizes):
+            x, _ = flows[target, kind, size].sample_and_log_prob(jax.random.key(7), 40_000)
+            histogram(row[1 + j], np.asarray(x))
+            value = next(r[kind] for r in found if (r["target"], r["size"]) == (target, size))
+            row[1 + j].set_title(
+                f"{kind} {'K' if kind == 'NF' else 'M'} = {size}\nKL {value:.2f}", fontsize=11
+            )
+    return figure
+
+
+def figure_5(found, flows):
+    """Data, and the densities learnt by likelihood."""
+    figure, axes = plt.subplots(len(found), 4, figsize=(10, 2.7 * len(found)), squeeze=False)
+    points, _ = grid()
+    for row, result in zip(axes, found):
+        cloud = result["cloud"]
+        histogram(row[0], np.asarray(CLOUDS[cloud](jax.random.key(8), 40_000)))
+        row[0].set_title(cloud)
+        for axis, kind in zip(row[1:], ("NF", "gated CNF", "CNF")):
+            show(axis, jnp.exp(flows[cloud, kind].log_prob(points)))
+            axis.set_title(f"{kind}: {result[kind]['log-likelihood']:.2f}", fontsize=12)
+    return figure
+
+
+def film(found, flows, frames=6):
+    """Samples on their way from the base to the data."""
+    figure, axes = plt.subplots(
+        len(found), frames, figsize=(2.1 * frames, 2.4 * len(found)), squeeze=False
+    )
+    for row, result in zip(axes, found):
+        flow = flows[result["cloud"], "CNF"]
+        ts = np.linspace(0, 1, frames, dtype=np.float32)
+        path = flow.transport(flow.base.sample(jax.random.key(9), 20_000), ts).ys
+        for axis, t, x in zip(row, ts, np.asarray(path)):
+            histogram(axis, x)
+            axis.set_title(f"t = {t:.1f}")
+    return figure

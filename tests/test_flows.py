@@ -1,0 +1,150 @@
+"""Flows: a density is one, a trace is a trace, and there and back is where one was."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import odeint
+from jaxode.nn import (
+    ConcatSquash,
+    ContinuousFlow,
+    Hutchinson,
+    JacobianNorm,
+    Normal,
+    PlanarField,
+    PlanarFlow,
+    WithIntegrals,
+    divergence,
+    kinetic_energy,
+)
+
+KEY = jax.random.key(0)
+FIELDS = {
+    "planar": lambda dtype: PlanarField(2, width=8, dtype=dtype, key=KEY),
+    "gated planar": lambda dtype: PlanarField(2, width=8, hidden=0, dtype=dtype, key=KEY),
+    "concat squash": lambda dtype: ConcatSquash(2, width=8, dtype=dtype, key=KEY),
+}
+fields = pytest.mark.parametrize("name", list(FIELDS))
+
+
+def loud(field):
+    """With weights large enough that something happens."""
+    weights, rest = eqx.partition(field, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(lambda w: 2 * w, weights), rest)
+
+
+def points(n, dtype="float64"):
+    return jax.random.normal(jax.random.key(3), (n, 2), dtype)
+
+
+@fields
+def test_the_cheap_trace_and_the_exact_one_are_the_trace_of_the_jacobian(name, dtype):
+    field, z = loud(FIELDS[name](dtype)), points(6, dtype)
+    jacobians = jax.vmap(jax.jacfwd(lambda z: field(z[None], 0.4)[0]))(z)
+    got = divergence(field, z, 0.4)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, jnp.trace(jacobians, axis1=1, axis2=2), rtol=1e-4, atol=1e-5)
+    plain = divergence(lambda z, t: field(z, t), z, 0.4)
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
+@fields
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_hutchinsons_estimate_is_unbiased(name, gaussian):
+    field, z = loud(FIELDS[name]("float64")), points(3)
+    draw = jax.random.normal if gaussian else jax.random.rademacher
+    noises = draw(jax.random.key(5), (20_000, *z.shape), jnp.float64)
+    estimates = jax.vmap(lambda noise: Hutchinson(noise)(field, z, 0.4))(noises)
+    error = jnp.std(estimates, axis=0) / 20_000**0.5
+    assert np.all(np.abs(estimates.mean(0) - divergence(field, z, 0.4)) < 5 * error + 1e-12)
+
+
+@fields
+def test_a_flow_and_its_inverse_undo_each_other(name, dtype):
+    flow = ContinuousFlow(loud(FIELDS[name](dtype)), Normal(2))
+    z = points(20, dtype)
+    tolerance = 100 * float(jnp.finfo(dtype).eps) ** 0.5
+    np.testing.assert_allclose(flow.inverse(flow.forward(z)), z, atol=tolerance)
+
+
+@fields
+def test_the_density_integrates_to_one(name):
+    flow = ContinuousFlow(loud(FIELDS[name]("float64")), Normal(2), rtol=1e-5, atol=1e-5)
+    axis = jnp.linspace(-9, 9, 181)
+    grid = jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2)
+    assert abs(float(jnp.exp(flow.log_prob(grid)).sum() * 0.1**2) - 1) < 1e-3
+
+
+@fields
+def test_the_density_is_the_change_of_variables(name):
+    flow = ContinuousFlow(loud(FIELDS[name]("float64")), Normal(2), rtol=1e-9, atol=1e-9)
+    x, log_prob = flow.sample_and_log_prob(KEY, 5)
+    jacobians = jax.vmap(jax.jacrev(lambda x: flow.inverse(x[None])[0]))(x)
+    exact = flow.base.log_prob(flow.inverse(x)) + jnp.linalg.slogdet(jacobians)[1]
+    np.testing.assert_allclose(log_prob, exact, rtol=1e-6)
+    np.testing.assert_allclose(flow.log_prob(x), exact, rtol=1e-6)
+
+
+def test_an_estimated_density_is_near_the_exact_one_on_average():
+    flow = ContinuousFlow(loud(FIELDS["concat squash"]("float64")), Normal(2), rtol=1e-5, atol=1e-5)
+    x = points(2000)
+    exact, estimate = flow.log_prob(x), flow.log_prob(x, key=KEY)
+    assert not np.allclose(exact, estimate)
+    assert abs(float(jnp.mean(exact - estimate))) < 5 * float(jnp.std(exact - estimate)) / 2000**0.5
+
+
+def test_gradients_of_the_likelihood_agree_with_finite_differences():
+    field = FIELDS["planar"]("float64")
+    weights, rest = eqx.partition(field, eqx.is_inexact_array)
+    x = points(10)
+
+    def loss(weights):
+        flow = ContinuousFlow(eqx.combine(weights, rest), Normal(2), rtol=1e-9, atol=1e-9)
+        return flow.log_prob(x).mean()
+
+    direction = jax.tree.map(lambda w: jax.random.normal(KEY, w.shape, w.dtype), weights)
+    moved = lambda h: loss(jax.tree.map(lambda w, d: w + h * d, weights, direction))
+    slope = sum(
+        jnp.vdot(g, d)
+        for g, d in zip(jax.tree.leaves(jax.grad(loss)(weights)), jax.tree.leaves(direction))
+    )
+    np.testing.assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-6)
+
+
+def test_a_context_makes_another_distribution_for_each_sample():
+    field = loud(ConcatSquash(2, width=8, context=1, key=KEY))
+    flow = ContinuousFlow(field, Normal(2), rtol=1e-5, atol=1e-5)
+    z = jnp.zeros((4, 2))
+    context = jnp.arange(4.0)[:, None]
+    x = flow.forward(z, context=context)
+    assert len({tuple(row) for row in np.round(np.asarray(x), 4).tolist()}) == 4
+    np.testing.assert_allclose(flow.inverse(x, context=context), z, atol=1e-3)
+    one = flow.log_prob(x[2:3], context=context[2:3])
+    np.testing.assert_allclose(flow.log_prob(x, context=context)[2:3], one, atol=1e-3)
+
+
+def test_integrals_are_those_of_the_path():
+    y0 = points(4)
+    field = lambda y, t: -y
+    noise = jax.random.rademacher(KEY, y0.shape, y0.dtype)
+    both = WithIntegrals(field, [kinetic_energy, JacobianNorm(noise)])
+    _, (energy, norm) = odeint(both, (y0, both.zeros(y0)), [0.0, 1.0])
+    exact = (1 - np.exp(-2)) / 2 * jnp.mean(y0**2, axis=1)
+    np.testing.assert_allclose(energy[-1], exact, rtol=1e-6)
+    np.testing.assert_allclose(norm[-1], 1.0, rtol=1e-6)  # |e^T (-I)|^2 / d
+
+
+@pytest.mark.parametrize("density", [False, True])
+def test_a_planar_flow_has_the_determinant_of_its_jacobian(density):
+    flow = PlanarFlow(5, Normal(2), density=density, key=KEY)
+    flow = eqx.tree_at(lambda f: (f.w, f.u), flow, (3 * flow.w, 3 * flow.u))
+    z = points(6)
+    _, change = flow.push(z)
+    jacobians = jax.vmap(jax.jacfwd(lambda z: flow.push(z[None])[0][0]))(z)
+    np.testing.assert_allclose(change, jnp.linalg.slogdet(jacobians)[1], atol=1e-6)
+    assert np.all(np.linalg.det(jacobians) > 0)
+    wrong = flow.sample_and_log_prob if density else flow.log_prob
+    with pytest.raises(ValueError, match="density="):
+        wrong(*((KEY, 3) if density else (z,)))
