@@ -244,6 +244,52 @@ def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(years, np.float64), np.asarray(series.values, np.float64)
 
 
+def poisson_events(key, intensity, end: float, *, count: int, most: float):
+    """Realisations of an inhomogeneous Poisson process on [0, end], by thinning.
+
+    Args:
+        intensity: the rate at times, vectorised, at most `most`.
+        count: the number of realisations.
+
+    Returns:
+        times (count, n), increasing, and a mask of the same shape; hidden times are `end`.
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (2,))))
+    rows = []
+    for _ in range(count):
+        times = np.sort(rng.uniform(0, end, rng.poisson(most * end)))
+        rows.append(times[rng.uniform(0, most, len(times)) < np.asarray(intensity(times))])
+    longest = max(map(len, rows))
+    times = np.full((count, longest), end)
+    mask = np.zeros((count, longest), bool)
+    for i, row in enumerate(rows):
+        times[i, : len(row)], mask[i, : len(row)] = row, True
+    return times, mask
+
+
+# Days between one disaster and the next.
+COAL_DAYS = """
+157 123 2 124 12 4 10 216 80 12 33 66 232 826 40 12 29 190 97 65 186 23 92 197 431 16 154 95
+25 19 78 202 36 110 276 16 88 225 53 17 538 187 34 101 41 139 42 1 250 80 3 324 56 31 96 70
+41 93 24 91 143 16 27 144 45 6 208 29 112 43 193 134 420 95 125 34 127 218 2 0 378 36 15 31
+215 11 137 4 15 72 96 124 50 120 203 176 55 93 59 315 59 61 1 13 189 345 20 81 286 114 108
+188 233 28 22 61 78 99 326 275 54 217 113 32 388 151 361 312 354 307 275 78 17 1205 644 467
+871 48 123 456 498 49 131 182 255 194 224 566 462 228 806 517 1643 54 326 1312 348 745 217
+120 275 20 66 292 4 368 307 336 19 329 330 312 536 145 75 364 37 19 156 47 129 1630 29 217 7
+18 1358 2366 952 632
+"""
+
+
+def coal_disasters() -> np.ndarray:
+    """When more than nine men died in a British coal mine, 15 March 1851 to 22 March 1962, in years.
+
+    Source: Jarrett (1979), A note on the intervals between coal-mining disasters, Biometrika 66: 191
+    dates, shape (191,).
+    """
+    days = [int(word) for word in COAL_DAYS.split()]
+    return 1851.2026 + np.concatenate([[0.0], np.cumsum(days)]) / 365.25
+
+
 def breast_cancer(
     *, features: int = 10, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -67,6 +67,15 @@ class Trace:
         used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
         self.uses_time = any(x is time for x in used)
 
+    def depends(self, outputs, inputs) -> bool:
+        """Whether any of these leaves of dy/dt depends on any of these leaves of y."""
+        y = self.jaxpr.invars[-1 - len(self.jaxpr.outvars) : -1]
+        reached = {y[i] for i in inputs}
+        for eqn in self.jaxpr.eqns:
+            if any(not isinstance(x, core.Literal) and x in reached for x in eqn.invars):
+                reached |= set(eqn.outvars)
+        return any(self.jaxpr.outvars[i] in reached for i in outputs)
+
     def __call__(self, leaves, y, t):
         count = len(self.jaxpr.constvars)
         closed = core.ClosedJaxpr(self.jaxpr, leaves[:count])

@@ -19,6 +19,7 @@ from jaxode.controllers import Controller
 from jaxode.field import Field, Trace
 from jaxode.loop import Integrator
 from jaxode.solution import Solution, SolveError, Stats, Status
+from jaxode.splittings import Splitting, splittings
 from jaxode.tableaus import Tableau
 
 MAX_STEPS = 2**14
@@ -33,7 +34,7 @@ def odeint(
     atol=None,
     mxstep=jnp.inf,
     hmax=jnp.inf,
-    method: str | Tableau = "tsit5",
+    method: str | Tableau | Splitting = "tsit5",
     adjoint: str | Callable = "replay",
     **options,
 ) -> PyTree:
@@ -67,7 +68,7 @@ def solve(
     atol=None,
     mxstep=jnp.inf,
     hmax=jnp.inf,
-    method: str | Tableau = "tsit5",
+    method: str | Tableau | Splitting = "tsit5",
     adjoint: str | Callable = "replay",
     dt=None,
     controller: Controller | None = None,
@@ -94,8 +95,9 @@ def solve(
             bfloat16 8.8e-2). May be traced: other values do not compile again.
         mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
         hmax: the largest step, in units of t. May be traced.
-        method: the name of a table (`jaxode.tableaus.methods`) or a table. Outputs come from its
-            dense output: steps do not stop at output times.
+        method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
+            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`). Outputs
+            come from dense output: steps do not stop at output times.
         adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
@@ -133,11 +135,15 @@ def solve(
         )
     y0 = as_state(y0)
     t, func_time = as_times(t, y0)
-    table = tableaus.named(method)
+    table = named_method(method, y0)
     steps = number_of_steps(dt, t, table, method, max_steps)
     rtol, atol = tolerances(rtol, atol, y0)
     limits = limit("mxstep", mxstep), limit("hmax", hmax)
     trace, leaves = trace_of(func, y0, t, func_time, args)
+    if isinstance(table, Splitting):
+        separable(trace, y0)
+        if adjoint == "backsolve":
+            raise ValueError("adjoint='backsolve' has no symplectic methods: use 'replay'.")
     if len(t) == 0:
         return no_times(y0, t)
     static = Static(
@@ -169,7 +175,7 @@ class Static:
     """What a compiled solve is specialised to."""
 
     trace: Trace
-    table: Tableau
+    table: Tableau | Splitting
     controller: Controller
     adjoint: Callable
     max_steps: int
@@ -400,6 +406,30 @@ def controller_or_default(controller) -> Any:
             f"got {type(controller).__name__}."
         )
     return controller
+
+
+def named_method(method, y0) -> Any:
+    """A Runge-Kutta table, or a symplectic method, for which y0 has to be a pair."""
+    table = splittings.get(method, method) if isinstance(method, str) else method
+    if not isinstance(table, Splitting):
+        return tableaus.named(table)
+    if not isinstance(y0, tuple | list) or len(y0) != 2:
+        raise TypeError(
+            "A symplectic method needs a state y0 = (q, p), and func(y, t) = (dq/dt, dp/dt); "
+            f"got {jax.tree.structure(y0)}."
+        )
+    return table
+
+
+def separable(trace: Trace, y0) -> None:
+    """Raise if dq/dt depends on q, or dp/dt on p."""
+    q, p = (len(jax.tree.leaves(part)) for part in y0)
+    for name, outs, ins in (("dq/dt", (0, q), (0, q)), ("dp/dt", (q, q + p), (q, q + p))):
+        if trace.depends(range(*outs), range(*ins)):
+            raise ValueError(
+                f"A symplectic method needs a separable problem, but {name} depends on "
+                f"{name[1]}. Use a method such as 'dop853'."
+            )
 
 
 def named_adjoint(adjoint) -> Callable:

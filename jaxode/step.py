@@ -10,20 +10,40 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.splittings import Splitting
 from jaxode.tableaus import Tableau
 
 
-def step(table: Tableau, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list[PyTree]]:
+def step(table: Tableau | Splitting, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list[PyTree]]:
     """y(s + h) and every stage derivative, from y(s) = y with k = f(y, s).
 
     y_i = y + h sum_j a_ij k_j,  k_i = f(y_i, s + c_i h)   (Hairer, Norsett, Wanner, eq. II.1.8);
     the last y_i is y(s + h), the last k_i its derivative.
     """
+    if isinstance(table, Splitting):
+        return drifts_and_kicks(table, f, y, k, s, h)
     ks = [k]
     for c, row in zip(table.c[1:], table.a[1:]):
         y1 = tree.combine(y, h, row, ks)
         ks.append(f(y1, s + tree.scale(c, h)))
     return y1, ks
+
+
+def drifts_and_kicks(table: Splitting, f, y: PyTree, k: PyTree, s, h) -> tuple[PyTree, list]:
+    """The same for a symplectic method: q += drift h v(p), p += kick h g(q), in turn.
+
+    Both have a time of their own, which moves with them.
+    """
+    (q, p), tq, tp = y, s, s
+    for drift, kick in zip(table.drift, table.kick):
+        if drift:
+            q = tree.combine(q, h, [drift], [f((q, p), tp)[0]])
+            tq = tq + tree.scale(drift, h)
+        if kick:
+            p = tree.combine(p, h, [kick], [f((q, p), tq)[1]])
+            tp = tp + tree.scale(kick, h)
+    mean = jax.tree.map(lambda y1, y: (y1 - y) / lax.convert_element_type(h, y.dtype), (q, p), y)
+    return (q, p), [k, mean, f((q, p), s + h)]
 
 
 def error(table: Tableau, h, ks) -> list[PyTree]:

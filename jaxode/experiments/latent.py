@@ -219,12 +219,11 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     )
     save(latent_space(models[counts[0]]["latent ODE"], counts[0], settings), folder / "latent.png")
     save(forecasts(*forecast), folder / "co2.png")
-    ahead = lambda points: (
-        min(found[points]["RNN"], found[points]["RNN with gaps"]) / found[points]["latent ODE"]
-    )
-    claims = {f"At {p} points the latent ODE beats both RNNs": ahead(p) > 1 for p in counts}
-    claims[f"At {counts[0]} points by a factor of 2"] = ahead(counts[0]) >= 2
+    best_rnn = {p: min(found[p]["RNN"], found[p]["RNN with gaps"]) for p in counts}
+    ratio = {p: best_rnn[p] / found[p]["latent ODE"] for p in counts}
+    claims = {f"At {p} points the latent ODE beats both RNNs": ratio[p] > 1 for p in counts}
     if settings.co2_steps >= 1000:
+        claims[f"At {counts[0]} points by a factor of 2"] = ratio[counts[0]] >= 2
         claims["Carbon dioxide: the latent ODE beats the last value"] = (
             co2["latent ODE"] < co2["last value"]
         )

@@ -29,5 +29,7 @@ from jaxode.nn.latent import Series as Series
 from jaxode.nn.layers import Conv as Conv
 from jaxode.nn.layers import GroupNorm as GroupNorm
 from jaxode.nn.neural_ode import NeuralODE as NeuralODE
+from jaxode.nn.point_process import JointModel as JointModel
+from jaxode.nn.point_process import PointProcess as PointProcess
 from jaxode.nn.resnet import ResidualBlock as ResidualBlock
 from jaxode.nn.resnet import ResidualBlocks as ResidualBlocks
