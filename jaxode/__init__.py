@@ -2,6 +2,7 @@
 
 from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid
+from jaxode.signals import Signal as Signal
 from jaxode.solution import (
     Solution as Solution,
 )

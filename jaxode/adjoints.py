@@ -28,7 +28,7 @@ from jaxtyping import PyTree
 from jaxode import scalars, tree
 from jaxode.loop import Pair, adaptive, assemble, equal_steps_report, fixed, slots
 from jaxode.solution import Status
-from jaxode.step import step, step_and_inside
+from jaxode.step import coefficients, extra_stages, heuristics, step, step_and_inside
 
 
 def forward(solve, f, y0, ss):
@@ -46,54 +46,63 @@ def direct(solve, f, y0, ss):
     first, then taken again by a scan over `max_steps` places, sqrt(max_steps) at a time with
     `jax.checkpoint`: give `max_steps` near the number of steps needed.
     """
-    known = isinstance(solve.steps, int)
-    if known:
-        n, places = solve.steps, solve.steps
-        end = lax.stop_gradient(ss[-1])
-        grid = end * (jnp.arange(n + 1, dtype=ss.dtype) / n)
-        n = jnp.where(end > 0, jnp.asarray(n, jnp.int32), 0)
-        report = None
-    else:
-        _, report, tape = solve.record(*lax.stop_gradient((f, y0, ss)))
-        grid, n, places = tape.grid, tape.steps, solve.max_steps
     k0 = f(y0, jnp.zeros_like(ss[0]))
     inside = len(ss) > 2
 
-    def one(state, i):
-        s, s1 = grid[i], grid[i + 1]
+    def one(state, ends):
         y, k = state
-        y1, k1, d = step_and_inside(solve.table, f, y, k, s, s1 - s, inside)
-        return (y1, k1), ((y, d) if inside else None)
+        s, s1 = ends
+        y1, ks = step(solve.table, f, y, k, s, s1 - s)
+        kept = [None, None]
+        if inside:
+            stages = extra_stages(solve.table, f, y, ks, s, s1 - s)
+            kept[0] = y, coefficients(solve.table, stages, s1 - s)
+        if solve.heuristics:
+            kept[1] = heuristics(solve.table, y, y1, ks, s1 - s)
+        return (y1, ks[-1]), kept
 
-    def maybe(state, i):
-        blank = jax.eval_shape(lambda: one(state, i)[1])
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
-        return lax.cond(i < n, lambda: one(state, i), lambda: (state, blank))
-
-    if known:
-        (y1, k1), steps = lax.scan(one, (y0, k0), jnp.arange(places, dtype=jnp.int32))
-    else:
-        width = solve.segment
-        places = -(-places // width) * width
-        grid = jnp.concatenate([grid, jnp.zeros(places + 1 - len(grid), grid.dtype)])
-        grid = jnp.where(jnp.arange(places + 1, dtype=jnp.int32) <= n, grid, jnp.inf)
-
-        @jax.checkpoint
-        def several(state, block):
-            return lax.scan(maybe, state, block)
-
-        blocks = jnp.arange(places, dtype=jnp.int32).reshape(-1, width)
-        (y1, k1), steps = lax.scan(several, (y0, k0), blocks)
-        steps = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
-    if report is None:
+    if isinstance(solve.steps, int):
+        end = lax.stop_gradient(ss[-1])
+        grid = end * (jnp.arange(solve.steps + 1, dtype=ss.dtype) / solve.steps)
+        n = jnp.where(end > 0, jnp.asarray(solve.steps, jnp.int32), 0)
+        (y1, k1), (steps, found) = lax.scan(one, (y0, k0), (grid[:-1], grid[1:]))
         report = equal_steps_report(solve, y0, k0, y1, n, end, end)
+    else:
+        _, report, tape = solve.record(*lax.stop_gradient((f, y0, ss)))
+        grid, n = tape.grid, tape.steps
+        (y1, k1), (steps, found) = taken_again(one, (y0, k0), grid, n, solve.segment)
+    if solve.heuristics:
+        report = report._replace(heuristics=jax.tree.map(jnp.sum, found))
     rows = None
     if inside:
+        grid = jnp.where(jnp.arange(len(grid), dtype=jnp.int32) <= n, grid, jnp.inf)
         i = jnp.searchsorted(grid, ss, side="left").astype(jnp.int32) - 1
         i = jnp.clip(i, 0, jnp.maximum(n - 1, 0))
         theta = (ss - grid[i]) / jnp.where(n > 0, grid[i + 1] - grid[i], 1)
         rows = jax.vmap(polynomial)(theta, jax.tree.map(lambda x: x[i], steps))
     return assemble(y0, k0, y1, k1, rows, ss, report), report
+
+
+def taken_again(one, start, grid, n, width):
+    """A scan of `one` over the first n steps of a grid, `width` at a time with `jax.checkpoint`."""
+    blank = jax.eval_shape(one, start, (grid[0], grid[1]))[1]
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+
+    def maybe(state, place):
+        i, ends = place
+        return lax.cond(i < n, lambda: one(state, ends), lambda: (state, blank))
+
+    @jax.checkpoint
+    def several(state, block):
+        return lax.scan(maybe, state, block)
+
+    places = -(-(len(grid) - 1) // width) * width
+    pad = jnp.zeros(places + 1 - len(grid), grid.dtype)
+    grid = jnp.concatenate([grid, pad])
+    xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:])
+    blocks = jax.tree.map(lambda x: x.reshape(-1, width), xs)
+    end, steps = lax.scan(several, start, blocks)
+    return end, jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
 
 
 def polynomial(theta, coefficients):

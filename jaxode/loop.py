@@ -34,6 +34,7 @@ class Report(NamedTuple):
     evaluations: Array
     accepted: Array
     rejected: Array
+    heuristics: Any = None  # sums over the steps of `step.heuristics`, if wanted
 
 
 class Tape(NamedTuple):
@@ -94,6 +95,7 @@ class Integrator(eqx.Module):
     hmin: Array
     mxstep: Any
     measured: Callable = eqx.field(static=True, default=lambda y: y)
+    heuristics: bool = eqx.field(static=True, default=False)
 
     def __call__(self, f, y0: PyTree, ss: Array) -> tuple[PyTree, Report]:
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -187,6 +189,8 @@ def adaptive(
 
     if h0 is None:
         h0 = first_step(f, y0, k0, order, tolerated(y0), integrator.hmax, integrator.measured)
+        # Where nothing happens yet its guess may be below what time can resolve.
+        h0 = jnp.minimum(jnp.maximum(h0, 64 * least(0 * end)), integrator.hmax)
     healthy = tree.all_finite(y0, k0)
     zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
     start = State(

@@ -66,6 +66,17 @@ class Stats(NamedTuple):
     rejected: Array
 
 
+class Heuristics(NamedTuple):
+    """Sums over the accepted steps of two estimates that the solver makes of itself; differentiable.
+
+    `error`: the local error estimates, as root mean squares; `stiffness`: estimates of the largest
+    eigenvalue of df/dy. As penalties they make dynamics cheaper (Pal et al. 2021, arXiv 2105.03918).
+    """
+
+    error: Array
+    stiffness: Array
+
+
 class Solution(NamedTuple):
     """`ys[i]` is the state at `ts[i]`; rows after a failure are NaN.
 
@@ -75,6 +86,7 @@ class Solution(NamedTuple):
         status: a `Status` as an integer array, per sample.
         stats: `Stats`: evaluations of func in the forward solve, accepted and rejected steps.
         reached: the time up to which the solution is known; the last of `ts` after a success.
+        heuristics: `Heuristics`, if asked for.
     """
 
     ts: Array
@@ -82,6 +94,7 @@ class Solution(NamedTuple):
     status: Array
     stats: Stats
     reached: Array
+    heuristics: Heuristics | None = None
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):

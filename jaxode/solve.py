@@ -18,7 +18,8 @@ from jaxode import adjoints, tableaus, tree
 from jaxode.controllers import Controller
 from jaxode.field import Field, Trace
 from jaxode.loop import Integrator
-from jaxode.solution import Solution, SolveError, Stats, Status
+from jaxode.signals import piecewise, signals_in
+from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.splittings import Splitting, splittings
 from jaxode.tableaus import Tableau
 
@@ -74,6 +75,7 @@ def solve(
     controller: Controller | None = None,
     max_steps: int = MAX_STEPS,
     throw: bool | None = None,
+    heuristics: bool = False,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
@@ -87,7 +89,7 @@ def solve(
             first is that of y0. In the unit of time of func; float32 or wider.
         args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
             differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
-            reach func as they are.
+            reach func as they are. Steps are aligned with the knots of every `jaxode.Signal`.
         rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
             pytree like y0 or a prefix of it. A step is accepted if the root mean square of
             error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to the square
@@ -109,6 +111,9 @@ def solve(
         throw: raise an error if the solve fails. By default, if called outside of any
             transformation; under `jit`, `grad` and `vmap` failed solves then only have NaN outputs,
             NaN gradients and a status. True raises there too, by a host callback. False never does.
+        heuristics: give `Solution.heuristics` too, the solver's estimates of its own error and of
+            stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
+            stages are at the end of the step ("tsit5", "dopri5").
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.
@@ -135,6 +140,13 @@ def solve(
         )
     y0 = as_state(y0)
     t, func_time = as_times(t, y0)
+    if found := signals_in(args):
+        options = dict(
+            rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint
+        )
+        options |= dict(controller=controller, max_steps=max_steps, dt=dt)
+        between = partial(solve, **options, throw=throw or False)
+        return checked(piecewise(between, func, y0, t, args, found), throw)
     table = named_method(method, y0)
     steps = number_of_steps(dt, t, table, method, max_steps)
     rtol, atol = tolerances(rtol, atol, y0)
@@ -155,6 +167,7 @@ def solve(
         steps=steps if isinstance(steps, int) else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+        heuristics=wants_heuristics(heuristics, adjoint, table),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
     dynamic = (leaves, y0, t, rtol, atol, *limits, None if isinstance(steps, int) else steps)
@@ -182,6 +195,7 @@ class Static:
     steps: int | None
     func_time: Any
     bounded: bool
+    heuristics: bool
     throw: bool
 
 
@@ -204,6 +218,7 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
         hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep if static.bounded else None,
+        heuristics=static.heuristics,
     )
     ys, report = static.adjoint(integrator, field, y0, ss)
     status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
@@ -214,7 +229,8 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
     ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + (t[-1] - t[0]) * report.reached)
-    return Solution(t, ys, status, stats, reached)
+    estimates = None if report.heuristics is None else Heuristics(*report.heuristics)
+    return Solution(t, ys, status, stats, reached, estimates)
 
 
 def unit_times(t) -> tuple[Array, Array]:
@@ -419,6 +435,17 @@ def named_method(method, y0) -> Any:
             f"got {jax.tree.structure(y0)}."
         )
     return table
+
+
+def wants_heuristics(heuristics, adjoint, table) -> bool:
+    """Whether they are wanted; an error if they cannot be had."""
+    if heuristics and adjoint != "direct":
+        raise ValueError(
+            "`heuristics` are differentiated through the steps: pass adjoint='direct'."
+        )
+    if heuristics and (table.e is None or table.c[-2] != 1):
+        raise ValueError("`heuristics` need a method such as 'tsit5' or 'dopri5'.")
+    return bool(heuristics)
 
 
 def separable(trace: Trace, y0) -> None:

@@ -9,6 +9,7 @@ References: Hairer, Lubich, Wanner (2006), Geometric Numerical Integration, I.1.
 """
 
 import dataclasses
+import itertools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Splitting:
 def composed(*substeps: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Leapfrog steps of these sizes one after another, as drifts and kicks."""
     halves = [0.0, *substeps, 0.0]
-    drift = tuple((a + b) / 2 for a, b in zip(halves, halves[1:]))
+    drift = tuple((a + b) / 2 for a, b in itertools.pairwise(halves))
     return drift, (*substeps, 0.0)
 
 

@@ -52,6 +52,29 @@ def error(table: Tableau, h, ks) -> list[PyTree]:
     return [tree.weighted_sum(h, [(w, k) for w, k in zip(e, ks) if w]) for e in estimates]
 
 
+def heuristics(table: Tableau, y: PyTree, y1: PyTree, ks, h):
+    """The error estimate and the stiffness estimate of a step, as smooth numbers.
+
+    |h sum_i e_i k_i| (root mean square), and |k_s - k_(s-1)| / |y_s - y_(s-1)| for the last two
+    stages, which are both at the end of the step: about the largest eigenvalue of df/dy (HNW eq.
+    IV.2.26; Pal et al. 2021, arXiv 2105.03918).
+    """
+    y2 = tree.combine(y, h, table.a[-2], ks)
+    difference = lambda a, b: jax.tree.map(lax.sub, a, b)
+    slope, distance = length(difference(ks[-1], ks[-2])), length(difference(y1, y2))
+    far = distance > 0
+    stiffness = jnp.where(far, slope / jnp.where(far, distance, 1), 0)
+    return length(error(table, h, ks)[0]), stiffness
+
+
+def length(x: PyTree):
+    """The root mean square, differentiable at 0 too."""
+    squares = tree.dot(x, jax.tree.map(jnp.conj, x))
+    size = sum(leaf.size for leaf in jax.tree.leaves(x))
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1) / size), 0)
+
+
 def extra_stages(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
     """The stages that only dense output needs (three in dop853, none in most tables)."""
     ks = list(ks)

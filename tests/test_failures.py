@@ -209,3 +209,11 @@ def test_lost_precision_is_warned_of():
 def test_a_wrong_controller_is_refused(limits):
     with pytest.raises(ValueError):
         pid(**limits)
+
+
+def test_a_start_at_rest_in_float32_is_no_failure():
+    # Nothing happens at first: Hairer's rule guesses a step below what float32 time resolves.
+    field = lambda y, t: jnp.where(t > 0.5, 1.0, 0.0).astype(y.dtype) - y
+    solution = solve(field, jnp.zeros(2, jnp.float32), [0.0, 1.0])
+    assert int(solution.status) == Status.SUCCESS
+    np.testing.assert_allclose(solution.ys[-1], 1 - np.exp(-0.5), rtol=1e-2)

@@ -7,8 +7,12 @@ EXPERIMENTS = {  # module: what --help says of it; a module is imported when its
     "digits": "MLP, ResNet, RK-Net and ODE-Net on scikit-learn's digits (table 1): the main job.",
     "mnist": "The same on MNIST or Fashion-MNIST, with figure 3.",
     "flow": "Continuous normalizing flows against planar ones (figures 4 and 5), FFJORD.",
-    "poisson": "Point processes whose intensity follows an ODE (figure 7).",
     "latent": "Latent ODEs for irregular series against RNNs (table 2, figures 6 and 8).",
+    "poisson": "Point processes whose intensity follows an ODE (figure 7).",
+    "augment": "What plain neural ODEs cannot represent, and augmented ones do.",
+    "regularize": "Cheaper dynamics: kinetic energy, Jacobian norm, random end time, solver estimates.",
+    "physics": "Hamiltonian and divergence-free fields, symplectic methods, forcing, real dynamics.",
+    "resnet-limit": "A ResNet is Euler's method: the same weights at more and more steps.",
 }
 EXTRAS = "jaxode's command needs {}: pip install 'jaxode[experiments]'"
 

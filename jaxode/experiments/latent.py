@@ -35,10 +35,7 @@ class Settings(Options):
     rnn_steps: int = option(1500, "Steps of each recurrent network.", quick=300, full=10_000, low=1)
     co2_steps: int = option(1500, "Steps on carbon dioxide.", quick=20, full=6000, low=1)
     encoder: str = option("rnn", "Of the latent ODE.", choices=tuple(ENCODERS))
-    noise: float = option(
-        1.0, "Assumed noise at 30 points; grows as the root of their number, so that the prior of "
-        "z(t0) keeps its weight.", low=1e-3,
-    )  # fmt: skip
+    noise: float = option(0.3, "Assumed standard deviation of the observations.", low=1e-3)
 
 
 def fitted(model, loss, series, settings, steps, folder, label, progress, rate, evaluate):
@@ -63,7 +60,7 @@ def fitted(model, loss, series, settings, steps, folder, label, progress, rate, 
 
 def elbo_loss(model, batch, key):
     """The negative bound, and the most evaluations of a series."""
-    bound, stats = model.elbo(batch, key=key)
+    bound, stats = model.elbo(batch, key=key, consistency=1.0)
     return -jnp.mean(bound), {"evaluations": jnp.max(stats.evaluations)}
 
 
@@ -89,7 +86,7 @@ def on_spirals(points, settings, folder, progress):
         error = model.predict(seen, later) - truth
         return {"rmse": SCALE * jnp.sqrt(jnp.mean(jnp.sum(error**2, -1)) / 2)}
 
-    noise = settings.noise * (points / 30) ** 0.5 / SCALE
+    noise = settings.noise / SCALE
     models = {
         "latent ODE": LatentODE.make(
             2, latent=4, depth=2, noise=noise, encoder=ENCODERS[settings.encoder], key=key

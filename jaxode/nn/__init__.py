@@ -1,5 +1,6 @@
 """Dynamics networks and models as equinox modules, one concept a file."""
 
+from jaxode.nn.augmented import Augmented as Augmented
 from jaxode.nn.classifiers import (
     Classifier as Classifier,
 )
@@ -16,6 +17,9 @@ from jaxode.nn.flows import ContinuousFlow as ContinuousFlow
 from jaxode.nn.flows import Normal as Normal
 from jaxode.nn.flows import PlanarField as PlanarField
 from jaxode.nn.flows import PlanarFlow as PlanarFlow
+from jaxode.nn.hamiltonian import DivergenceFreeField as DivergenceFreeField
+from jaxode.nn.hamiltonian import HamiltonianField as HamiltonianField
+from jaxode.nn.hamiltonian import SeparableHamiltonian as SeparableHamiltonian
 from jaxode.nn.integrals import Hutchinson as Hutchinson
 from jaxode.nn.integrals import JacobianNorm as JacobianNorm
 from jaxode.nn.integrals import WithIntegrals as WithIntegrals

@@ -69,6 +69,10 @@ class ContinuousFlow(eqx.Module):
         options = {**dict(self.options), **options}
         return ContinuousFlow(self.field, self.base, gaussian=self.gaussian, **options)
 
+    def with_field(self, field: Callable) -> "ContinuousFlow":
+        """The same with another field."""
+        return ContinuousFlow(field, self.base, gaussian=self.gaussian, **dict(self.options))
+
     def forward(self, z: Float[Array, "n d"], *, context=None) -> Float[Array, "n d"]:
         """From base to data."""
         return self.transport(z, [0.0, 1.0], context=context).ys[-1]
@@ -85,10 +89,14 @@ class ContinuousFlow(eqx.Module):
         """log p(x), up to the tolerance of the solve; an estimate if a key is given."""
         return self.log_prob_and_integrals(x, context=context, key=key)[0]
 
-    def log_prob_and_integrals(self, x, rates=(), *, context=None, key=None):
-        """log p(x), the integrals of further rates over t in [0, 1], and the solution's statistics."""
-        z, (change, *integrals), stats = self.solved(x, [1.0, 0.0], rates, context, key)
-        return self.base.log_prob(z) - change, [-i for i in integrals], stats
+    def log_prob_and_integrals(self, x, rates=(), *, context=None, key=None, end=1.0):
+        """log p(x), the integrals of further rates over t in [0, end], and the solution.
+
+        `end` is where data are: 1, or a random number near it in training (STEER: Ghosh et al. 2020,
+        arXiv 2006.10711).
+        """
+        z, (change, *integrals), solution = self.solved(x, (end, 0.0), rates, context, key)
+        return self.base.log_prob(z) - change, [-i for i in integrals], solution
 
     def sample(self, key: PRNGKeyArray, n: int, *, context=None) -> Float[Array, "n d"]:
         """n samples."""
@@ -98,15 +106,16 @@ class ContinuousFlow(eqx.Module):
         """n samples and their log-densities, by one solve."""
         base_key, noise_key = jax.random.split(key)
         z = self.base.sample(base_key, n)
-        x, (change,), _ = self.solved(z, [0.0, 1.0], (), context, None if exact else noise_key)
+        x, (change,), _ = self.solved(z, (0.0, 1.0), (), context, None if exact else noise_key)
         return x, self.base.log_prob(z) + change
 
     def solved(self, z, ts, rates, context, key):
         trace = divergence if key is None else Hutchinson(self.noise(key, z))
         field = WithIntegrals(self.given(context), [negative(trace), *rates])
+        ts = jnp.stack([jnp.asarray(t, z.dtype) for t in ts])
         solution = solve(field, (z, field.zeros(z)), ts, **dict(self.options))
         z, integrals = jax.tree.map(lambda y: y[-1], solution.ys)
-        return z, integrals, solution.stats
+        return z, integrals, solution
 
     def noise(self, key, z):
         draw = jax.random.normal if self.gaussian else jax.random.rademacher

@@ -1,0 +1,174 @@
+"""A ResNet is Euler's method: the same weights at more and more steps, and by adaptive solvers.
+
+Trains a residual network with shared weights (Euler at a few steps) on a spiral classification, and
+runs it as an ODE: error against steps with the order of each method, and the paths between.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from jaxode import solve, train
+from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode.nn import MLPField
+from jaxode.nn.fields import affine
+
+METHODS = ("euler", "heun", "rk4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Options):
+    """How long, and how many layers."""
+
+    steps: int = option(1500, "Steps of training.", quick=300, full=10_000, low=1)
+    layers: int = option(
+        8, "Residual layers, which are steps of Euler's method, in training.", low=1
+    )
+    width: int = option(32, "Of the field.", low=1)
+
+
+def two_spirals(key, n):
+    """Two interleaved spirals: points (n, 2), and which one (0 or 1)."""
+    keys = jax.random.split(key)
+    label = jnp.arange(n) % 2
+    radius = jnp.sqrt(jax.random.uniform(keys[0], (n,), minval=0.02))
+    angle = 2.5 * jnp.pi * radius + jnp.pi * label
+    x = 2 * radius[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
+    return x + 0.05 * jax.random.normal(keys[1], (n, 2)), label
+
+
+class Residual(eqx.Module):
+    """h <- h + f(h, t) / L, L times, with one f for all layers; then a linear read-out."""
+
+    field: MLPField
+    head: eqx.nn.Linear
+
+    def __init__(self, width, key):
+        keys = jax.random.split(key)
+        self.field = MLPField(2, width=width, depth=2, key=keys[0])
+        self.head = eqx.nn.Linear(2, 2, key=keys[1])
+
+    def __call__(self, x, layers: int):
+        """The logits of a residual network, written as one."""
+        for i in range(layers):
+            x = x + self.field(x, i / layers) / layers
+        return affine(self.head, x)
+
+
+def errors(model, x, labels, counts):
+    """Distance of the features at t = 1 from the exact flow, and the test error, at each count."""
+    exact = solve(model.field, x, [0.0, 1.0], method="dop853", rtol=1e-6, atol=1e-6).ys[-1]
+    found = {}
+    for method in METHODS:
+        found[method] = []
+        for count in counts:
+            end = solve(model.field, x, [0.0, 1.0], method=method, dt=1 / count, max_steps=1024).ys[
+                -1
+            ]
+            wrong = jnp.mean(jnp.argmax(affine(model.head, end), -1) != labels)
+            distance = jnp.sqrt(jnp.mean((end - exact) ** 2))
+            found[method].append(
+                {"steps": count, "error": float(distance), "test error": float(wrong)}
+            )
+    adaptive = solve(model.field, x, [0.0, 1.0], rtol=1e-3, atol=1e-3)
+    wrong = jnp.mean(jnp.argmax(affine(model.head, adaptive.ys[-1]), -1) != labels)
+    found["tsit5"] = {
+        "evaluations": int(adaptive.stats.evaluations),
+        "error": float(jnp.sqrt(jnp.mean((adaptive.ys[-1] - exact) ** 2))),
+        "test error": float(wrong),
+    }
+    return found
+
+
+def slope(runs):
+    """The order seen: the slope of log error against log step, where rounding does not show."""
+    pairs = [(r["steps"], r["error"]) for r in runs if r["steps"] >= 8 and r["error"] > 1e-5]
+    steps, error = np.log(np.array(pairs)).T
+    return -np.polyfit(steps, error, 1)[0]
+
+
+def run(settings: Settings, folder: Path, progress: bool) -> Results:
+    """Train once, run many ways."""
+    model = Residual(settings.width, jax.random.key(settings.seed))
+
+    def loss(model, batch, key):
+        x, labels = batch
+        logits = model(x, settings.layers)
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(value), {"accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+
+    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, settings.steps, 0.02))
+    state, history = train.fit(
+        loss, optimiser, train.start(model, optimiser, jax.random.key(settings.seed)),
+        lambda step: two_spirals(jax.random.key(step), 256), settings.steps,
+        folder=folder / "resnet", every=max(1, settings.steps // 5), label="ResNet", progress=progress,
+    )  # fmt: skip
+    model = state.model
+    x, labels = two_spirals(jax.random.key(10**6), 1000)
+    counts = [1, 2, 4, 8, 16, 32, 64, 128]
+    found = errors(model, x, labels, counts)
+    euler = solve(
+        model.field, x, [0.0, 1.0], method="euler", dt=1 / settings.layers, max_steps=1024
+    ).ys[-1]
+    same = jnp.max(jnp.abs(affine(model.head, euler) - model(x, settings.layers)))
+    orders = {method: slope(found[method]) for method in METHODS}
+    rows = [
+        {"solver": method, "order seen": f"{orders[method]:.2f}",
+         **{f"{r['steps']}": f"{r['error']:.1g}" for r in found[method][:6]}}
+        for method in METHODS
+    ]  # fmt: skip
+    claims = {
+        "The ResNet's logits are those of Euler's method, to rounding": float(same) < 1e-3,
+        "Euler, Heun and RK4 converge with order 1, 2 and 4": all(
+            abs(orders[m] - p) < 0.35 for m, p in zip(METHODS, (1, 2, 4))
+        ),
+        "The network classifies better than 95 %": history[-1]["accuracy"] > 0.95,
+    }
+    if settings.steps < 1000:
+        del claims["The network classifies better than 95 %"]
+    notes = (
+        "Distance of the features from the exact flow, at 1 to 32 steps, for weights trained as a ResNet\n"
+        f"of {settings.layers} layers. Test error: as trained {100 * at(found, settings.layers):.1f} %, tsit5 "
+        f"{100 * found['tsit5']['test error']:.1f} % with {found['tsit5']['evaluations']} evaluations."
+    )
+    save(figure(model, found, settings), folder / "resnet_limit.png")
+    return Results(rows, claims, notes, {"runs": found, "orders": orders})
+
+
+def at(found, layers):
+    """The test error of Euler's method nearest to the number of layers."""
+    return min(found["euler"], key=lambda r: abs(r["steps"] - layers))["test error"]
+
+
+def figure(model, found, settings):
+    """Paths of a ResNet and of the ODE; error against steps; test error against steps."""
+    plt_figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
+    x, labels = two_spirals(jax.random.key(3), 24)
+    ts = np.linspace(0, 1, 60, dtype=np.float32)
+    smooth = np.asarray(solve(model.field, x, ts).ys)
+    grid = np.linspace(0, 1, settings.layers + 1, dtype=np.float32)
+    steps = np.asarray(
+        solve(model.field, x, grid, method="euler", dt=1 / settings.layers, max_steps=1024).ys
+    )
+    for i, label in enumerate(np.asarray(labels)):
+        colour = ("#0072B2", "#D55E00")[int(label)]
+        axes[0].plot(*smooth[:, i].T, color=colour, lw=1.2)
+        axes[0].plot(*steps[:, i].T, ".--", color=colour, lw=0.7, ms=5, alpha=0.6)
+    axes[0].set(title=f"Paths: the ODE, and {settings.layers} residual layers")
+    for method in METHODS:
+        counts = [r["steps"] for r in found[method]]
+        axes[1].loglog(counts, [r["error"] for r in found[method]], "o-", label=method)
+        axes[2].plot(counts, [100 * r["test error"] for r in found[method]], "o-", label=method)
+    axes[1].set(xlabel="steps", ylabel="distance from the exact flow", title="Error against steps")
+    axes[2].set(
+        xlabel="steps", ylabel="test error (%)", xscale="log", title="The same weights, more steps"
+    )
+    axes[1].legend()
+    axes[2].axvline(settings.layers, ls=":", color="#999999")
+    return plt_figure
