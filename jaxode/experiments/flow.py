@@ -157,8 +157,8 @@ def fits_by_likelihood(settings, folder, progress):
         held = CLOUDS[cloud](jax.random.key(1234), 5000)
         key = jax.random.key(settings.seed)
         wide = continuous(settings.width, key, settings)
-        gated = continuous(settings.width, key, settings, hidden=0)
-        depth = -(-parameters(gated) // 5)  # 5 numbers a layer: as many as the small CNF has
+        small = wide.with_field(ConcatSquash(2, width=16, depth=2, key=key))
+        depth = -(-parameters(small) // 5)  # 5 numbers a layer: as many as the small CNF has
         deep = PlanarFlow(depth, Normal(2), density=True, key=key)
         row = {"cloud": cloud}
         for kind, (flow, rate) in {

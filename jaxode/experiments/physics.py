@@ -281,9 +281,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         )
     notes = (
         f"Drive found from a noisy response: error {drive['error of the drive']:.3f} (RMS).\n"
-        f"Lynx and hares: error of the logarithms {pelts['error']:.2f} (constants {pelts['constant']:.2f}), rates "
-        + ", ".join(f"{x:.3f}" for x in pelts["rates"])
-        + "."
+        f"Lynx and hares: error of the logarithms {pelts['error']:.2f} (constants "
+        f"{pelts['constant']:.2f}), rates " + ", ".join(f"{x:.3f}" for x in pelts["rates"]) + "."
     )
     more = {"pendulum": learnt, "methods": late, "volume": volume, "drive": drive, "pelts": pelts}
     return Results(rows, claims, notes, more)
