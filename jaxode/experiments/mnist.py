@@ -26,8 +26,8 @@ PUBLISHED = {
 class Settings(classification.Settings):
     """Those of both image experiments, and where the images are."""
 
-    epochs: int = option(3, "Passes over the training data.", quick=1, full=160, low=1)
-    batch: int = option(64, "Images a step.", quick=16, full=128, low=1)
+    epochs: int = option(5, "Passes over the training data.", quick=1, full=160, low=1)
+    batch: int = option(32, "Images a step.", quick=16, full=128, low=1)
     channels: int = option(16, "Of the feature maps.", quick=4, full=64, low=1)
     hidden: int = option(300, "Width of the MLP.", quick=16, low=1)
     rate: float = option(1e-2, "Learning rate.", full=0.1, low=0.0)

@@ -312,7 +312,8 @@ class RNN(eqx.Module):
         _, means = self.read(series)
         seen = series.mask[:, 1:]
         error = jnp.sum((means[:, :-1] - clean(series)[:, 1:]) ** 2, axis=-1)
-        return jnp.sum(jnp.where(seen, error, 0), axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
+        count = jnp.maximum(jnp.sum(seen, axis=1, dtype=error.dtype), 1)
+        return jnp.sum(jnp.where(seen, error, 0), axis=1) / count
 
     def predict(self, series: Series, times: Float[Array, "n S"]):
         """Values at times after the last one, each prediction read as if it were a value."""
