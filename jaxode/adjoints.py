@@ -53,7 +53,7 @@ def direct(solve, f, y0, ss):
         y, k = state
         s, s1 = ends
         y1, ks = step(solve.table, f, y, k, s, s1 - s)
-        kept = [None, None]
+        kept: list[Any] = [None, None]
         if inside:
             stages = extra_stages(solve.table, f, y, ks, s, s1 - s)
             kept[0] = y, coefficients(solve.table, stages, s1 - s)

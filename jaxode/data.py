@@ -239,7 +239,8 @@ def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:
     """
     from statsmodels.datasets import co2
 
-    series = co2.load_pandas().data["co2"].dropna()
+    loaded: Any = co2.load_pandas()
+    series = loaded.data["co2"].dropna()
     years = series.index.year + (series.index.dayofyear - 0.5) / 365.25
     return np.asarray(years, np.float64), np.asarray(series.values, np.float64)
 

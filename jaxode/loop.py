@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from jaxode import scalars, tree
 from jaxode.controllers import Controller, first_step
 from jaxode.solution import Status
+from jaxode.splittings import Splitting
 from jaxode.step import error, extra_stages, interpolate, step
 from jaxode.tableaus import Tableau
 
@@ -85,7 +86,7 @@ class Integrator(eqx.Module):
     between two outputs. `measured` picks the part of a state whose error counts.
     """
 
-    table: Tableau = eqx.field(static=True)
+    table: Tableau | Splitting = eqx.field(static=True)
     controller: Controller = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     steps: Any

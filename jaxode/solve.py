@@ -229,7 +229,10 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
     ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + (t[-1] - t[0]) * report.reached)
-    estimates = None if report.heuristics is None else Heuristics(*report.heuristics)
+    estimates = None
+    if report.heuristics is not None:
+        error, stiffness = report.heuristics  # the latter per unit of [0, 1]
+        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     return Solution(t, ys, status, stats, reached, estimates)
 
 

@@ -1,5 +1,7 @@
 """Fields that keep something: energy, or volume."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -124,4 +126,4 @@ class DivergenceFreeField(eqx.Module):
             direction = jnp.broadcast_to(basis[j], y.shape)
             return jax.jvp(self.matrix, (y,), (direction,))[1][..., j]
 
-        return sum((term(j) for j in range(1, self.size)), term(0))
+        return functools.reduce(jnp.add, map(term, range(self.size)))

@@ -3,6 +3,7 @@
 A rate is a function `rate(field, y, t)` that gives one number for each sample of the batch y.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -83,7 +84,7 @@ def divergence(field, y: Float[Array, "n d"], t) -> Float[Array, " n"]:
         direction = jnp.broadcast_to(jnp.eye(d, dtype=y.dtype)[i], y.shape)
         return jax.jvp(lambda y: field(y, t), (y,), (direction,))[1][:, i]
 
-    return sum((entry(i) for i in range(1, d)), entry(0))
+    return functools.reduce(jnp.add, map(entry, range(d)))
 
 
 class Hutchinson(eqx.Module):

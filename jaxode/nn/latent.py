@@ -76,7 +76,8 @@ def read_backwards(cell, series: Series, inputs, between=None):
 
 def width(cell) -> int:
     """The size of a cell's state."""
-    return cell.layer.out_features if isinstance(cell, RNNCell) else cell.candidate.out_features
+    last: Any = cell.layer if isinstance(cell, RNNCell) else cell.candidate
+    return last.out_features
 
 
 class RecognitionRNN(eqx.Module):
@@ -123,8 +124,9 @@ class ODERNN(eqx.Module):
     def between(self, h, gap):
         """The hidden state carried back over gaps that differ from series to series."""
         field = lambda h, s, gap: -gap[:, None] * self.field(h, s)
-        options = dict(method="rk4", dt=1 / self.steps, adjoint="direct")
-        return odeint(field, h, [0.0, 1.0], gap, **options)[-1]
+        return odeint(field, h, [0.0, 1.0], gap, method="rk4", dt=1 / self.steps, adjoint="direct")[
+            -1
+        ]
 
     def __call__(self, series: Series):
         h = read_backwards(self.cell, series, clean(series), self.between)

@@ -106,7 +106,7 @@ class PointProcess(eqx.Module):
         rng = np.random.default_rng(np.asarray(jax.random.bits(key, (2,))))
         candidates = np.sort(rng.uniform(start, end, rng.poisson(bound * (end - start))))
         times = np.concatenate([[start], candidates]).astype(grid.dtype)
-        rates = np.asarray(self.intensity(times, z0))[1:]
+        rates = np.asarray(self.intensity(jnp.asarray(times), z0))[1:]
         if np.any(rates > bound):
             raise RuntimeError("The intensity has a sharper peak than `points` show: take more.")
         return candidates[rng.uniform(0, bound, len(candidates)) < rates]
