@@ -254,7 +254,8 @@ def reconstructions(model, points, settings, shown=6):
         axis.plot(*(SCALE * y).T, ":", color="black", label="truth, after")
         axis.plot(*(SCALE * x).T, "o", color="black", ms=4, label="seen")
         axis.set_aspect("equal")
-    axes.flat[0].legend(fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 

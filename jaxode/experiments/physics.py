@@ -293,9 +293,9 @@ def figure(pendulums, methods, shapes, driven, animals):
     plt_figure, axes = plt.subplots(2, 3, figsize=(15, 8.5))
     ts, paths = pendulums
     for name, (q, p) in paths.items():
-        style = dict(color="black", lw=4, alpha=0.25) if name == "truth" else dict(lw=1)
+        style: dict = dict(color="black", lw=4, alpha=0.25) if name == "truth" else dict(lw=1.2)
         axes[0, 0].plot(np.asarray(q)[:, 0], np.asarray(p)[:, 0], label=name, **style)
-        axes[0, 1].plot(ts, energy(np.asarray(q)[:, 0], np.asarray(p)[:, 0]), label=name)
+        axes[0, 1].plot(ts, energy(np.asarray(q)[:, 0], np.asarray(p)[:, 0]), label=name, **style)
     axes[0, 0].set(xlabel="q", ylabel="p", title="A pendulum, learnt")
     axes[0, 1].set(xlabel="time", ylabel="energy", title="Its energy")
     axes[0, 1].legend()
@@ -311,6 +311,7 @@ def figure(pendulums, methods, shapes, driven, animals):
     axes[1, 0].set(title="A disc after 10 s of a learnt swirl", aspect="equal")
     axes[1, 0].legend(fontsize=11)
     knots, truth, found, ts, seen = driven
+    found = np.append(found[:-1], found[-2])
     axes[1, 1].step(knots, truth, where="post", color="black", lw=4, alpha=0.25, label="drive")
     axes[1, 1].step(knots, found, where="post", label="found")
     axes[1, 1].plot(ts, seen[:, 0], ".", ms=4, label="response")

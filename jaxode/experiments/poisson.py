@@ -157,7 +157,7 @@ def on_joint(settings, folder, progress):
     values = position(events) + 0.1 * noise
     keys = jax.random.split(jax.random.key(settings.seed + 3))
     process = PointProcess.make(latent=4, key=keys[0], **TIGHT)
-    model = JointModel(process, Decoder(4, 2, key=keys[1]), 0.1)
+    model = JointModel(process, Decoder(4, 2, activation=jnp.tanh, key=keys[1]), 0.1)
     batch = events.astype(np.float32), values.astype(np.float32), mask
     model, _ = fitted(
         model, joint_loss, batch, settings.steps, settings, folder / "joint", "joint", progress

@@ -242,18 +242,29 @@ class LatentODE(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """One hidden layer of ReLUs, on any leading axes."""
+    """One hidden layer (of ReLUs, as in the paper), on any leading axes."""
 
     layers: list[eqx.nn.Linear]
+    activation: Callable = eqx.field(static=True)
 
-    def __init__(self, latent: int, size: int, *, width: int = 20, dtype=None, key: PRNGKeyArray):
+    def __init__(
+        self,
+        latent: int,
+        size: int,
+        *,
+        width=20,
+        activation=jax.nn.relu,
+        dtype=None,
+        key: PRNGKeyArray,
+    ):
+        self.activation = activation
         sizes, keys = [latent, width, size], jax.random.split(key)
         self.layers = [
             eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
         ]
 
     def __call__(self, z):
-        return affine(self.layers[1], jax.nn.relu(affine(self.layers[0], z)))
+        return affine(self.layers[1], self.activation(affine(self.layers[0], z)))
 
 
 class RNN(eqx.Module):

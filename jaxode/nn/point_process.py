@@ -48,12 +48,12 @@ class PointProcess(eqx.Module):
     def make(
         cls, *, latent=4, width=20, depth=1, time=True, dtype=None, key: PRNGKeyArray, **options
     ):
-        """With networks of one hidden layer."""
+        """With networks of one hidden layer; tanh, so that the intensity is smooth."""
         keys = jax.random.split(key, 3)
         options = {"rtol": 1e-5, "atol": 1e-5, "max_steps": 1024, **options}
         return cls(
             MLPField(latent, width=width, depth=depth, time=time, dtype=dtype, key=keys[0]),
-            Decoder(latent, 1, width=width, dtype=dtype, key=keys[1]),
+            Decoder(latent, 1, width=width, activation=jnp.tanh, dtype=dtype, key=keys[1]),
             jax.random.normal(keys[2], (latent,), dtype or jnp.result_type(float)),
             **options,
         )
