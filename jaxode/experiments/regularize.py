@@ -34,7 +34,7 @@ PENALTIES = ("none", "RNODE", "STEER", "error", "stiffness")
 class Settings(Options):
     """How long, and how strong."""
 
-    epochs: int = option(6, "Passes over the digits.", quick=1, full=60, low=1)
+    epochs: int = option(12, "Passes over the digits.", quick=1, full=60, low=1)
     channels: int = option(12, "Of the ODE-Net.", quick=4, full=64, low=1)
     samples: int = option(0, "Digits to train on; 0: all.", quick=64, low=0)
     steps: int = option(1500, "Steps of each flow.", quick=100, full=10_000, low=1)
@@ -43,8 +43,8 @@ class Settings(Options):
     steer: float = option(
         0.5, "The end time is uniform in 1 plus or minus this.", low=0.0, high=0.99
     )
-    error: float = option(100.0, "Weight of the error estimates.", low=0.0)
-    stiffness: float = option(0.01, "Weight of the stiffness estimates.", low=0.0)
+    error: float = option(10.0, "Weight of the error estimates.", low=0.0)
+    stiffness: float = option(0.001, "Weight of the stiffness estimates.", low=0.0)
     penalties: str = option(",".join(PENALTIES), "Which.", quick="none,RNODE")
 
 
@@ -65,7 +65,7 @@ def estimates(settings, penalty, solution):
 def solver_options(penalty):
     """How a penalty wants its solve."""
     own = penalty in ("error", "stiffness")
-    return dict(adjoint="direct", heuristics=True, max_steps=64) if own else dict(max_steps=512)
+    return dict(adjoint="direct", heuristics=True, max_steps=32) if own else dict(max_steps=512)
 
 
 def digits_loss(settings, penalty):
@@ -163,7 +163,7 @@ def on_flow(penalty, settings, folder, progress):
     field = ConcatSquash(2, width=32, depth=2, key=key)
     flow = ContinuousFlow(field, Normal(2), rtol=1e-4, atol=1e-4)
     optimiser = optax.adam(optax.cosine_decay_schedule(5e-3, settings.steps, 0.05))
-    held = data.circles(jax.random.key(1234), 2000)
+    held = data.moons(jax.random.key(1234), 2000)
 
     @eqx.filter_jit
     def evaluate(flow):
@@ -172,7 +172,7 @@ def on_flow(penalty, settings, folder, progress):
 
     _, history = train.fit(
         flow_loss(settings, penalty), optimiser, train.start(flow, optimiser, key),
-        lambda step: data.circles(jax.random.key(step), 256), settings.steps,
+        lambda step: data.moons(jax.random.key(step), 256), settings.steps,
         folder=folder / f"flow-{penalty.lower()}", every=max(1, settings.steps // 5),
         evaluate=evaluate, label=f"flow, {penalty}", progress=progress,
     )  # fmt: skip
