@@ -79,8 +79,10 @@ def command(name: str):
     import dataclasses
 
     import click
+    import matplotlib
     import sklearn  # noqa: F401  here, so that a missing package shows at once
 
+    matplotlib.use("Agg")  # figures go to files
     module = module_of(name)
     from jaxode.experiments.experiment import carry_out
 

@@ -87,12 +87,20 @@ def histogram_log_prob(train_events, test_events, sequences, tests, bins, end=EN
     return (np.sum(np.log(rate[place])) - tests * np.sum(rate) * (edges[1] - edges[0])) / tests
 
 
-def best_histogram(train_events, test_events, sequences, tests, end=END):
-    """Over numbers of bins, chosen on the test events: the strongest histogram there is."""
-    return max(
-        histogram_log_prob(train_events, test_events, sequences, tests, bins, end)
-        for bins in (2, 4, 6, 8, 10, 15, 20, 30)
+def best_histogram(train, test, end=END):
+    """The mean log-likelihood of test sequences under a histogram.
+
+    Its number of bins is that of the best likelihood of one half of the training events under a
+    histogram of the other. Sequences are lists of arrays.
+    """
+    halves = train[::2], train[1::2]
+    if len(train) == 1:  # a single sequence is thinned into two
+        halves = [train[0][::2]], [train[0][1::2]]
+    score = lambda fit, seen, bins: histogram_log_prob(
+        np.concatenate(fit), np.concatenate(seen), len(fit), len(seen), bins, end
     )
+    bins = max((2, 4, 6, 8, 10, 15, 20, 30), key=lambda bins: score(*halves, bins))
+    return score(train, test, bins)
 
 
 def on_known(settings, folder, progress):
@@ -119,7 +127,9 @@ def on_known(settings, folder, progress):
         "constant": histogram_log_prob(
             events[mask], test[test_mask], settings.sequences, len(test), 1
         ),
-        "histogram": best_histogram(events[mask], test[test_mask], settings.sequences, len(test)),
+        "histogram": best_histogram(
+            [t[m] for t, m in zip(events, mask)], [t[m] for t, m in zip(test, test_mask)]
+        ),
         "truth": float(exact),
         "relative error": float(np.sqrt(np.mean((found - truth) ** 2)) / np.mean(truth)),
     }
@@ -143,7 +153,7 @@ def on_coal(settings, folder, progress):
     results = {
         "ODE": history[-1]["test"],
         "constant": histogram_log_prob(parts[0], parts[1], 1, 1, 1),
-        "histogram": best_histogram(parts[0], parts[1], 1, 1),
+        "histogram": best_histogram([parts[0]], [parts[1]]),
     }
     return results, (process, years, (start, end))
 
@@ -194,7 +204,7 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     notes = (
         f"Error of the intensity {100 * known['relative error']:.1f} % (RMS, of its mean); of the path\n"
         f"shared by times and values {joint['position error']:.3f}. Histograms have the number of bins\n"
-        "that is best for the test events."
+        "by which one half of the training events is best for the other."
     )
     return Results(rows, claims, notes, {"known": known, "coal": coal, "joint": joint})
 

@@ -38,8 +38,8 @@ class Settings(Options):
     channels: int = option(12, "Of the ODE-Net.", quick=4, full=64, low=1)
     samples: int = option(0, "Digits to train on; 0: all.", quick=64, low=0)
     steps: int = option(1500, "Steps of each flow.", quick=100, full=10_000, low=1)
-    kinetic: float = option(0.05, "Weight of the kinetic energy (RNODE).", low=0.0)
-    jacobian: float = option(0.05, "Weight of the Jacobian norm (RNODE).", low=0.0)
+    kinetic: float = option(0.1, "Weight of the kinetic energy (RNODE).", low=0.0)
+    jacobian: float = option(0.1, "Weight of the Jacobian norm (RNODE).", low=0.0)
     steer: float = option(
         0.5, "The end time is uniform in 1 plus or minus this.", low=0.0, high=0.99
     )
@@ -158,7 +158,7 @@ def flow_loss(settings, penalty):
 
 
 def on_flow(penalty, settings, folder, progress):
-    """Held-out nats, evaluations at a tolerance of 1e-4, and seconds of training."""
+    """Held-out nats, evaluations at a tolerance of 1e-5, and seconds of training."""
     key = jax.random.key(settings.seed)
     field = ConcatSquash(2, width=32, depth=2, key=key)
     flow = ContinuousFlow(field, Normal(2), rtol=1e-4, atol=1e-4)
@@ -167,7 +167,8 @@ def on_flow(penalty, settings, folder, progress):
 
     @eqx.filter_jit
     def evaluate(flow):
-        log_prob, _, solution = flow.log_prob_and_integrals(held)
+        tight = flow.with_options(rtol=1e-5, atol=1e-5)
+        log_prob, _, solution = tight.log_prob_and_integrals(held)
         return {"nats": -jnp.mean(log_prob), "test evaluations": solution.stats.evaluations}
 
     _, history = train.fit(
@@ -213,10 +214,10 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     if settings.steps >= 1000:
         claims |= {
             "at most half of them": 2 * rnode["evaluations"] <= none["evaluations"],
-            "at equal quality (0.1 nats)": rnode["quality"] <= none["quality"] + 0.1,
+            "at a cost of at most 0.15 nats": rnode["quality"] <= none["quality"] + 0.15,
         }
     notes = (
-        "Evaluations of a forward solve on test data, tolerance 1e-3 (digits) and 1e-4 (flow, less nats\n"
+        "Evaluations of a forward solve on test data, tolerance 1e-3 (digits) and 1e-5 (flow, less nats\n"
         "are better); training without compilation."
     )
     return Results(rows, claims, notes, {"runs": found})
