@@ -364,9 +364,7 @@ def backwards(solve, f, tape, visit, carry, y0):
     most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
     length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
     room = jax.tree.map(lambda y: jnp.zeros((most, *y.shape), y.dtype), y0)
-    example = (f, y0, y0, tape.grid[0], tape.grid[0])
-    plain = lambda f, y, k, s, h: (lambda y1, ks: (y1, ks[-1]))(*step(solve.table, f, y, k, s, h))
-    again = scalars.fuse(plain, *example) or plain
+    again = one_step(solve.table, f, y0, tape.grid[0])
 
     def segment(state):
         end, carry, room = state
@@ -395,6 +393,20 @@ def backwards(solve, f, tape, visit, carry, y0):
 
     state = (tape.steps, carry, (room, room))
     return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
+
+
+def one_step(table, f, y, s):
+    """(f, y, k, s, h) -> y and k at the end of a step; in one kernel if it is small."""
+    pair = Pair(y, packed=True)
+
+    def plain(f, y, k, s, h):
+        y1, ks = step(table, f, y, k, s, h)
+        return y1, ks[-1]
+
+    fused = None
+    if pair.packed:
+        fused = scalars.fuse(lambda *args: pair.pack(*plain(*args)), f, y, y, s, s)
+    return plain if fused is None else lambda *args: pair.open(fused(*args))
 
 
 def at(i, rooms):
