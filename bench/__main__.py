@@ -270,7 +270,9 @@ def main():
     (HERE / "results.json").write_text(
         json.dumps({"versions": versions(), "results": results}, indent=1)
     )
-    write_readme(f"{table(results)}\n\nWarm medians in one run; compilation: medians of three: {versions()}.")
+    write_readme(
+        f"{table(results)}\n\nWarm medians in one run; compilation: medians of three: {versions()}."
+    )
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:
 
     loaded: Any = co2.load_pandas()
     series = loaded.data["co2"].dropna()
-    years = series.index.year + (series.index.dayofyear - 0.5) / 365.25
+    years = series.index.year + (series.index.day_of_year - 0.5) / 365.25
     return np.asarray(years, np.float64), np.asarray(series.values, np.float64)
 
 

@@ -250,10 +250,6 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     ]
     first = by_likelihood[0]
     claims = {
-        f"On {first['cloud']} a CNF beats an NF of as many parameters (held-out likelihood)": first[
-            "small CNF"
-        ]["log-likelihood"]
-        > first["NF"]["log-likelihood"],
         "Learnt densities integrate to 1 within 1 %": all(
             abs(r["total"] - 1) < 0.01 for r in by_likelihood
         ),
@@ -261,6 +257,9 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
             r["round trip"] < 1e-2 for r in by_likelihood
         ),
     }
+    if settings.steps >= 1000:
+        better = first["small CNF"]["log-likelihood"] > first["NF"]["log-likelihood"]
+        claims[f"On {first['cloud']} a CNF is likelier than an NF of as many parameters"] = better
     if settings.kl_steps >= 500:
         widest = [r for r in by_kl if r["size"] == max(x["size"] for x in by_kl)]
         claims["Fitted by KL, the widest CNF is nearer than the deepest NF"] = all(
