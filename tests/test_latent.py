@@ -152,7 +152,7 @@ def test_samples_come_as_often_as_the_intensity_says():
 
 
 def test_times_and_values_share_one_path():
-    process = PointProcess.make(latent=3, dtype=jnp.float64, key=KEY)
+    process = PointProcess.make(latent=3, dtype=jnp.float64, key=KEY, rtol=1e-9, atol=1e-9)
     model = JointModel(process, Decoder(3, 2, dtype=jnp.float64, key=KEY), 0.5)
     events, mask = jnp.array([0.4, 1.1, 2.0]), jnp.array([True, True, False])
     values = jnp.ones((3, 2))
