@@ -28,7 +28,7 @@ from jaxtyping import PyTree
 from jaxode import scalars, tree
 from jaxode.loop import Pair, adaptive, assemble, equal_steps_report, fixed, slots
 from jaxode.solution import Status
-from jaxode.step import coefficients, extra_stages, heuristics, step, step_and_inside
+from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
 
 
 def forward(solve, f, y0, ss):
@@ -55,8 +55,7 @@ def direct(solve, f, y0, ss):
         y1, ks = step(solve.table, f, y, k, s, s1 - s)
         kept: list[Any] = [None, None]
         if inside:
-            stages = extra_stages(solve.table, f, y, ks, s, s1 - s)
-            kept[0] = y, coefficients(solve.table, stages, s1 - s)
+            kept[0] = y, coefficients(solve.table, f, y, ks, s, s1 - s)
         if solve.heuristics:
             kept[1] = heuristics(solve.table, y, y1, ks, s1 - s)
         return (y1, ks[-1]), kept
@@ -108,10 +107,7 @@ def taken_again(one, start, grid, n, width):
 def polynomial(theta, coefficients):
     """y + sum_p theta^(p+1) d_p."""
     y, d = coefficients
-    powers = [theta]
-    while len(powers) < len(d):
-        powers.append(powers[-1] * theta)
-    return tree.combine(y, 1.0, powers, d)
+    return tree.combine(y, 1.0, powers_of(theta, len(d)), d)
 
 
 # Replay: backwards over the recorded steps.
@@ -329,9 +325,7 @@ def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
         row, ss_bar, straight, d_bar = state
         theta = (ss[row] - s) / h
         w = jax.tree.map(lambda w: w[row], ys_bar)
-        powers = [theta]
-        while len(powers) < len(d_bar):
-            powers.append(powers[-1] * theta)
+        powers = powers_of(theta, len(d_bar))
         straight = jax.tree.map(jnp.add, straight, w)
         d_bar = [tree.combine(b, 1.0, [p], [w]) for b, p in zip(d_bar, powers)]
         if ss_bar is not None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxode.nn.point_process import generator, thinned
+
 
 class Images(NamedTuple):
     """Images in [0, 1], shape (n, height, width, channels), and their labels, shape (n,)."""
@@ -255,11 +257,8 @@ def poisson_events(key, intensity, end: float, *, count: int, most: float):
     Returns:
         times (count, n), increasing, and a mask of the same shape; hidden times are `end`.
     """
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (2,))))
-    rows = []
-    for _ in range(count):
-        times = np.sort(rng.uniform(0, end, rng.poisson(most * end)))
-        rows.append(times[rng.uniform(0, most, len(times)) < np.asarray(intensity(times))])
+    rng, rates = generator(key), lambda times: np.asarray(intensity(times))
+    rows = [thinned(rng, rates, 0, end, most) for _ in range(count)]
     longest = max(map(len, rows))
     times = np.full((count, longest), end)
     mask = np.zeros((count, longest), bool)

@@ -123,6 +123,18 @@ class Integrator(eqx.Module):
         """How many states a backward pass rebuilds at a time: sqrt(max_steps), at most 64."""
         return max(1, min(SEGMENT, math.isqrt(self.max_steps - 1) + 1))
 
+    def tolerated(self, *ys):
+        """atol + rtol max |y|, leaf by leaf, of what is measured of a state; never 0."""
+        ys = map(self.measured, ys)
+        size = jax.tree.map(lambda *y: largest(map(tree.magnitude, y)), *ys)
+        scale = jax.tree.map(lambda a, r, y: a + r * y, self.atol, self.rtol, size)
+        return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
+
+    def least(self, s):
+        """The smallest step that moves time: 16 roundings of it."""
+        eps = 16 * float(jnp.finfo(s.dtype).eps)
+        return jnp.maximum(self.hmin, eps * jnp.maximum(s, eps))
+
     def empty_tape(self, y0, dtype) -> Tape:
         """Room for as many states, or for all of them while they are small."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
@@ -144,18 +156,13 @@ def adaptive(
     order = table.error_order + 1
     attempt, pair = embedded(table, f, y0, k0, end, fuse=after is None)
 
-    def tolerated(*ys):
-        ys = map(integrator.measured, ys)
-        size = jax.tree.map(lambda *y: largest(map(tree.magnitude, y)), *ys)
-        scale = jax.tree.map(lambda a, r, y: a + r * y, integrator.atol, integrator.rtol, size)
-        return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
-
     def body(state: State) -> State:
         s, (y, k) = state.s, pair.open(state.pair)
         s1 = jnp.where(s + state.h >= end, end, s + state.h)
         h = s1 - s  # exactly, so that the steps add up to where we are
         pair1, y1, errors, inside = attempt(f, state.pair, s, h)
-        ratio = error_ratio([tree.norm(integrator.measured(e), tolerated(y, y1)) for e in errors])
+        scale = integrator.tolerated(y, y1)
+        ratio = error_ratio([tree.norm(integrator.measured(e), scale) for e in errors])
         if not table.e[-1]:  # then the estimate has not seen the last stage
             ratio = jnp.where(tree.all_finite(pair.open(pair1)[1]), ratio, jnp.nan)
         ratio = lax.stop_gradient(lax.convert_element_type(ratio, dtype))
@@ -177,21 +184,22 @@ def adaptive(
             new = new._replace(mark=jnp.where(passed, new.attempts, state.mark))
         return after(state, new) if after else new
 
-    def least(s):
-        """The smallest step that moves time: 16 roundings of it."""
-        eps = 16 * float(jnp.finfo(dtype).eps)
-        return jnp.maximum(integrator.hmin, eps * jnp.maximum(s, eps))
-
     def unfinished(state: State):
-        go = (state.s < end) & (state.h > least(state.s)) & (state.attempts < integrator.max_steps)
+        go = (
+            (state.s < end)
+            & (state.h > integrator.least(state.s))
+            & (state.attempts < integrator.max_steps)
+        )
         if state.mark is not None:
             go = go & (waited(state) < integrator.mxstep)
         return go
 
     if h0 is None:
-        h0 = first_step(f, y0, k0, order, tolerated(y0), integrator.hmax, integrator.measured)
+        h0 = first_step(
+            f, y0, k0, order, integrator.tolerated(y0), integrator.hmax, integrator.measured
+        )
         # Where nothing happens yet its guess may be below what time can resolve.
-        h0 = jnp.minimum(jnp.maximum(h0, 64 * least(0 * end)), integrator.hmax)
+        h0 = jnp.minimum(jnp.maximum(h0, 64 * integrator.least(0 * end)), integrator.hmax)
     healthy = tree.all_finite(y0, k0)
     zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
     start = State(

@@ -111,7 +111,8 @@ def piecewise(solve, func, y0: PyTree, t, args, signals: list[Signal]) -> Soluti
     """The solve from knot to knot, by a scan: `solve(func, y0, ts, *args)` with pieces for signals.
 
     A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
-    nothing. Costs two evaluations of func a stretch more than a solve that is not broken.
+    nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
+    steps hold for each stretch.
     """
     t = jnp.asarray(t, jnp.result_type(float) if not hasattr(t, "dtype") else None)
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
@@ -134,13 +135,17 @@ def piecewise(solve, func, y0: PyTree, t, args, signals: list[Signal]) -> Soluti
         status = jnp.where(fine, part.status, status)
         stats = jax.tree.map(jnp.add, stats, part.stats)
         reached = jnp.where(fine, part.reached, reached)
-        return (y, status, stats, reached), jax.tree.map(lambda y: y[1:-1], part.ys)
+        rows = jax.tree.map(lambda y: y[1:-1], part.ys)
+        return (y, status, stats, reached), (rows, part.heuristics)
 
     zero = jnp.zeros((), jnp.int32)
     start = (y0, zero, Stats(zero, zero, zero), t[0])
-    (_, status, stats, reached), parts = lax.scan(stretch, start, (edges[:-1], edges[1:]))
+    (_, status, stats, reached), (parts, estimates) = lax.scan(
+        stretch, start, (edges[:-1], edges[1:])
+    )
     forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
     # Row j belongs to the last stretch that starts before it (the first one has the start).
     index = jnp.sum(forward * edges[1:-1, None] < forward * t[None], axis=0)
     rows = jnp.arange(len(t))
-    return Solution(t, jax.tree.map(lambda y: y[index, rows], parts), status, stats, reached)
+    ys = jax.tree.map(lambda y: y[index, rows], parts)
+    return Solution(t, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))

@@ -140,12 +140,12 @@ def solve(
         )
     y0 = as_state(y0)
     t, func_time = as_times(t, y0)
-    if found := signals_in(args):
-        options = dict(
-            rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint
-        )
-        options |= dict(controller=controller, max_steps=max_steps, dt=dt)
-        between = partial(solve, **options, throw=throw or False)
+    if len(t) and (found := signals_in(args)):
+        between = partial(
+            solve, rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint,
+            dt=dt, controller=controller, max_steps=max_steps, throw=throw or False,
+            heuristics=heuristics,
+        )  # fmt: skip
         return checked(piecewise(between, func, y0, t, args, found), throw)
     table = named_method(method, y0)
     steps = number_of_steps(dt, t, table, method, max_steps)
@@ -429,9 +429,10 @@ def controller_or_default(controller) -> Any:
 
 def named_method(method, y0) -> Any:
     """A Runge-Kutta table, or a symplectic method, for which y0 has to be a pair."""
-    table = splittings.get(method, method) if isinstance(method, str) else method
+    splitting = isinstance(method, Splitting)
+    table: Any = method if splitting else tableaus.named(method, {**tableaus.methods, **splittings})
     if not isinstance(table, Splitting):
-        return tableaus.named(table)
+        return table
     if not isinstance(y0, tuple | list) or len(y0) != 2:
         raise TypeError(
             "A symplectic method needs a state y0 = (q, p), and func(y, t) = (dq/dt, dp/dt); "

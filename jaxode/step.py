@@ -85,9 +85,7 @@ def extra_stages(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
 
 def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
     """y(s + theta h) = y + h sum_i b_i(theta) k_i: dense output, for 0 <= theta <= 1."""
-    powers = [theta]
-    while len(powers) < len(table.dense):
-        powers.append(lax.mul(powers[-1], theta))
+    powers = powers_of(theta, len(table.dense))
     weights = [
         sum((tree.scale(d, p) for d, p in zip(column, powers) if d), jnp.zeros_like(theta))
         for column in zip(*table.dense)
@@ -97,8 +95,17 @@ def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
     return jax.tree.map(lax.add, y, tree.weighted_sum(h, terms))
 
 
-def coefficients(table: Tableau, ks, h) -> list[PyTree]:
+def powers_of(theta, count: int) -> list:
+    """theta, theta^2, ..., theta^count."""
+    powers = [theta]
+    while len(powers) < count:
+        powers.append(lax.mul(powers[-1], theta))
+    return powers
+
+
+def coefficients(table: Tableau, f, y: PyTree, ks, s, h) -> list[PyTree]:
     """d_p = h sum_i B_pi k_i, so that y(s + theta h) = y + sum_p theta^(p+1) d_p."""
+    ks = extra_stages(table, f, y, ks, s, h)
     return [tree.weighted_sum(h, [(b, k) for b, k in zip(row, ks) if b]) for row in table.dense]
 
 
@@ -107,4 +114,4 @@ def step_and_inside(table: Tableau, f, y: PyTree, k: PyTree, s, h, inside: bool)
     y1, ks = step(table, f, y, k, s, h)
     if not inside:
         return y1, ks[-1], []
-    return y1, ks[-1], coefficients(table, extra_stages(table, f, y, ks, s, h), h)
+    return y1, ks[-1], coefficients(table, f, y, ks, s, h)

@@ -649,8 +649,8 @@ methods: dict[str, Tableau] = {
 methods["dopri8"] = dop853
 
 
-def named(method: str | Tableau) -> Tableau:
-    """The table of that name, or the table itself."""
+def named(method: str | Tableau, methods=methods):
+    """The table of that name in a catalogue, or the table itself."""
     if isinstance(method, Tableau):
         return method
     if not isinstance(method, str):

@@ -17,3 +17,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    """Each compiled program holds maps of memory, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()

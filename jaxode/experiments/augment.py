@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
-from jaxode import train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode.experiments.experiment import Options, Results, fitted, option, save
 from jaxode.nn import Augmented, MLPField, NeuralODE
 from jaxode.nn.fields import affine
 
@@ -92,17 +90,15 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         for name, extra in (("plain", 0), ("augmented", settings.extra)):
             make = Identity if size == 1 else Model
             model = make(size, extra, settings, jax.random.key(settings.seed))
-            optimiser = optax.adam(optax.cosine_decay_schedule(5e-3, settings.steps, 0.05))
             label = f"{task}, {name}"
-            state, history = train.fit(
-                loss, optimiser, train.start(model, optimiser, jax.random.key(settings.seed)),
-                lambda step, sample=sample: sample(jax.random.key(step), settings.batch),
-                settings.steps, folder=folder / label.replace(" ", "-").replace(",", ""),
-                every=max(1, settings.steps // 5), label=label, progress=progress,
+            model, history = fitted(
+                model, loss, lambda step, sample=sample: sample(jax.random.key(step), settings.batch),
+                settings.steps, seed=settings.seed, rate=5e-3, last=0.05, parts=5, label=label,
+                folder=folder / label.replace(" ", "-").replace(",", ""), progress=progress,
             )  # fmt: skip
-            test, metrics = loss(state.model, sample(jax.random.key(10**6), 1000), None)
+            test, metrics = loss(model, sample(jax.random.key(10**6), 1000), None)
             evaluations = [r["evaluations"] for r in history]
-            models[task, name], found[label] = state.model, {
+            models[task, name], found[label] = model, {
                 "error": float(test), "evaluations": evaluations, "loss": [r["loss"] for r in history],
             }  # fmt: skip
             rows.append({

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 
 from jaxode import data, train
-from jaxode.experiments.experiment import Options, option
+from jaxode.experiments.classification_figures import LABELS
+from jaxode.experiments.experiment import Options, option, parameters
 from jaxode.nn import NeuralODE, classifier
 from jaxode.solve import solve
 
-LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-Net"}
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
@@ -188,11 +188,6 @@ def step_milliseconds(history) -> float:
     """The median time of a step; the first one compiles."""
     laps = [1e3 * (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(history[1:])]
     return statistics.median(laps) if laps else float("nan")
-
-
-def parameters(net) -> int:
-    """The number of weights."""
-    return sum(x.size for x in jax.tree.leaves(eqx.filter(net, eqx.is_inexact_array)))
 
 
 class Counted(eqx.Module):

@@ -88,8 +88,8 @@ def command(name: str):
 
     def callback(out, scale, fresh, **given):
         given = {key: value for key, value in given.items() if value is not None}
-        settings = module.Settings.at(scale, **given)
         try:
+            settings = module.Settings.at(scale, **given)
             bar = sys.stderr.isatty()
             results = carry_out(module, settings, out, fresh=fresh, progress=bar)
         except (ValueError, OSError) as error:

@@ -12,7 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import matplotlib.pyplot as plt
+import optax
+
+from jaxode import train
 
 STYLE: Any = {
     "font.size": 13,
@@ -30,9 +35,16 @@ STYLE: Any = {
 }
 
 
-def option(default, help: str, *, quick=None, full=None, low=None, high=None, choices=None):
-    """A field of settings: its default, its values with --quick and --full, and its range."""
-    metadata = dict(help=help, quick=quick, full=full, low=low, high=high, choices=choices)
+def option(
+    default, help: str, *, quick=None, full=None, low=None, high=None, choices=None, words=None
+):
+    """A field of settings: its default, its values with --quick and --full, and its range.
+
+    With `words`, a string is a list with commas: of those words, or of whole numbers if that is int.
+    """
+    metadata = dict(
+        help=help, quick=quick, full=full, low=low, high=high, choices=choices, words=words
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -50,6 +62,18 @@ class Options:
 
     seed: int = option(0, "Of weights, data and noise.", low=0)
 
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            words = f.metadata["words"]
+            known = "whole numbers" if words is int else ", ".join(words or ())
+            for word in self.listed(f.name) if words else ():
+                if not (word.isdecimal() if words is int else word in known.split(", ")):
+                    raise ValueError(f"--{f.name} is a list of {known} with commas; got {word!r}.")
+
+    def listed(self, name: str) -> list[str]:
+        """The parts of an option that is a list."""
+        return getattr(self, name).split(",")
+
     @classmethod
     def at(cls, scale: str = "default", **given):
         """The settings at "quick", "default" or "full" scale, but for those given."""
@@ -65,7 +89,7 @@ class Options:
 class Results:
     """What an experiment found: rows of its table, claims that hold or do not, and what else it has.
 
-    `published` is a line about the numbers of the paper, and `notes` say how to read the table.
+    `notes` say how to read the table.
     """
 
     rows: list[dict[str, Any]]
@@ -111,6 +135,30 @@ def prepare(folder: Path, settings, fresh: bool) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def fitted(
+    model, loss, batches, steps: int, *, seed, folder, label, progress, rate, last, clip=None,
+    parts=10, evaluate=None,
+):  # fmt: skip
+    """The model after training by Adam, and the history.
+
+    The rate falls from `rate` to the fraction `last` of it as a cosine; gradients are clipped to the
+    norm `clip`; checkpoints and evaluations come `parts` times.
+    """
+    optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps, last))
+    if clip:
+        optimiser = optax.chain(optax.clip_by_global_norm(clip), optimiser)
+    state, history = train.fit(
+        loss, optimiser, train.start(model, optimiser, jax.random.key(seed)), batches, steps,
+        folder=folder, every=max(1, steps // parts), evaluate=evaluate, label=label, progress=progress,
+    )  # fmt: skip
+    return state.model, history
+
+
+def parameters(model) -> int:
+    """The number of weights."""
+    return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
 
 
 def save(figure, path: Path) -> None:

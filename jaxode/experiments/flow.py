@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
-from jaxode import data, train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode import data
+from jaxode.experiments.experiment import Options, Results, fitted, option, parameters, save
 from jaxode.nn import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
 
 LIMIT = 5.0  # half the width of the square on which densities are drawn and summed
@@ -35,9 +34,13 @@ class Settings(Options):
     steps: int = option(1500, "Steps of each fit by likelihood.", quick=250, full=10_000, low=1)
     table_steps: int = option(600, "Steps on the table.", quick=60, full=3000, low=1)
     batch: int = option(512, "Samples a step.", quick=256, low=2)
-    sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8")
+    sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8", words=int)
     clouds: str = option(
-        "circles,moons", "Of " + ", ".join(CLOUDS), quick="circles", full=",".join(CLOUDS)
+        "circles,moons",
+        "Of " + ", ".join(CLOUDS),
+        quick="circles",
+        full=",".join(CLOUDS),
+        words=tuple(CLOUDS),
     )
     width: int = option(64, "Width M of the flows fitted by likelihood.", low=1)
     tolerance: float = option(1e-3, "Of the solver, relative and absolute.", low=1e-7, high=1.0)
@@ -95,22 +98,9 @@ def estimated_loss(flow, batch, key):
     return -jnp.mean(flow.log_prob(batch, key=key)), {}
 
 
-def fitted(loss, flow, batches, steps, seed, folder, label, progress, rate=5e-3, evaluate=None):
-    """The flow after training."""
-    schedule = optax.cosine_decay_schedule(rate, steps, 0.01)
-    optimiser = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
-    state = train.start(flow, optimiser, jax.random.key(seed))
-    every = max(1, steps // 10)
-    state, history = train.fit(
-        loss, optimiser, state, batches, steps, folder=folder, every=every, label=label,
-        progress=progress, evaluate=evaluate,
-    )  # fmt: skip
-    return state.model, history
-
-
-def parameters(flow) -> int:
-    """Weights that are trained."""
-    return sum(w.size for w in jax.tree.leaves(eqx.filter(flow, eqx.is_inexact_array)))
+def common(settings, progress) -> dict:
+    """How every flow is trained."""
+    return dict(seed=settings.seed, progress=progress, last=0.01, clip=5.0)
 
 
 def tight(flow):
@@ -118,9 +108,9 @@ def tight(flow):
     return flow.with_options(rtol=1e-5, atol=1e-5) if isinstance(flow, ContinuousFlow) else flow
 
 
-def continuous(width, key, settings, hidden=32):
+def continuous(width, key, settings):
     """A planar CNF."""
-    field = PlanarField(2, width=width, hidden=hidden, key=key)
+    field = PlanarField(2, width=width, key=key)
     tolerance = settings.tolerance
     return ContinuousFlow(field, Normal(2), rtol=tolerance, atol=tolerance, max_steps=1024)
 
@@ -131,7 +121,7 @@ def fits_by_kl(settings, folder, progress):
     for target, log_density in TARGETS.items():
         constant = log_constant(log_density)
         loss = kl_loss(log_density, constant)
-        for size in map(int, settings.sizes.split(",")):
+        for size in map(int, settings.listed("sizes")):
             key = jax.random.key(settings.seed)
             row = {"target": target, "size": size}
             for kind, flow in {
@@ -140,8 +130,8 @@ def fits_by_kl(settings, folder, progress):
             }.items():
                 name = f"kl-{target}-{kind}-{size}".lower()
                 flow, _ = fitted(
-                    loss, flow, lambda step: settings.batch, settings.kl_steps, settings.seed,
-                    folder / name, name, progress,
+                    flow, loss, lambda step: settings.batch, settings.kl_steps, rate=5e-3,
+                    folder=folder / name, label=name, **common(settings, progress),
                 )  # fmt: skip
                 x, log_prob = tight(flow).sample_and_log_prob(jax.random.key(99), 5000)
                 row[kind] = float(jnp.mean(log_prob - log_density(x)) + constant)
@@ -153,7 +143,7 @@ def fits_by_kl(settings, folder, progress):
 def fits_by_likelihood(settings, folder, progress):
     """Held-out log-likelihood of each cloud, and the flows."""
     found, flows = [], {}
-    for cloud in settings.clouds.split(","):
+    for cloud in settings.listed("clouds"):
         held = CLOUDS[cloud](jax.random.key(1234), 5000)
         key = jax.random.key(settings.seed)
         wide = continuous(settings.width, key, settings)
@@ -166,9 +156,10 @@ def fits_by_likelihood(settings, folder, progress):
         }.items():  # fmt: skip
             name = f"{cloud}-{kind}".lower().replace(" ", "-")
             flow, _ = fitted(
-                likelihood_loss, flow,
+                flow, likelihood_loss,
                 lambda step, cloud=cloud: CLOUDS[cloud](jax.random.key(step), settings.batch),
-                settings.steps, settings.seed, folder / name, name, progress, rate,
+                settings.steps, rate=rate, folder=folder / name, label=name,
+                **common(settings, progress),
             )  # fmt: skip
             row[kind] = {
                 "log-likelihood": float(jnp.mean(tight(flow).log_prob(held))),
@@ -206,8 +197,8 @@ def table_fit(settings, folder, progress):
         return (rows[rng.integers(0, len(rows), 128)] + noise).astype(np.float32)
 
     _, history = fitted(
-        estimated_loss, flow, batches, settings.table_steps, settings.seed, folder / "table",
-        "table", progress, rate=3e-3, evaluate=scores,
+        flow, estimated_loss, batches, settings.table_steps, rate=3e-3, folder=folder / "table",
+        label="table", evaluate=scores, **common(settings, progress),
     )  # fmt: skip
     best = min((r for r in history if "test" in r), key=lambda record: record["validation"])
     mixtures = [
@@ -303,7 +294,7 @@ def histogram(axis, x):
 
 def figure_4(found, flows, settings):
     """Targets, and samples of each fit."""
-    sizes = list(map(int, settings.sizes.split(",")))
+    sizes = list(map(int, settings.listed("sizes")))
     count = 1 + 2 * len(sizes)
     figure, axes = plt.subplots(len(TARGETS), count, figsize=(2.2 * count, 2.5 * len(TARGETS)))
     for row, (target, log_density) in zip(axes, TARGETS.items()):

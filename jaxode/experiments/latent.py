@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
-from jaxode import data, train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode import data
+from jaxode.experiments.experiment import Options, Results, fitted, option, save
 from jaxode.nn import ODERNN, RNN, LatentODE, RecognitionRNN, Series
 
 SCALE = 4.0  # the networks see spirals divided by this
@@ -28,7 +27,7 @@ WINDOW, AHEAD, FIRST_HELD_OUT = 4.0, 2.0, 1990.0  # years
 class Settings(Options):
     """How much data, and how long."""
 
-    points: str = option("30,50,100", "Observations of each spiral.", quick="30")
+    points: str = option("30,50,100", "Observations of each spiral.", quick="30", words=int)
     series: int = option(1000, "Spirals to train on.", quick=500, low=2)
     batch: int = option(200, "Series a step.", quick=100, low=1)
     steps: int = option(1500, "Steps of the latent ODE.", quick=300, full=10_000, low=1)
@@ -38,12 +37,9 @@ class Settings(Options):
     noise: float = option(0.3, "Assumed standard deviation of the observations.", low=1e-3)
 
 
-def fitted(model, loss, series, settings, steps, folder, label, progress, rate, evaluate):
-    """The model after training, and its history."""
+def fitted_to(series, model, loss, settings, steps, folder, label, progress, rate, evaluate):
+    """The model after training on a set of series, and its history."""
     key = jax.random.key(settings.seed)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(100.0), optax.adam(optax.cosine_decay_schedule(rate, steps, 0.02))
-    )
     size = len(series.times)
     batch = min(settings.batch, size)
 
@@ -51,11 +47,10 @@ def fitted(model, loss, series, settings, steps, folder, label, progress, rate, 
         i = data.batch_indices(key, size, batch, step)
         return Series(*(part[i] for part in series))
 
-    state, history = train.fit(
-        loss, optimiser, train.start(model, optimiser, key), batches, steps, folder=folder,
-        every=max(1, steps // 10), evaluate=evaluate, label=label, progress=progress,
+    return fitted(
+        model, loss, batches, steps, seed=settings.seed, folder=folder, label=label,
+        progress=progress, rate=rate, last=0.02, clip=100.0, evaluate=evaluate,
     )  # fmt: skip
-    return state.model, history
 
 
 def elbo_loss(model, batch, key):
@@ -98,8 +93,8 @@ def on_spirals(points, settings, folder, progress):
     for name, model in models.items():
         latent = name == "latent ODE"
         label = f"{name}, {points} points"
-        trained[name], history = fitted(
-            model, elbo_loss if latent else prediction_loss, series, settings,
+        trained[name], history = fitted_to(
+            series, model, elbo_loss if latent else prediction_loss, settings,
             settings.steps if latent else settings.rnn_steps,
             folder / label.lower().replace(" ", "-").replace(",", ""), label, progress,
             1e-2 if latent else 5e-3, rmse,
@@ -180,8 +175,8 @@ def on_co2(settings, folder, progress):
     def rmse(model):
         return {"rmse": 5 * jnp.sqrt(jnp.mean((model.predict(seen, later) - truth) ** 2))}
 
-    model, history = fitted(
-        model, loss, train_set, settings, settings.co2_steps, folder / "co2", "carbon dioxide",
+    model, history = fitted_to(
+        train_set, model, loss, settings, settings.co2_steps, folder / "co2", "carbon dioxide",
         progress, 5e-3, rmse,
     )  # fmt: skip
     error = lambda x: 5 * float(np.sqrt(np.mean((x - truth) ** 2)))
@@ -196,7 +191,7 @@ def on_co2(settings, folder, progress):
 
 def run(settings: Settings, folder: Path, progress: bool) -> Results:
     """All fits, the table and the figures."""
-    counts = list(map(int, settings.points.split(",")))
+    counts = list(map(int, settings.listed("points")))
     found, models = {}, {}
     for points in counts:
         found[points], models[points] = on_spirals(points, settings, folder, progress)

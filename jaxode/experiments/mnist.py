@@ -11,7 +11,7 @@ import optax
 
 from jaxode import data
 from jaxode.experiments import classification, classification_figures
-from jaxode.experiments.classification import LABELS
+from jaxode.experiments.classification_figures import LABELS
 from jaxode.experiments.experiment import Results, option, save
 
 PUBLISHED = {

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jaxode import Signal, odeint, solve, train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode import Signal, odeint, solve
+from jaxode.experiments.experiment import Options, Results, fitted, option, save
 from jaxode.nn import DivergenceFreeField, MLPField, SeparableHamiltonian
 
 
@@ -42,14 +42,9 @@ def energy(q, p):
     return 0.5 * p**2 - jnp.cos(q)
 
 
-def fitted(model, loss, batches, steps, settings, folder, label, progress, rate=5e-3):
-    """The model after training."""
-    optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps, 0.02))
-    state, history = train.fit(
-        loss, optimiser, train.start(model, optimiser, jax.random.key(settings.seed)), batches, steps,
-        folder=folder, every=max(1, steps // 5), label=label, progress=progress,
-    )  # fmt: skip
-    return state.model, history
+def common(settings, progress) -> dict:
+    """How every model is trained."""
+    return dict(seed=settings.seed, progress=progress, last=0.02, parts=5)
 
 
 # A pendulum, learnt.
@@ -90,8 +85,8 @@ def on_pendulum(settings, folder, progress):
     paths["truth"] = odeint(pendulum, begin, long, method="yoshida4", **steps)
     for name, model in models.items():
         model, _ = fitted(
-            model, loss, lambda step: seen, settings.steps, settings,
-            folder / f"pendulum-{name.lower()}", f"pendulum, {name}", progress,
+            model, loss, lambda step: seen, settings.steps, rate=5e-3, label=f"pendulum, {name}",
+            folder=folder / f"pendulum-{name.lower()}", **common(settings, progress),
         )  # fmt: skip
         method = "leapfrog" if name == "Hamiltonian" else "rk4"
         paths[name] = odeint(model, begin, long, method=method, throw=False, **steps)
@@ -144,7 +139,8 @@ def volumes(settings, folder, progress):
     for name, model in models.items():
         model, _ = fitted(
             model, loss, lambda step: jax.random.normal(jax.random.key(step), (256, 2)) * 1.5,
-            settings.steps, settings, folder / f"volume-{name}", f"volume, {name}", progress,
+            settings.steps, rate=5e-3, folder=folder / f"volume-{name}", label=f"volume, {name}",
+            **common(settings, progress),
         )  # fmt: skip
         ys = np.asarray(odeint(model, disc, [0.0, 10.0], rtol=1e-5, atol=1e-5))
         shapes[name] = ys[-1]
@@ -228,8 +224,8 @@ def on_pelts(settings, folder, progress):
         return jnp.mean((ys - pelts) ** 2), {}
 
     model, _ = fitted(
-        model, loss, lambda step: None, min(settings.steps, 800), settings, folder / "pelts",
-        "lynx and hares", progress, rate=1e-2,
+        model, loss, lambda step: None, min(settings.steps, 800), rate=1e-2, label="lynx and hares",
+        folder=folder / "pelts", **common(settings, progress),
     )  # fmt: skip
     fine = np.linspace(0, 20, 300, dtype=np.float32)
     path = np.exp(odeint(lotka_volterra, model["y0"], fine, model["rates"], rtol=1e-6, atol=1e-6))

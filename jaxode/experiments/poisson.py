@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
-from jaxode import data, train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode import data
+from jaxode.experiments.experiment import Options, Results, fitted, option, save
 from jaxode.nn import JointModel, PointProcess
 from jaxode.nn.latent import Decoder
 
@@ -50,18 +49,12 @@ def position(t):
     return np.stack([np.cos(1.5 * t), np.sin(1.5 * t)], -1)
 
 
-def fitted(model, loss, batch, steps, settings, folder, label, progress, evaluate=None):
-    """The model after training."""
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(10.0),
-        optax.adam(optax.cosine_decay_schedule(settings.rate, steps, 0.05)),
-    )
-    state = train.start(model, optimiser, jax.random.key(settings.seed))
-    state, history = train.fit(
-        loss, optimiser, state, lambda step: batch, steps, folder=folder, every=max(1, steps // 10),
-        label=label, progress=progress, evaluate=evaluate,
+def fitted_to(batch, model, loss, steps, settings, folder, label, progress, evaluate=None):
+    """The model after training on one batch, and the history."""
+    return fitted(
+        model, loss, lambda step: batch, steps, seed=settings.seed, folder=folder, label=label,
+        progress=progress, rate=settings.rate, last=0.05, clip=10.0, evaluate=evaluate,
     )  # fmt: skip
-    return state.model, history
 
 
 def mean_log_prob(process, events, mask, end=END):
@@ -115,8 +108,8 @@ def on_known(settings, folder, progress):
     )
     float32 = lambda *xs: tuple(np.asarray(x, np.float32) for x in xs)
     process = PointProcess.make(latent=4, key=jax.random.key(settings.seed), **TIGHT)
-    process, _ = fitted(
-        process, process_loss(END), (*float32(events), mask), settings.steps, settings,
+    process, _ = fitted_to(
+        (*float32(events), mask), process, process_loss(END), settings.steps, settings,
         folder / "known", "known intensity", progress,
     )  # fmt: skip
     ts = np.linspace(0, END, 400, dtype=np.float32)
@@ -148,8 +141,8 @@ def on_coal(settings, folder, progress):
     process = PointProcess.make(latent=2, width=10, key=jax.random.key(settings.seed), **TIGHT)
     batches = [(part[None].astype(np.float32), np.ones((1, len(part)), bool)) for part in parts]
     score = eqx.filter_jit(lambda p: {"test": mean_log_prob(p, *batches[1])})
-    process, history = fitted(
-        process, process_loss(END), batches[0], settings.coal_steps, settings, folder / "coal",
+    process, history = fitted_to(
+        batches[0], process, process_loss(END), settings.coal_steps, settings, folder / "coal",
         "coal disasters", progress, score,
     )  # fmt: skip
     results = {
@@ -171,8 +164,8 @@ def on_joint(settings, folder, progress):
     process = PointProcess.make(latent=4, key=keys[0], **TIGHT)
     model = JointModel(process, Decoder(4, 2, activation=jnp.tanh, key=keys[1]), 0.1)
     batch = events.astype(np.float32), values.astype(np.float32), mask
-    model, _ = fitted(
-        model, joint_loss, batch, settings.steps, settings, folder / "joint", "joint", progress
+    model, _ = fitted_to(
+        batch, model, joint_loss, settings.steps, settings, folder / "joint", "joint", progress
     )
     ts = np.linspace(0, END, 400, dtype=np.float32)
     path = np.asarray(model.decoder(model.process.along(ts)[0]))

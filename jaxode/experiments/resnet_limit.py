@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jaxode import solve, train
-from jaxode.experiments.experiment import Options, Results, option, save
+from jaxode import solve
+from jaxode.experiments.experiment import Options, Results, fitted, option, save
 from jaxode.nn import MLPField
 from jaxode.nn.fields import affine
 
@@ -103,13 +103,11 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         value = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(value), {"accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
 
-    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, settings.steps, 0.02))
-    state, history = train.fit(
-        loss, optimiser, train.start(model, optimiser, jax.random.key(settings.seed)),
-        lambda step: two_spirals(jax.random.key(step), 256), settings.steps,
-        folder=folder / "resnet", every=max(1, settings.steps // 5), label="ResNet", progress=progress,
+    model, history = fitted(
+        model, loss, lambda step: two_spirals(jax.random.key(step), 256), settings.steps,
+        seed=settings.seed, rate=1e-2, last=0.02, parts=5, folder=folder / "resnet", label="ResNet",
+        progress=progress,
     )  # fmt: skip
-    model = state.model
     x, labels = two_spirals(jax.random.key(10**6), 1000)
     counts = [1, 2, 4, 8, 16, 32, 64, 128]
     found = errors(model, x, labels, counts)

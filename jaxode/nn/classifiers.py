@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxode.nn.fields import ConvField, affine
+from jaxode.nn.fields import ConvField, affine, linears, perceptron
 from jaxode.nn.layers import Conv, GroupNorm
 from jaxode.nn.neural_ode import NeuralODE, last
 from jaxode.nn.resnet import ResidualBlocks
@@ -22,17 +22,14 @@ class MLPClassifier(eqx.Module):
         self, pixels: int, classes: int, *, width: int = 300, dtype=None, key: PRNGKeyArray
     ):
         sizes = [pixels, width, classes]
-        self.layers = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k)
-            for a, b, k in zip(sizes, sizes[1:], jax.random.split(key))
-        ]
+        self.layers = linears(sizes, jax.random.split(key), dtype)
 
     def __call__(
         self, x: Float[Array, "n h w c"]
     ) -> tuple[Float[Array, "n classes"], Int[Array, ""]]:
         """Logits, and the number of field evaluations (0)."""
-        h = jax.nn.relu(affine(self.layers[0], x.reshape(len(x), -1)))
-        return affine(self.layers[1], h), jnp.zeros((), jnp.int32)
+        logits = perceptron(self.layers, x.reshape(len(x), -1), jax.nn.relu)
+        return logits, jnp.zeros((), jnp.int32)
 
 
 class Classifier(eqx.Module):

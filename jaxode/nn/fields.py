@@ -36,18 +36,26 @@ class MLPField(eqx.Module):
         self.time = time
         sizes = [size + time, *[width] * depth, size]
         keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
-        ]
+        self.layers = linears(sizes, keys, dtype)
 
     def __call__(self, y: Float[Array, "*batch size"], t) -> Float[Array, "*batch size"]:
         h = y
         if self.time:
             time = jnp.broadcast_to(jnp.asarray(t).astype(y.dtype), (*y.shape[:-1], 1))
             h = jnp.concatenate([y, time], axis=-1)
-        for layer in self.layers[:-1]:
-            h = jnp.tanh(affine(layer, h))
-        return affine(self.layers[-1], h)
+        return perceptron(self.layers, h, jnp.tanh)
+
+
+def linears(sizes, keys, dtype=None) -> list[eqx.nn.Linear]:
+    """The layers of a perceptron from sizes[0] to sizes[-1]."""
+    return [eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)]
+
+
+def perceptron(layers, x, activation):
+    """The layers one after another, over the last axis; the last one linear."""
+    for layer in layers[:-1]:
+        x = activation(affine(layer, x))
+    return affine(layers[-1], x)
 
 
 def affine(layer: eqx.nn.Linear, x):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode.nn.fields import affine
+from jaxode.nn.fields import affine, linears, perceptron
 from jaxode.nn.integrals import Hutchinson, WithIntegrals, divergence
 from jaxode.solution import Solution
 from jaxode.solve import solve
@@ -163,9 +163,7 @@ class PlanarField(eqx.Module):
         count = 2 * width * size + width
         sizes = [1, hidden, hidden, count + width * size] if hidden else [1, width]
         *keys, key = jax.random.split(key, len(sizes))
-        self.hypernet = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
-        ]
+        self.hypernet = linears(sizes, keys, dtype)
         self.constants = jax.random.normal(
             key, (0 if hidden else count,), dtype or jnp.result_type(float)
         )
@@ -173,9 +171,7 @@ class PlanarField(eqx.Module):
     def parameters(self, t, dtype):
         """w and gated u, shape (M, d), and b, shape (M,)."""
         h = jnp.reshape(jnp.asarray(t), (1,)).astype(dtype)
-        for layer in self.hypernet[:-1]:
-            h = jnp.tanh(affine(layer, h))
-        h = jnp.concatenate([self.constants, affine(self.hypernet[-1], h)])
+        h = jnp.concatenate([self.constants, perceptron(self.hypernet, h, jnp.tanh)])
         cut = self.width * self.size
         w, u, b, gate = jnp.split(h, [cut, 2 * cut, 2 * cut + self.width])
         w, u = w.reshape(-1, self.size), u.reshape(-1, self.size)

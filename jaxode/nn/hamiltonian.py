@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode.nn.fields import affine
+from jaxode.nn.fields import linears, perceptron
 
 
 class Scalar(eqx.Module):
@@ -18,14 +18,10 @@ class Scalar(eqx.Module):
     def __init__(self, size: int, *, width=64, depth=2, dtype=None, key: PRNGKeyArray):
         sizes = [size, *[width] * depth, 1]
         keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
-        ]
+        self.layers = linears(sizes, keys, dtype)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
-        for layer in self.layers[:-1]:
-            x = jax.nn.softplus(affine(layer, x))
-        return affine(self.layers[-1], x)[..., 0]
+        return perceptron(self.layers, x, jax.nn.softplus)[..., 0]
 
     def gradient(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """d/dx, of each point."""
@@ -105,15 +101,11 @@ class DivergenceFreeField(eqx.Module):
         self.size = size
         sizes = [size, *[width] * depth, size * (size - 1) // 2]
         keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
-        ]
+        self.layers = linears(sizes, keys, dtype)
 
     def matrix(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d d"]:
         """A(y)."""
-        for layer in self.layers[:-1]:
-            y = jnp.tanh(affine(layer, y))
-        entries = affine(self.layers[-1], y)
+        entries = perceptron(self.layers, y, jnp.tanh)
         rows, columns = jnp.triu_indices(self.size, 1)
         a = jnp.zeros((*entries.shape[:-1], self.size, self.size), entries.dtype)
         a = a.at[..., rows, columns].set(entries)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxode.nn.fields import MLPField, affine
+from jaxode.nn.fields import MLPField, affine, linears, perceptron
 from jaxode.solve import odeint, solve
 
 
@@ -138,6 +138,12 @@ def clean(series: Series):
     return jnp.where(series.mask[..., None], series.values, 0)
 
 
+def log_normal(error, noise: float):
+    """The logarithm of the density of Normal(0, noise^2), of each number."""
+    constant = jnp.log(noise * (2 * jnp.pi) ** 0.5).astype(error.dtype)
+    return -0.5 * (error / noise) ** 2 - constant
+
+
 class LatentODE(eqx.Module):
     """z(t0) ~ q(. | series), dz/dt = field(z, t), x(t) ~ Normal(decoder(z(t)), noise^2).
 
@@ -210,10 +216,7 @@ class LatentODE(eqx.Module):
         key, split_key = jax.random.split(key)
         z0, kl = self.encode(series, key)
         solution = self.paths(z0, series.times)
-        residual = (self.decoder(solution.ys) - clean(series)) / self.noise
-        terms = -0.5 * residual**2 - jnp.log(self.noise * (2 * jnp.pi) ** 0.5).astype(
-            residual.dtype
-        )
+        terms = log_normal(self.decoder(solution.ys) - clean(series), self.noise)
         likelihood = jnp.sum(jnp.where(series.mask[..., None], terms, 0), axis=(1, 2))
         if consistency:
             kl = kl - consistency * self.rejoined(series, solution.ys, split_key)
@@ -259,12 +262,10 @@ class Decoder(eqx.Module):
     ):
         self.activation = activation
         sizes, keys = [latent, width, size], jax.random.split(key)
-        self.layers = [
-            eqx.nn.Linear(a, b, dtype=dtype, key=k) for a, b, k in zip(sizes, sizes[1:], keys)
-        ]
+        self.layers = linears(sizes, keys, dtype)
 
     def __call__(self, z):
-        return affine(self.layers[1], self.activation(affine(self.layers[0], z)))
+        return perceptron(self.layers, z, self.activation)
 
 
 class RNN(eqx.Module):
@@ -316,7 +317,7 @@ class RNN(eqx.Module):
         gap = jnp.roll(ahead, 1, axis=1).at[:, 0].set(0)
         hidden = jnp.zeros((len(series.times), width(self.cell)), series.values.dtype)
         h, means = jax.lax.scan(
-            step, hidden, tuple(map(along, (*clean_and_mask(series), gap, ahead)))
+            step, hidden, tuple(map(along, (clean(series), series.mask, gap, ahead)))
         )
         return h, along(means)
 
@@ -341,7 +342,3 @@ class RNN(eqx.Module):
             step, h, jnp.diff(jnp.concatenate([last, times], axis=1), axis=1).T
         )
         return jnp.moveaxis(values, 0, 1)
-
-
-def clean_and_mask(series: Series):
-    return clean(series), series.mask

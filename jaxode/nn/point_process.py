@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode.nn.fields import MLPField
-from jaxode.nn.latent import Decoder
+from jaxode.nn.latent import Decoder, log_normal
 from jaxode.solve import solve
 
 
@@ -103,13 +103,28 @@ class PointProcess(eqx.Module):
         """
         grid = jnp.linspace(start, end, points)
         bound = 1.1 * float(jnp.max(self.intensity(grid, z0)))
-        rng = np.random.default_rng(np.asarray(jax.random.bits(key, (2,))))
-        candidates = np.sort(rng.uniform(start, end, rng.poisson(bound * (end - start))))
-        times = np.concatenate([[start], candidates]).astype(grid.dtype)
-        rates = np.asarray(self.intensity(jnp.asarray(times), z0))[1:]
-        if np.any(rates > bound):
-            raise RuntimeError("The intensity has a sharper peak than `points` show: take more.")
-        return candidates[rng.uniform(0, bound, len(candidates)) < rates]
+
+        def rates(candidates):
+            times = np.concatenate([[start], candidates]).astype(grid.dtype)
+            rates = np.asarray(self.intensity(jnp.asarray(times), z0))[1:]
+            if np.any(rates > bound):
+                raise RuntimeError(
+                    "The intensity has a sharper peak than `points` show: take more."
+                )
+            return rates
+
+        return thinned(generator(key), rates, start, end, bound)
+
+
+def generator(key: PRNGKeyArray) -> np.random.Generator:
+    """numpy's generator, seeded by a key."""
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (2,))))
+
+
+def thinned(rng: np.random.Generator, rates: Callable, start, end, bound) -> np.ndarray:
+    """Events at `rates(times)`, at most `bound`: candidates at that rate, each kept with rate / bound."""
+    candidates = np.sort(rng.uniform(start, end, rng.poisson(bound * (end - start))))
+    return candidates[rng.uniform(0, bound, len(candidates)) < rates(candidates)]
 
 
 def with_ends(events, mask, start, end):
@@ -132,7 +147,6 @@ class JointModel(eqx.Module):
     def log_prob(self, events, values: Float[Array, "n d"], mask, start, end, z0=None):
         """log p(times), log p(values | times)."""
         z, integral, _ = self.process.along(with_ends(events, mask, start, end), z0)
-        residual = (self.decoder(z[1:-1]) - jnp.where(mask[:, None], values, 0)) / self.noise
-        constant = jnp.log(self.noise * (2 * jnp.pi) ** 0.5).astype(residual.dtype)
-        of_values = jnp.sum(jnp.where(mask[:, None], -0.5 * residual**2 - constant, 0))
+        error = self.decoder(z[1:-1]) - jnp.where(mask[:, None], values, 0)
+        of_values = jnp.sum(jnp.where(mask[:, None], log_normal(error, self.noise), 0))
         return self.process.of_times(z, integral, mask), of_values
