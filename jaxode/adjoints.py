@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
 from jaxode import scalars, tree
-from jaxode.loop import Pair, adaptive, assemble, equal_steps_report, fixed, slots
+from jaxode.loop import Pair, advance, assemble, equal_steps_report, slots
 from jaxode.solution import Status
 from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
 
@@ -498,7 +498,6 @@ def solve_backwards(solve, x, rest, ys, ys_bar):
     ss_bar = None if ss_x is None else jnp.where(at_end, slopes(ys_bar, slope, ss.dtype), 0)
     extra = (jnp.sum(~at_end, dtype=jnp.int32) - 1, ss_bar)
     after = functools.partial(collect, solve.table, field, ss, ys_bar) if len(ss) > 2 else None
-    advance = adaptive if solve.steps is None else fixed
     state, report = advance(solve, field, start, k, end, after=after, extra=extra)
     _, a, f_bar = state.pair[0]
     fine = jnp.where(report.status == Status.SUCCESS.value, 1.0, jnp.nan)

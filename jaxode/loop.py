@@ -112,7 +112,6 @@ class Integrator(eqx.Module):
     def run(self, f, y0, ss, tape):
         k0 = f(y0, jnp.zeros_like(ss[0]))
         rows = empty_rows(y0, ss) if len(ss) > 2 else None
-        advance = adaptive if self.steps is None else fixed
         state, report = advance(self, f, y0, k0, lax.stop_gradient(ss[-1]), ss, rows, tape)
         inside = state.rows and state.rows.ys
         y1, k1 = state.pair
@@ -135,6 +134,97 @@ class Integrator(eqx.Module):
         eps = 16 * float(jnp.finfo(s.dtype).eps)
         return jnp.maximum(self.hmin, eps * jnp.maximum(s, eps))
 
+    # One solve, attempt by attempt: what both the loop below and `lanes` are made of.
+
+    def beginning(self, f, y0, k0, end, h0=None) -> State:
+        """Before the first attempt."""
+        dtype = end.dtype
+        zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
+        history: tuple = ()
+        if self.steps is not None:
+            h0 = one
+        else:
+            history = self.controller.start(dtype)
+            if h0 is None:
+                order, scale = self.table.error_order + 1, self.tolerated(y0)
+                h0 = first_step(f, y0, k0, order, scale, self.hmax, self.measured)
+                # Where nothing happens yet its guess may be below what time can resolve.
+                h0 = jnp.minimum(jnp.maximum(h0, 64 * self.least(0 * end)), self.hmax)
+            h0 = jnp.where(tree.all_finite(y0, k0), lax.stop_gradient(h0), 0 * one)
+        return State(
+            s=0 * one, h=h0, pair=(y0, k0), ratio=0 * one, history=history, accepted=zero,
+            attempts=zero, mark=None if self.mxstep is None else zero, rows=None, tape=None, extra=None,
+        )  # fmt: skip
+
+    def places(self, end):
+        """How many steps of equal size are to be taken."""
+        return jnp.where(end > 0, jnp.asarray(self.steps, jnp.int32), 0)
+
+    def unfinished(self, state: State, end):
+        """Whether there is to be another attempt."""
+        if self.steps is not None:
+            n = self.places(end)
+            return state.accepted < jnp.where(n <= self.max_steps, n, 0)
+        go = (state.s < end) & (state.h > self.least(state.s)) & (state.attempts < self.max_steps)
+        if state.mark is not None:
+            go = go & (waited(state) < self.mxstep)
+        return go
+
+    def next_end(self, state: State, end):
+        """Where the next attempt is to end, and its size."""
+        if self.steps is not None:
+            count = lax.convert_element_type(jnp.maximum(self.places(end), 1), end.dtype)
+            i = lax.convert_element_type(state.accepted, end.dtype)
+            s, s1 = end * (i / count), end * ((i + 1) / count)
+            return s1, s1 - s
+        s1 = jnp.where(state.s + state.h >= end, end, state.s + state.h)
+        return s1, s1 - state.s  # exactly, so that the steps add up to where we are
+
+    def decided(self, state: State, s1, h, pairs, ys, k1, errors) -> State:
+        """The state after an attempt: accepted, or rejected and to be tried with a smaller step."""
+        if self.steps is not None:
+            s = jnp.where(tree.all_finite(ys[1]), s1, state.s)  # how far the solution is finite
+            return state._replace(
+                s=s, pair=pairs[1], accepted=state.accepted + 1, attempts=state.attempts + 1
+            )
+        scale = self.tolerated(*ys)
+        ratio = error_ratio([tree.norm(self.measured(e), scale) for e in errors])
+        if not self.table.e[-1]:  # then the estimate has not seen the last stage
+            ratio = jnp.where(tree.all_finite(k1()), ratio, jnp.nan)
+        ratio = lax.stop_gradient(lax.convert_element_type(ratio, h.dtype))
+        accept = ratio <= 1
+        factor, history = self.controller(ratio, state.history, self.table.error_order + 1)
+        s, pair, history = tree.where(
+            accept, (s1, pairs[1], history), (state.s, pairs[0], state.history)
+        )
+        return state._replace(
+            s=s, pair=pair, ratio=ratio, history=history, h=jnp.minimum(h * factor, self.hmax),
+            accepted=state.accepted + accept.astype(jnp.int32), attempts=state.attempts + 1,
+        )  # fmt: skip
+
+    def report(self, state: State, y0, k0, end, visits=None) -> Report:
+        """How a solve that has stopped went."""
+        if self.steps is not None:
+            n = self.places(end)
+            return equal_steps_report(self, y0, k0, state.pair[0], n, state.s, end, visits)
+        spent = state.attempts >= self.max_steps
+        if state.mark is not None:
+            spent = spent | (waited(state) >= self.mxstep)
+        cut = jnp.where(
+            jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value
+        )
+        status = jnp.where(
+            state.s >= end, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
+        )
+        status = jnp.where(tree.all_finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
+        evaluations = 2 + state.attempts * (len(self.table.c) - 1)
+        if visits is not None:
+            evaluations = evaluations + visits * len(self.table.extra_c)
+        return Report(
+            status.astype(jnp.int32), fraction(state.s, end), evaluations, state.accepted,
+            state.attempts - state.accepted,
+        )  # fmt: skip
+
     def empty_tape(self, y0, dtype) -> Tape:
         """Room for as many states, or for all of them while they are small."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
@@ -145,105 +235,40 @@ class Integrator(eqx.Module):
         return Tape(ys=room, ks=room, k_end=y0, grid=grid, level=zero, steps=zero)
 
 
-def adaptive(
+def advance(
     integrator, f, y0, k0, end, ss=None, rows=None, tape=None, h0=None, after=None, extra=None
 ):
-    """Steps whose size the error estimate chooses, from 0 to `end`.
+    """Steps from 0 to `end`, of equal size or of one that the error estimate chooses.
 
     `after(state, new) -> new` sees every attempt, and may add to what an accepted one did.
     """
-    table, dtype = integrator.table, end.dtype
-    order = table.error_order + 1
-    attempt, pair = embedded(table, f, y0, k0, end, fuse=after is None)
-
-    def body(state: State) -> State:
-        s, (y, k) = state.s, pair.open(state.pair)
-        s1 = jnp.where(s + state.h >= end, end, s + state.h)
-        h = s1 - s  # exactly, so that the steps add up to where we are
-        pair1, y1, errors, inside = attempt(f, state.pair, s, h)
-        scale = integrator.tolerated(y, y1)
-        ratio = error_ratio([tree.norm(integrator.measured(e), scale) for e in errors])
-        if not table.e[-1]:  # then the estimate has not seen the last stage
-            ratio = jnp.where(tree.all_finite(pair.open(pair1)[1]), ratio, jnp.nan)
-        ratio = lax.stop_gradient(lax.convert_element_type(ratio, dtype))
-        accept = ratio <= 1
-        factor, history = integrator.controller(ratio, state.history, order)
-        s1, pair1, history = tree.where(
-            accept, (s1, pair1, history), (s, state.pair, state.history)
-        )
-        written = write_rows(state.rows, ss, s, s1, h, inside)
-        new = state._replace(
-            s=s1, pair=pair1, ratio=ratio, history=history,
-            h=jnp.minimum(h * factor, integrator.hmax),
-            accepted=state.accepted + accept.astype(jnp.int32),
-            attempts=state.attempts + 1,
-            tape=write_tape(state.tape, state.accepted, (y, k), s1), rows=written,
-        )  # fmt: skip
-        if state.mark is not None and state.rows is not None and written is not None:
-            passed = written.count > state.rows.count
-            new = new._replace(mark=jnp.where(passed, new.attempts, state.mark))
-        return after(state, new) if after else new
-
-    def unfinished(state: State):
-        go = (
-            (state.s < end)
-            & (state.h > integrator.least(state.s))
-            & (state.attempts < integrator.max_steps)
-        )
-        if state.mark is not None:
-            go = go & (waited(state) < integrator.mxstep)
-        return go
-
-    if h0 is None:
-        h0 = first_step(
-            f, y0, k0, order, integrator.tolerated(y0), integrator.hmax, integrator.measured
-        )
-        # Where nothing happens yet its guess may be below what time can resolve.
-        h0 = jnp.minimum(jnp.maximum(h0, 64 * integrator.least(0 * end)), integrator.hmax)
-    healthy = tree.all_finite(y0, k0)
-    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
-    start = State(
-        s=0 * one, h=jnp.where(healthy, lax.stop_gradient(h0), 0 * one), pair=pair.pack(y0, k0), ratio=0 * one,
-        history=integrator.controller.start(dtype), accepted=zero, attempts=zero,
-        mark=None if integrator.mxstep is None else zero, rows=rows, tape=tape, extra=extra,
-    )  # fmt: skip
-    state = while_room(unfinished, body, start)
-    status = judge(state, end, healthy, integrator)
-    state = state._replace(pair=pair.open(state.pair))
-    return state, report_of(integrator, state, status, end)
-
-
-def fixed(integrator, f, y0, k0, end, ss=None, rows=None, tape=None, after=None, extra=None):
-    """`integrator.steps` steps of equal size, from 0 to `end`."""
-    n = jnp.where(end > 0, jnp.asarray(integrator.steps, jnp.int32), 0)
-    count = lax.convert_element_type(jnp.maximum(n, 1), end.dtype)
     attempt, pair = embedded(integrator.table, f, y0, k0, end, fuse=after is None)
 
     def body(state: State) -> State:
-        i = lax.convert_element_type(state.accepted, end.dtype)
-        s, s1 = end * (i / count), end * ((i + 1) / count)
-        pair1, y1, _, inside = attempt(f, state.pair, s, s1 - s)
-        new = state._replace(
-            pair=pair1, accepted=state.accepted + 1, attempts=state.attempts + 1,
-            s=jnp.where(tree.all_finite(y1), s1, state.s),  # how far the solution is finite
-            tape=write_tape(state.tape, state.accepted, pair.open(state.pair), s1),
-            rows=write_rows(state.rows, ss, s, s1, s1 - s, inside),
-        )  # fmt: skip
+        y, k = pair.open(state.pair)
+        s1, h = integrator.next_end(state, end)
+        pair1, y1, errors, inside = attempt(f, state.pair, state.s, h)
+        k1 = lambda: pair.open(pair1)[1]
+        new = integrator.decided(state, s1, h, (state.pair, pair1), (y, y1), k1, errors)
+        passed = new.s if integrator.steps is None else s1
+        new = new._replace(
+            tape=write_tape(state.tape, state.accepted, (y, k), passed),
+            rows=write_rows(state.rows, ss, state.s, passed, h, inside),
+        )
+        if state.mark is not None and state.rows is not None and new.rows is not None:
+            met = new.rows.count > state.rows.count
+            new = new._replace(mark=jnp.where(met, new.attempts, state.mark))
         return after(state, new) if after else new
 
-    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), end.dtype)
-    start = State(
-        s=0 * one, h=one, pair=pair.pack(y0, k0), ratio=one, history=(), accepted=zero, attempts=zero,
-        mark=None, rows=rows, tape=tape, extra=extra,
-    )  # fmt: skip
-    within = jnp.where(n <= integrator.max_steps, n, 0)
-    state = while_room(lambda state: state.accepted < within, body, start)
+    start = integrator.beginning(f, y0, k0, end, h0)
+    start = start._replace(pair=pair.pack(y0, k0), rows=rows, tape=tape, extra=extra)
+    state = while_room(lambda state: integrator.unfinished(state, end), body, start)
     state = state._replace(pair=pair.open(state.pair))
-    report = equal_steps_report(integrator, y0, k0, state.pair[0], n, state.s, end, state.rows)
-    return state, report
+    visits = None if state.rows is None else state.rows.visits
+    return state, integrator.report(state, y0, k0, end, visits)
 
 
-def equal_steps_report(integrator, y0, k0, y1, n, s, end, rows=None) -> Report:
+def equal_steps_report(integrator, y0, k0, y1, n, s, end, visits=None) -> Report:
     """How n steps of equal size went: well, if the last state is finite."""
     stages, more = len(integrator.table.c) - 1, len(integrator.table.extra_c)
     too_many = n > integrator.max_steps
@@ -251,7 +276,7 @@ def equal_steps_report(integrator, y0, k0, y1, n, s, end, rows=None) -> Report:
     status = jnp.where(too_many, Status.MAX_STEPS.value, status)
     status = jnp.where(tree.all_finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
     steps = jnp.where(too_many, 0, n)
-    evaluations = 1 + stages * steps + (0 if rows is None else rows.visits * more)
+    evaluations = 1 + stages * steps + (0 if visits is None else visits * more)
     reached = fraction(s, end)
     return Report(status.astype(jnp.int32), reached, evaluations, steps, jnp.zeros_like(steps))
 
@@ -357,32 +382,6 @@ def waited(state: State):
     """Attempts since the last output was passed."""
     assert state.mark is not None
     return (state.attempts - state.mark).astype(jnp.result_type(float))
-
-
-def judge(state: State, end, healthy, integrator):
-    """The status of a solve that has stopped."""
-    spent = state.attempts >= integrator.max_steps
-    if state.mark is not None:
-        spent = spent | (waited(state) >= integrator.mxstep)
-    cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)
-    status = jnp.where(
-        state.s >= end, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
-    )
-    return jnp.where(healthy, status, Status.NON_FINITE_INITIAL.value)
-
-
-def report_of(integrator, state: State, status, end) -> Report:
-    table = integrator.table
-    evaluations = 2 + state.attempts * (len(table.c) - 1)
-    if state.rows is not None:
-        evaluations = evaluations + state.rows.visits * len(table.extra_c)
-    return Report(
-        status.astype(jnp.int32),
-        fraction(state.s, end),
-        evaluations,
-        state.accepted,
-        state.attempts - state.accepted,
-    )
 
 
 def fraction(s, end):
