@@ -25,8 +25,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
-from jaxode import scalars, tree
-from jaxode.loop import Pair, advance, assemble, equal_steps_report, slots
+from jaxode import lanes, scalars, tree
+from jaxode.loop import Pair, advance, assemble, backwards, equal_steps_report
 from jaxode.solution import Status
 from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
 
@@ -120,9 +120,10 @@ def replay(solve, f, y0, ss):
     The forward pass records where each step began and the states at about sqrt(max_steps) places;
     the backward pass rebuilds the states between two of them and takes the vjp of one step after
     another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
-    one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt.
+    one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
+    `jax.vmap` both passes are loops over lanes (`jaxode.lanes`).
     """
-    return solve(f, y0, ss)
+    return solved(solve, f, y0, ss)
 
 
 def replay_forward(solve, f, y0, ss):
@@ -153,7 +154,7 @@ replay.defvjp(replay_forward, replay_backward, symbolic_zeros=True)
 def recorded(x, rest):
     """The solve, with its tape."""
     solve, (f, y0, ss) = join(x, rest)
-    ys, report, tape = solve.record(f, y0, ss)
+    ys, report, tape = record(solve, f, y0, ss)
     return ys, (report, tape)
 
 
@@ -163,7 +164,7 @@ def recorded_jvp(primals, tangents):
     ys, (report, tape) = recorded(x, rest)
 
     def hessian(v):
-        return pull(x, rest, tape, v[1]), push(x, rest, v[0])
+        return pull_back(x, rest, tape, v[1]), push(x, rest, v[0])
 
     _, ys_dot = symmetric(hessian, (x_dot, jax.tree.map(jnp.zeros_like, ys)), x)
     return (ys, (report, tape)), (ys_dot, jax.tree.map(no_tangent, (report, tape)))
@@ -172,7 +173,7 @@ def recorded_jvp(primals, tangents):
 @jax.custom_jvp
 def pulled(x, rest, tape, ys_bar):
     """Cotangents of (f, y0, ss), None where there are none."""
-    return pull(x, rest, tape, ys_bar)
+    return pull_back(x, rest, tape, ys_bar)
 
 
 @pulled.defjvp
@@ -180,8 +181,8 @@ def pulled_jvp(primals, tangents):
     (x, rest, tape, ys_bar), (x_dot, _, _, ys_bar_dot) = primals, tangents
 
     def gradient(x, ys_bar):
-        _, (_, tape) = recorded.fun(x, rest)
-        return pull(x, rest, tape, ys_bar)
+        solve, given = join(x, rest)
+        return pull(x, rest, solve.record(*given)[2], ys_bar)
 
     def hessian(v):
         return jax.jvp(gradient, (x, ys_bar), v)[1], push(x, rest, v[0])
@@ -227,6 +228,35 @@ def once_jvp(primals, tangents):
     )
 
 
+# Both passes, which under `jax.vmap` are made by `lanes`.
+
+
+def record_lanes(size, flags, solve, f, y0, ss):
+    """`Integrator.record` of all; but the tape holds nothing but the number of attempts."""
+    (ys, report), flags_out = lanes.solved(size, flags, solve, f, y0, ss)
+    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
+    _, _, tape = jax.eval_shape(lambda solve, *args: solve.record(*args), *first)
+    tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
+    empty = jax.tree.map(lambda _: False, tape)
+    tape = tape._replace(steps=report.accepted + report.rejected)
+    return (ys, report, tape), (*flags_out, empty._replace(steps=True))
+
+
+def pull_lanes(size, flags, x, rest, tape, ys_bar):
+    """`pull` of all: the solves are done again, a chunk at a time."""
+    each = lambda xs, flags: jax.tree.map(
+        lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape)), xs, flags
+    )
+    x, of_x = each(x, flags[0]), jax.tree.map(lambda _: True, x)
+    solve, rest = rest
+    given = (flags[1][0], of_x, flags[1][1])
+    f_bar, y0_bar, ss_bar = lanes.pulled(
+        size, given, solve, x, rest, tape.steps, each(ys_bar, flags[3])
+    )
+    out = f_bar, only(x[1], y0_bar), ss_bar
+    return out, jax.tree.map(lambda _: True, out)
+
+
 # The backward pass.
 
 
@@ -250,7 +280,8 @@ def pull(x, rest, tape, ys_bar):
         s, s1 = tape.grid[n], tape.grid[n + 1]
         return take(carry, f_x, y, k, s, s1 - s, ss, ys_bar)
 
-    carry = backwards(solve, f, tape, visit, carry, y0)
+    again = one_step(solve.table, f, y0, tape.grid[0])
+    carry = backwards(solve, tape, again, visit, carry, y0)
     k0, pull_k = jax.vjp(lambda f_x, y: eqx.combine(f_x, f_rest)(y, jnp.zeros_like(ss[0])), f_x, y0)
     y_bar, k_bar = take.pair.open(carry.pair)
     f_bar, y0_bar = pull_k(k_bar)
@@ -258,6 +289,17 @@ def pull(x, rest, tape, ys_bar):
     y0_bar = jax.tree.map(lambda *x: sum(x), y_bar, y0_bar, rows_where(at_start, ys_bar))
     ss_bar = None if ss_x is None else jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), carry.ss)
     return f_bar, only(x[1], y0_bar), ss_bar
+
+
+solved = lanes.batched(
+    lambda solve, f, y0, ss: solve(f, y0, ss), lanes.solved, lambda flags, solve, *_: lanes.able(solve)
+)
+record = lanes.batched(
+    lambda solve, f, y0, ss: solve.record(f, y0, ss), record_lanes, lambda flags, solve, *_: lanes.able(solve)
+)
+pull_back = lanes.batched(
+    pull, pull_lanes, lambda flags, x, rest, *_: flags[2].steps and lanes.able(rest[0])
+)
 
 
 class Cotangents(eqx.Module):
@@ -344,53 +386,8 @@ def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
     return Cotangents(carry.pair, carry.f, ss_bar, row), straight, d_bar
 
 
-def backwards(solve, f, tape, visit, carry, y0):
-    """visit(carry, n, y_n, k_n) for n = steps - 1, ..., 0; the states between two rows are rebuilt."""
-    kept = slots(tape)
-    if kept >= solve.max_steps:
-
-        def back(state):
-            n, carry = state[0] - 1, state[1]
-            return n, visit(carry, n, *at(n, (tape.ys, tape.ks)))
-
-        return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
-
-    most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
-    length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
-    room = jax.tree.map(lambda y: jnp.zeros((most, *y.shape), y.dtype), y0)
-    again = one_step(solve.table, f, y0, tape.grid[0])
-
-    def segment(state):
-        end, carry, room = state
-        start = (end - 1) // length * length
-
-        def rebuild(state):
-            n, y, k, room = state
-            room = put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
-            y, k = again(f, y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
-            return n + 1, y, k, room
-
-        row = start >> tape.level
-        y, k = at(row, (tape.ys, tape.ks))
-        first = jnp.where(tape.level == 0, end - 1, row << tape.level)
-        _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
-        room = put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
-
-        def back(state):
-            n, carry = state[0] - 1, state[1]
-            rebuilt = at(jnp.minimum(n - start, most - 1), room)
-            here = tree.where(tape.level == 0, at(n, (tape.ys, tape.ks)), rebuilt)
-            return n, visit(carry, n, *here)
-
-        _, carry = lax.while_loop(lambda state: state[0] > start, back, (end, carry))
-        return start, carry, room
-
-    state = (tape.steps, carry, (room, room))
-    return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
-
-
 def one_step(table, f, y, s):
-    """(f, y, k, s, h) -> y and k at the end of a step; in one kernel if it is small."""
+    """(y, k, s, h) -> y and k at the end of a step; in one kernel if it is small."""
     pair = Pair(y, packed=True)
 
     def plain(f, y, k, s, h):
@@ -400,15 +397,9 @@ def one_step(table, f, y, s):
     fused = None
     if pair.packed:
         fused = scalars.fuse(lambda *args: pair.pack(*plain(*args)), f, y, y, s, s)
-    return plain if fused is None else lambda *args: pair.open(fused(*args))
-
-
-def at(i, rooms):
-    return jax.tree.map(lambda room: lax.dynamic_index_in_dim(room, i, 0, keepdims=False), rooms)
-
-
-def put(i, xs, rooms):
-    return jax.tree.map(lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0), xs, rooms)
+    if fused is None:
+        return functools.partial(plain, f)
+    return lambda *args: pair.open(fused(f, *args))
 
 
 def rows_where(rows, ys_bar):

@@ -23,38 +23,86 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, PyTree
+from jax.custom_batching import custom_vmap
+from jaxtyping import PyTree
 
 from jaxode import scalars, tree
 from jaxode.loop import (
     Integrator,
     Pair,
-    Report,
     State,
     Tape,
-    accepted_or_rejected,
     assemble,
-    beginning,
-    equal_steps_report,
-    judged,
-    next_end,
-    thinned_when_full,
-    unfinished,
+    backwards,
+    put,
+    while_room,
     write_tape,
 )
 from jaxode.splittings import Splitting
+from jaxode.step import powers_of
 
-CACHE = 128 * 1024  # bytes that the slopes of all lanes may take
-TAPE = 16 * 2**20  # bytes for the tape of a chunk, backwards
+CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
+TAPE = 16 * 2**20  # bytes for the states of a chunk, backwards, and for the ends of its steps
 ROUND = 8  # attempts between two looks at which lanes are done
 
 
-def worth_it(solve: Integrator) -> bool:
-    """Whether lanes know how to step this: any Runge-Kutta method."""
-    return not isinstance(solve.table, Splitting)
+# The way in: functions of one solve that, under `jax.vmap`, become loops over all of them.
 
 
-# Coordinates: how a state lies in memory.
+def batched(single: Callable, many: Callable, able: Callable) -> Callable:
+    """`single`, which `jax.vmap` turns into `many(size, flags, *args)`, where `able(flags, *args)`.
+
+    `flags` says which leaves of the args have a leading axis of that size; `many` returns the
+    results, and the same of them. Under another `vmap` the two axes become one.
+    """
+    call = custom_vmap(single)
+
+    @call.def_vmap
+    def wide(size, flags, *args):
+        flags = tuple(flags)
+        if not able(flags, *args):
+            axes = jax.tree.map(lambda flag: 0 if flag else None, flags)
+            out = jax.vmap(single, axes, axis_size=size)(*args)
+            return out, jax.tree.map(lambda _: True, out)
+        has: Any = None
+
+        def one_axis(*args):
+            nonlocal has
+            out, has = many(size, flags, *args)
+            return out
+
+        inner = custom_vmap(one_axis)
+
+        @inner.def_vmap
+        def two_axes(more, outer, *args):
+            both = jax.tree.map(lambda a, b: a or b, tuple(outer), flags)
+            join = lambda x, a, b: joined(x, a, b, more, size)
+            out, has = many(more * size, both, *jax.tree.map(join, args, tuple(outer), flags))
+            split = lambda x, h: x.reshape(more, size, *x.shape[1:]) if h else x
+            return jax.tree.map(split, out, has), has
+
+        return inner(*args), has
+
+    return call
+
+
+def joined(x, outer: bool, inner: bool, more: int, size: int):
+    """x with its axes of sizes `more` and `size`, as far as it has them, as one."""
+    if not (outer or inner):
+        return x
+    if not outer:
+        x = jnp.broadcast_to(x[None], (more, *x.shape))
+    if not inner:
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
+    return x.reshape(more * size, *x.shape[2:])
+
+
+def able(solve: Integrator) -> bool:
+    """Whether lanes know how to step this: any Runge-Kutta method, any state that is not empty."""
+    return not isinstance(solve.table, Splitting) and len(solve.table.c) > 1
+
+
+# Coordinates: how the states of all lanes lie in memory.
 
 
 class Coordinates:
@@ -65,365 +113,568 @@ class Coordinates:
     """
 
     def __init__(self, f, y0, s):
-        self.y0 = y0
-        self.pair = Pair(y0, packed=True)
-        size = sum(math.prod(shape) for shape in self.pair.shapes)
-        self.small = self.pair.packed and 0 < size
-        self.apart: Any = scalars.components(f, y0, s) if self.small else None
+        self.y0, self.pair = y0, Pair(y0, packed=True)
+        self.apart: Any = None
+        if self.pair.packed:
+            self.apart = scalars.components(lambda f, y, s: f(y, s), f, y0, s)
         self.small = self.apart is not None
         self.axis = -1 if self.small else 0
-        self.size = size
 
     def pack(self, y):
-        """Of one solve."""
+        """The state of one solve."""
         if not self.small:
             return y
         return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(y)])
 
     def open(self, y):
-        """Of one solve."""
+        """And back."""
         return self.pair.open(jnp.concatenate([y, y]))[0] if self.small else y
 
     def field(self, f, y, s):
-        """Of one solve, packed."""
-        return self.apart(f, y, s) if self.small else f(y, s)
+        """f of one solve, packed."""
+        return jnp.stack(self.scalars(f, y, s)) if self.small else f(y, s)
+
+    def scalars(self, f, y, s):
+        """The components of f of a small system."""
+        return self.apart([*parts(f), *parts(y), s])
+
+    def pull(self, f_x, f_rest, y, s, w):
+        """The vjp of it: cotangents of f_x and y. Of a small system scalar by scalar."""
+        if not self.small:
+            _, vjp = jax.vjp(lambda f_x, y: eqx.combine(f_x, f_rest)(y, s), f_x, y)
+            return vjp(w)
+        missing = lambda x: x is None
+        xs, structure = jax.tree.flatten(f_x, is_leaf=missing)
+        rest = jax.tree.leaves(f_rest, is_leaf=missing)
+
+        def flat(xs, y):
+            leaves = [parts(r) if x is None else x for x, r in zip(xs, rest)]
+            return self.apart([*(part for leaf in leaves for part in leaf), *y, s])
+
+        _, vjp = jax.vjp(flat, [None if x is None else parts(x) for x in xs], parts(y))
+        xs_bar, y_bar = vjp(parts(w))
+        whole = [x if not bar else jnp.stack(bar).reshape(x.shape) for x, bar in zip(xs, xs_bar)]
+        return jax.tree.unflatten(structure, whole), jnp.stack(y_bar)
 
     def spread(self, h, like):
         """Numbers of the lanes, so that they multiply states."""
-        if self.small:
-            return lax.convert_element_type(h, like.dtype)
-        wide = h.reshape(h.shape + (1,) * (like.ndim - h.ndim))
-        return lax.convert_element_type(wide, like.dtype)
+        h = lax.convert_element_type(h, like.dtype)
+        return h if self.small else h.reshape(h.shape + (1,) * (like.ndim - h.ndim))
+
+
+def parts(tree_) -> list:
+    """The scalars of all leaves."""
+    leaves = map(jnp.asarray, jax.tree.leaves(tree_))
+    return [x for leaf in leaves for x in scalars.take_apart(leaf).reshape(-1)]
 
 
 class Problems(NamedTuple):
-    """Solves that share what is not batched. Arrays of the solves have them along `axis`."""
+    """Many solves: what each has of its own (arrays with lanes along `axis`), and what they share."""
 
     own: PyTree  # the batched leaves of (solve, f, ss), None elsewhere
     shared: PyTree  # the others
     coordinates: Coordinates
-    width: int  # lanes
+    table: Any
 
-    @property
-    def axis(self):
-        return self.coordinates.axis
+    def vmap(self, fn: Callable) -> Callable:
+        """fn of one solve, for all lanes."""
+        return jax.vmap(fn, self.coordinates.axis, self.coordinates.axis)
 
-    def vmap(self, fn: Callable, *which) -> Callable:
-        """fn of one solve, for all lanes; `which` arguments (True) have lanes, by default all."""
-        axes = tuple(self.axis if lanes else None for lanes in which) if which else self.axis
-        return jax.vmap(fn, axes, self.axis)
+    def each(self, fn: Callable) -> Callable:
+        """(own, ...) -> fn(solve, f, ss, ...) of every lane."""
+        return self.vmap(lambda own, *args: fn(*eqx.combine(own, self.shared), *args))
 
     def take(self, xs, i):
-        return jax.tree.map(lambda x: jnp.take(x, i, axis=self.axis), xs)
+        return jax.tree.map(lambda x: jnp.take(x, i, axis=self.coordinates.axis, mode="clip"), xs)
 
-    def put(self, xs, i, new):
-        """Places of xs replaced; those out of range are dropped."""
-
-        def leaf(x, new):
-            if self.axis == 0:
-                return x.at[i].set(new, mode="drop")
-            return x.at[..., i].set(new, mode="drop")
-
-        return jax.tree.map(leaf, xs, new)
-
-    def parts(self, own):
-        """solve, f, ss of one solve."""
-        return eqx.combine(own, self.shared)
+    def replaced(self, xs, i, new):
+        """xs with other values at places i; those out of range are dropped."""
+        at = lambda x: x.at[i] if self.coordinates.axis == 0 else x.at[..., i]
+        return jax.tree.map(lambda x, new: at(x).set(new, mode="drop"), xs, new)
 
     def slopes(self, own, y, s):
         """f of every lane."""
-        shared = self.shared
+        return self.each(lambda solve, f, ss, y, s: self.coordinates.field(f, y, s))(own, y, s)
 
-        def one(own, y, s):
-            return self.coordinates.field(eqx.combine(own, shared)[1], y, s)
+    def with_slopes(self, ks, i, own, y, s):
+        """ks with these in row i: of a small system one component after another, each a kernel."""
+        if not self.coordinates.small:
+            return put(i, self.slopes(own, y, s), ks)
+        rows = self.each(lambda solve, f, ss, y, s: self.coordinates.scalars(f, y, s))(own, y, s)
+        zero = jnp.zeros_like(i)
+        for j, k in enumerate(rows):
+            place = (i, jnp.full_like(i, j), zero)
+            ks = lax.dynamic_update_slice(ks, k[None, None], place, allow_negative_indices=False)
+        return ks
 
-        return self.vmap(one)(own, y, s)
 
-
-def prepared(size: int, batched, solve, f, y0, ss, width=None):
-    """The problems, their starts (packed, one for each solve), and a first solve as an example."""
-    first = jax.tree.map(lambda x, b: x[0] if b else x, (solve, f, y0, ss), batched)
-    _, f1, y1, ss1 = first
-    coordinates = Coordinates(f1, y1, ss1[0])
-    given, flags = (solve, f, ss), (batched[0], batched[1], batched[3])
-    own, shared = eqx.partition(given, flags)
+def prepared(size: int, flags, solve, f, y0, ss) -> tuple[Problems, PyTree]:
+    """The problems, and their initial states, packed."""
+    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
+    coordinates = Coordinates(first[1], first[2], first[3][0])
+    own, shared = eqx.partition((solve, f, ss), (flags[0], flags[1], flags[3]))
     own = jax.tree.map(lambda x: jnp.moveaxis(x, 0, coordinates.axis), own)
-    if width is None:
-        width = lanes_at_once(solve, coordinates, size)
-    problems = Problems(own, shared, coordinates, width)
-    y0 = jax.tree.map(lambda y, b: y if b else jnp.broadcast_to(y, (size, *y.shape)), y0, batched[2])
+    y0 = jax.tree.map(lambda y, flag: y if flag else jnp.broadcast_to(y, (size, *y.shape)), y0, flags[2])
     y0 = jax.vmap(coordinates.pack, 0, coordinates.axis)(y0)
-    if not jax.tree.leaves(own):  # nothing to count the lanes by
-        problems = problems._replace(own=(None, None, None))
-    return problems, y0, first
+    return Problems(own, shared, coordinates, solve.table), y0
 
 
-def lanes_at_once(solve, coordinates: Coordinates, size: int) -> int:
+def lanes_at_once(table, coordinates: Coordinates, size: int, dtype=None) -> int:
     """On a CPU as many as fit into a cache with their slopes; else all, since wide is fast there."""
     if jax.default_backend() != "cpu":
         return size
-    leaves = jax.tree.leaves(coordinates.y0)
-    one = sum(y.size * y.dtype.itemsize for y in leaves) * len(solve.table.c)
-    fit = 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1))
-    return min(fit, size)
+    one = len(table.c) * sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
+    return min(size, 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1)))
 
 
 # A step of all lanes.
 
 
-def rows_of(table, extra: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix A and the nodes c of a table, with or without the stages of dense output."""
+def matrix(table, extra: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A and c of a table; with the stages of dense output, if they are wanted."""
     rows = (*table.a, *(table.extra_a if extra else ()))
-    c = (*table.c, *(table.extra_c if extra else ()))
-    a = np.zeros((len(c), len(c)))
+    a = np.zeros((len(rows), len(rows)))
     for i, row in enumerate(rows):
         a[i, : len(row)] = row
-    return a, np.array(c)
+    return a, np.array((*table.c, *(table.extra_c if extra else ())))
 
 
 def product(weights, ks):
-    """sum_i w_i k_i over the leading axis."""
+    """sum_i w_i k_i over the leading axis; weights that are missing are 0."""
 
     def leaf(k):
-        w = lax.convert_element_type(weights, k.dtype)
+        w = jnp.asarray(weights, k.dtype)
+        w = jnp.pad(w, (0, len(k) - len(w)))
         return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
 
     return jax.tree.map(leaf, ks)
 
 
-def stages(problems: Problems, own, rows, y, ks, s, h, start, stop):
-    """Stages start to stop - 1 of a step, whose slopes go into the rows of ks; the last y_i, and ks."""
-    a, c = (jnp.asarray(x, h.dtype) for x in rows)
-
-    def stage(state):
-        i, _, ks = state
-        y1 = moved(problems, y, h, product(a[i], ks))
-        k = problems.slopes(own, y1, s + c[i] * h)
-        return i + 1, y1, put_row(ks, k, i)
-
-    start = jnp.asarray(start, jnp.int32)
-    _, y1, ks = lax.while_loop(lambda state: state[0] < stop, stage, (start, y, ks))
-    return y1, ks
+def room_for(y, count: int):
+    """An array for so many states."""
+    return jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
 
 
-def moved(problems, y, h, k):
+def row(ks, i):
+    pick = lambda k: lax.dynamic_index_in_dim(k, i, 0, False, allow_negative_indices=False)
+    return jax.tree.map(pick, ks)
+
+
+def moved(problems: Problems, y, h, k):
     """y + h k."""
     spread = problems.coordinates.spread
     return jax.tree.map(lambda y, k: y + spread(h, y) * k, y, k)
 
 
-def put_row(ks, k, i):
-    return jax.tree.map(lambda room, k: lax.dynamic_update_index_in_dim(room, k, i, 0), ks, k)
+def stages(problems: Problems, own, y, ks, s, h, start: int, stop: int, seen=None):
+    """Stages `start` to `stop` - 1 of a step: the last y_i, the slopes in the rows of ks, and all y_i in `seen`."""
+    a, c = matrix(problems.table, stop > len(problems.table.c))
+
+    def stage(state):
+        i, _, ks, seen = state
+        y1 = moved(problems, y, h, product(row(jnp.asarray(a), i), ks))
+        ks = problems.with_slopes(ks, i, own, y1, s + row(jnp.asarray(c, h.dtype), i) * h)
+        return i + 1, y1, ks, seen if seen is None else put(i, y1, seen)
+
+    start = jnp.asarray(start, jnp.int32)
+    _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, (start, y, ks, seen))
+    return y1, ks, seen
 
 
-def room_for(problems: Problems, y, count: int):
-    """An array for the slopes of all lanes."""
-    return jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
+def attempt(problems: Problems, own, state: State, more: int = 0):
+    """One attempt of every lane that is not done: its state after it, step sizes and slopes.
 
-
-def attempt(problems: Problems, own, state: State, ks, extra: bool):
-    """One attempt of every lane that is not done: (state, step sizes, slopes)."""
-    solve = problems.shared[0]
-    table = solve.table
-    rows = rows_of(table, extra)
-    going = problems.vmap(lambda own, state: unfinished(*problems.parts(own)[::2], state))
-    go = going(own, state)
-    s1, h = problems.vmap(lambda own, state: next_end(*problems.parts(own)[::2], state))(own, state)
+    With room for the slopes of so many more stages.
+    """
+    table, count = problems.table, len(problems.table.c)
+    go = unfinished(problems, own, state)
+    s1, h = problems.each(lambda solve, f, ss, state: solve.next_end(state, last(ss)))(own, state)
     s1, h = jnp.where(go, s1, state.s), jnp.where(go, h, 0)
     y, k = state.pair
-    y1, ks = stages(problems, own, rows, y, put_row(ks, k, 0), state.s, h, 1, len(table.c))
-    last = jax.tree.map(lambda k: k[len(table.c) - 1], ks)
-    estimates = [np.array(e) for e in (table.e, table.e_low) if e]
-    pad = ks_count(ks) - len(table.c)
-    errors = [
-        jax.tree.map(
-            lambda e, y: problems.coordinates.spread(h, y) * e,
-            product(np.pad(e, (0, pad)), ks), y,
-        )
-        for e in estimates
-    ]  # fmt: skip
+    ks = put(0, k, room_for(y, count + more))  # zeros, since 0 times an old NaN would be NaN
+    y1, ks, _ = stages(problems, own, y, ks, state.s, h, 1, count)
+    k1 = jax.tree.map(lambda k: k[count - 1], ks)
+    zero = jax.tree.map(jnp.zeros_like, y)
+    errors = [moved(problems, zero, h, product(e, ks)) for e in (table.e, table.e_low) if e]
 
-    def one(own, state, go, s1, h, y1, k1, errors):
-        solve, _, ss = problems.parts(own)
-        opened = map(problems.coordinates.open, (state.pair[0], y1))
-        errors = [problems.coordinates.open(e) for e in errors]
-        new = accepted_or_rejected(
-            solve, state, (s1, h), (y1, k1), tuple(opened), errors, lax.stop_gradient(ss[-1])
-        )
-        return tree.where(go, new, state), jnp.isfinite(new.ratio)
+    def one(solve, f, ss, state, go, s1, h, y1, k1, errors):
+        open = problems.coordinates.open
+        return solve.decided(
+            state, s1, h, (state.pair, (y1, k1)), (open(state.pair[0]), open(y1)),
+            lambda: open(k1), [open(e) for e in errors], go,
+        )  # fmt: skip
 
-    new, fine = problems.vmap(one)(own, state, go, s1, h, y1, last, errors)
-    # 0 times a slope that is not finite would be NaN in every attempt to come.
-    ks = lax.cond(jnp.all(fine), lambda ks: ks, lambda ks: cleared(problems, ks, fine), ks)
-    return new, h, ks
+    return problems.each(one)(own, state, go, s1, h, y1, k1, errors), h, ks
 
 
-def ks_count(ks) -> int:
-    return len(jax.tree.leaves(ks)[0])
+def unfinished(problems: Problems, own, state: State):
+    return problems.each(lambda solve, f, ss, state: solve.unfinished(state, last(ss)))(own, state)
 
 
-def cleared(problems, ks, fine):
-    """Slopes that are zero in the lanes that are not fine."""
-    spread = lambda k: fine if problems.coordinates.small else fine.reshape((-1,) + (1,) * (k.ndim - 2))
-    return jax.tree.map(lambda k: jnp.where(spread(k), k, 0), ks)
+def last(ss):
+    return lax.stop_gradient(ss[-1])
+
+
+def started(problems: Problems, own, y0, extra=None) -> State:
+    """Solves before their first attempts."""
+    lanes = jax.tree.leaves(y0)[0].shape[problems.coordinates.axis]
+    s = jnp.zeros(lanes, eqx.combine(own, problems.shared)[2].dtype)
+    k0 = problems.slopes(own, y0, s)
+
+    def one(solve, f, ss, y, k):
+        open = problems.coordinates.open
+        state = solve.beginning(f, open(y), open(k), last(ss))
+        return state._replace(pair=(y, k), extra=extra and extra(ss))
+
+    return problems.each(one)(own, y0, k0)
 
 
 # Forward.
 
 
-def forward(size: int, batched, solve: Integrator, f, y0, ss):
-    """The solution of every solve at its ss, and the reports: `Integrator.__call__`, batched."""
-    problems, y0, first = prepared(size, batched, solve, f, y0, ss)
-    own, axis = problems.own, problems.axis
-    example, count = first[0], len(first[3])
-    inside = count > 2
-    state = started(problems, y0, inside)
-    k0 = state.pair[1]
-    width, table = problems.width, solve.table
-    extra = inside and bool(table.extra_c)
-    lanes = problems.take((own, state), jnp.arange(width))
-    ks = room_for(problems, lanes[1].pair[0], len(table.c) + len(table.extra_c) * extra)
+def solved(size: int, flags, solve: Integrator, f, y0, ss):
+    """`Integrator.__call__` of all: their solutions, and their reports."""
+    problems, y0 = prepared(size, flags, solve, f, y0, ss)
+    table, axis, inside = problems.table, problems.coordinates.axis, ss.shape[-1] > 2
+    width = lanes_at_once(table, problems.coordinates, size)
+    before = lambda ss: (jnp.sum(ss <= 0, dtype=jnp.int32), jnp.zeros((), jnp.int32))
+    queue = problems.own, started(problems, problems.own, y0, before if inside else None)
     who = jnp.arange(width, dtype=jnp.int32)
-    rows = empty_rows(problems, y0, size, count) if inside else None
+    rows = empty_rows(problems, size, ss.shape[-1]) if inside else None
 
-    def one_attempt(_, carry):
-        (own, state), ks, who, rows = carry
-        new, h, ks = attempt(problems, own, state, ks, extra)
+    def once(_, carry):
+        (own, state), who, rows = carry
+        new, h, ks = attempt(problems, own, state, inside * len(table.extra_c))
         if inside:
-            new, ks, rows = write_rows(problems, own, state, new, h, ks, who, rows, count, size)
-        return (own, new), ks, who, rows
+            new, rows = write_rows(problems, own, state, new, h, ks, who, rows)
+        return (own, new), who, rows
 
     def refill(carry):
-        """The lanes that are done give their results and take new problems, an eighth of them at a time."""
-        (own, now), who, head, ends = carry
+        """Lanes that are done, an eighth of all at a time, give their results and take new problems."""
+        lanes, who, head, ends, idle = carry
         some = max(1, width // 8)
-        i = jnp.nonzero(done(own, now, who), size=some, fill_value=width)[0].astype(jnp.int32)
-        there = i < width
-        leaving = jnp.where(there, jnp.take(who, i, mode="clip"), size)
-        ends = problems.put(ends, leaving, problems.take(now, jnp.minimum(i, width - 1)))
-        following = head + jnp.arange(some, dtype=jnp.int32)
-        coming = there & (following < size)
-        new = problems.take((problems.own, state), jnp.minimum(following, size - 1))
-        lanes = problems.put((own, now), jnp.where(coming, i, width), new)
-        who = who.at[i].set(jnp.where(coming, following, size), mode="drop")
-        return lanes, who, head + jnp.sum(there, dtype=jnp.int32), ends
-
-    def done(own, state, who):
-        go = problems.vmap(lambda own, state: unfinished(*problems.parts(own)[::2], state))
-        return ~go(own, state) & (who < size)
+        i = jnp.nonzero(idle, size=some, fill_value=width)[0].astype(jnp.int32)
+        leaving = jnp.where(i < width, jnp.take(who, i, mode="clip"), size)
+        ends = problems.replaced(ends, leaving, problems.take(lanes[1], i))
+        following = jnp.where(i < width, head + jnp.arange(some, dtype=jnp.int32), size)
+        lanes = problems.replaced(
+            lanes, jnp.where(following < size, i, width), problems.take(queue, following)
+        )
+        who = who.at[i].set(jnp.minimum(following, size), mode="drop")
+        return lanes, who, head + jnp.sum(i < width, dtype=jnp.int32), ends, idle
 
     def several(carry):
-        lanes, ks, who, rows, head, ends = carry
-        lanes, ks, who, rows = lax.fori_loop(0, ROUND, one_attempt, (lanes, ks, who, rows))
-        idle = done(*lanes, who)
+        lanes, who, rows, head, ends = carry
+        lanes, who, rows = lax.fori_loop(0, ROUND, once, (lanes, who, rows))
+        idle = ~unfinished(problems, *lanes) & (who < size)
         ready = (16 * jnp.sum(idle, dtype=jnp.int32) >= width) | jnp.all(idle | (who >= size))
-        lanes, who, head, ends = lax.cond(ready, refill, lambda c: c, (lanes, who, head, ends))
-        return lanes, ks, who, rows, head, ends
+        lanes, who, head, ends, _ = lax.cond(
+            ready, refill, lambda c: c, (lanes, who, head, ends, idle)
+        )
+        return lanes, who, rows, head, ends
 
-    ends = state
-    carry = lanes, ks, who, rows, jnp.asarray(width, jnp.int32), ends
-    *_, rows, _, ends = lax.while_loop(lambda carry: jnp.any(carry[2] < size), several, carry)
+    carry = problems.take(queue, who), who, rows, jnp.asarray(width, jnp.int32), queue[1]
+    _, _, rows, _, ends = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
 
-    def result(own, y0, k0, end, rows):
-        solve, _, ss = problems.parts(own)
-        open = problems.coordinates.open
-        report = reported(solve, open(y0), open(k0), end, ss)
-        zero = jax.tree.map(jnp.zeros_like, example_state)
-        return assemble(open(y0), zero, open(end.pair[0]), zero, rows, ss, report), report
+    def result(own, begin, end, rows):
+        solve, _, ss = eqx.combine(own, problems.shared)
+        y0, k0, y1 = map(problems.coordinates.open, (*begin.pair, end.pair[0]))
+        report = solve.report(end, y0, k0, last(ss), end.extra and end.extra[1])
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        return assemble(y0, zero, y1, zero, rows, ss, report), report
 
-    example_state = first[2]
-    return jax.vmap(result, (axis, axis, axis, axis, 0))(own, y0, k0, ends, rows)
-
-
-def started(problems: Problems, y0, inside: bool) -> State:
-    """Every solve before its first attempt."""
-    own = problems.own
-    s = jnp.zeros(jax.tree.leaves(y0)[0].shape[problems.axis], time_dtype(problems))
-    k0 = problems.slopes(own, y0, s)
-
-    def one(own, y, k):
-        solve, f, ss = problems.parts(own)
-        coordinates = problems.coordinates
-        packed = lambda y, s: coordinates.pack(f(coordinates.open(y), s))
-        state = beginning(solve, f, coordinates.open(y), coordinates.open(k), lax.stop_gradient(ss[-1]))
-        del packed
-        state = state._replace(pair=(y, k))
-        if inside:
-            state = state._replace(extra=(jnp.sum(ss <= 0, dtype=jnp.int32), jnp.zeros((), jnp.int32)))
-        return state
-
-    return problems.vmap(one)(own, y0, k0)
+    out = jax.vmap(result, (axis, axis, axis, 0))(*queue, ends, rows)
+    return out, jax.tree.map(lambda _: True, out)
 
 
-def time_dtype(problems: Problems):
-    return eqx.combine(problems.own, problems.shared)[2].dtype
+def empty_rows(problems: Problems, size: int, count: int):
+    """Room for all outputs of all solves."""
+    y = problems.coordinates.y0
+    return jax.tree.map(lambda y: jnp.zeros((size, count, *y.shape), y.dtype), y)
 
 
-def reported(solve, y0, k0, end: State, ss) -> Report:
-    """How one solve went."""
-    last = lax.stop_gradient(ss[-1])
-    visits = end.extra[1] if end.extra else None
-    if solve.steps is None:
-        return judged(solve, end, tree.all_finite(y0, k0), last, visits)
-    n = jnp.where(last > 0, jnp.asarray(solve.steps, jnp.int32), 0)
-    return equal_steps_report(solve, y0, k0, end.pair[0], n, end.s, last, visits)
+def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows):
+    """The outputs that steps have passed, by dense output."""
+    table, open = problems.table, problems.coordinates.open
+    y, size, count = old.pair[0], *jax.tree.leaves(rows)[0].shape[:2]
+    times = problems.each(lambda solve, f, ss, at: ss[jnp.minimum(at, count - 1)])
 
-
-# Outputs inside the interval.
-
-
-def empty_rows(problems: Problems, y0, size: int, count: int):
-    """Room for all outputs of all solves, one after another."""
-    coordinates = problems.coordinates
-    shape = jax.eval_shape(coordinates.pack, coordinates.y0)
-    return jax.tree.map(lambda y: jnp.zeros((size * count, *y.shape), y.dtype), shape)
-
-
-def write_rows(problems, own, old: State, new: State, h, ks, who, rows, count, size):
-    """The outputs that an accepted step has passed, by dense output."""
-    table = problems.shared[0].table
-    dense = np.array(table.dense)
-    stop = ks_count(ks)
-    y = old.pair[0]
-
-    def time_of(own, row):
-        return problems.parts(own)[2][jnp.minimum(row, count - 1)]
-
-    times = problems.vmap(time_of)
-
-    def pending(new, at):
+    def pending(at):
         return (at < count) & (times(own, at) <= new.s) & (who < size) & (new.accepted > old.accepted)
 
-    def write(carry):
-        new, ks, rows = carry
-        met = pending(new, new.extra[0])
-        if table.extra_c:
-            _, ks = stages(
-                problems, own, rows_of(table, True), y, ks, old.s, h, len(table.c), stop
-            )
-        d = [product(np.pad(row, (0, stop - len(row))), ks) for row in dense]
-        safe = jnp.where(h > 0, h, 1)
+    def write(rows):
+        stop = len(table.c) + len(table.extra_c)
+        _, all_ks, _ = stages(problems, own, y, ks, old.s, h, len(table.c), stop)
+        d = [product(weights, all_ks) for weights in table.dense]
 
         def one_each(state):
             at, rows = state
-            here = pending(new, at)
-            theta = (times(own, at) - old.s) / safe
+            here = pending(at)
+            theta = (times(own, at) - old.s) / jnp.where(h > 0, h, 1)
             total = d[-1]
             for term in d[-2::-1]:  # Horner's rule
-                total = jax.tree.map(
-                    lambda a, t: problems.coordinates.spread(theta, a) * a + t, total, term
-                )
+                total = moved(problems, term, theta, total)
             value = moved(problems, y, theta * h, total)
-            value = jax.tree.map(lambda v: jnp.moveaxis(v, problems.axis, 0), value)
-            place = jnp.where(here, who * count + at, size * count)
+            value = jax.vmap(open, problems.coordinates.axis)(value)
+            place = jnp.where(here, who, size), at
             rows = jax.tree.map(lambda room, v: room.at[place].set(v, mode="drop"), rows, value)
             return at + here.astype(jnp.int32), rows
 
-        at, rows = lax.while_loop(
-            lambda state: jnp.any(pending(new, state[0])), one_each, (new.extra[0], rows)
-        )
-        visits = new.extra[1] + met.astype(jnp.int32)
-        return new._replace(extra=(at, visits)), ks, rows
+        return lax.while_loop(lambda st: jnp.any(pending(st[0])), one_each, (at, rows))
 
-    some = jnp.any(pending(new, new.extra[0]))
-    return lax.cond(some, write, lambda carry: carry, (new, ks, rows))
+    at = new.extra[0]
+    met = pending(at)
+    after, rows = lax.cond(jnp.any(met), write, lambda rows: (at, rows), rows)
+    mark = new.mark if new.mark is None else jnp.where(after > at, new.attempts, new.mark)
+    return new._replace(extra=(after, new.extra[1] + met.astype(jnp.int32)), mark=mark), rows
+
+
+# Backward.
+
+
+class Chunk(NamedTuple):
+    """Solves on their way to the end, with a tape: what `while_room` asks for."""
+
+    state: State
+    accepted: Any  # iterations: rows of the tape
+    tape: Any
+
+
+def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
+    """The vjp of the steps of all solves: cotangents of x, the differentiated part of (f, y0, ss).
+
+    Those of leaves of f that have no axis of their own are sums over all solves.
+    """
+    _, of_x, of_rest = flags[:3]
+    given = eqx.combine(x, rest)
+    problems, y0 = prepared(size, (flags[0], *eqx.combine(of_x, of_rest)), solve, *given)
+    coordinates, dtype = problems.coordinates, given[2].dtype
+    axis, wide = coordinates.axis, max(1, TAPE // (solve.max_steps * dtype.itemsize))
+    width = min(lanes_at_once(problems.table, coordinates, size), wide)
+    chunks = -(-size // width)
+    order = jnp.argsort(steps).astype(jnp.int32)  # the solves of a chunk are about equally long
+    order = jnp.pad(order, (0, chunks * width - size), constant_values=size)
+    ys_bar = jax.vmap(jax.vmap(coordinates.pack), 0, axis)(ys_bar)
+    whole = problems.own, y0, ys_bar
+    gradient = Gradient(problems, solve, x, of_x[0], given[2].shape[-1])
+
+    def chunk(i, carry):
+        tape, shared, outs = carry
+        which = lax.dynamic_slice_in_dim(order, i * width, width)
+        own, y, w = problems.take(whole, which)
+        real = problems.vmap(lambda w, there: jax.tree.map(lambda w: jnp.where(there, w, 0), w))
+        state, tape = recorded(problems, own, y, tape)
+        new, of_shared = gradient(own, y, real(w, which < size), state, tape)
+        return tape, jax.tree.map(jnp.add, shared, of_shared), problems.replaced(outs, which, new)
+
+    example = problems.take(whole, order[:width])
+    tape = empty_tape(solve, example[1], width, dtype)
+    f_own, shared = (eqx.filter(f[1], gradient.mask) for f in (problems.own, problems.shared))
+    ss_bar = x[2] if x[2] is None else jnp.zeros((size, given[2].shape[-1]), dtype)
+    outs = f_own, y0, None if ss_bar is None else jnp.moveaxis(ss_bar, 0, axis)
+    shared, outs = jax.tree.map(jnp.zeros_like, (shared, outs))
+    *_, shared, outs = lax.fori_loop(0, chunks, chunk, (tape, shared, outs))
+    f_own, y_bar, ss_bar = outs
+    f_own, ss_bar = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (f_own, ss_bar))
+    return eqx.combine(f_own, shared), jax.vmap(coordinates.open, axis)(y_bar), ss_bar
+
+
+def empty_tape(solve: Integrator, y, width: int, dtype) -> Tape:
+    """Room for the tape of a chunk: as many states as the budget allows."""
+    size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y))
+    slots = min(max(solve.segment, TAPE // max(size, 1)), solve.max_steps)
+    zero = jnp.zeros((), jnp.int32)
+    grid = jnp.zeros((solve.max_steps + 1, width), dtype)
+    ys, ks = (room_for(y, slots + 1) for _ in "yk")
+    return Tape(ys=ys, ks=ks, k_end=None, grid=grid, level=zero, steps=zero)
+
+
+def recorded(problems: Problems, own, y, tape: Tape) -> tuple[State, Tape]:
+    """The ends of all solves of a chunk, and their tape."""
+
+    def body(chunk: Chunk) -> Chunk:
+        new, _, _ = attempt(problems, own, chunk.state)
+        tape = write_tape(chunk.tape, chunk.accepted, chunk.state.pair, new.s)
+        return Chunk(new, chunk.accepted + 1, tape)
+
+    zero = jnp.zeros((), jnp.int32)
+    tape = tape._replace(level=zero, grid=tape.grid.at[0].set(0))
+    start = Chunk(started(problems, own, y), zero, tape)
+    chunk = while_room(lambda c: jnp.any(unfinished(problems, own, c.state)), body, start)
+    return chunk.state, chunk.tape._replace(steps=chunk.accepted)
+
+
+class Carry(NamedTuple):
+    """What goes backwards: cotangents of y, k and f; the row of the next output, and those of ss."""
+
+    y: PyTree
+    k: PyTree
+    f: PyTree
+    row: Any
+    ss: Any
+
+
+class Gradient:
+    """Backwards over the tape of a chunk."""
+
+    def __init__(self, problems: Problems, solve: Integrator, x, flags, count: int):
+        self.problems, self.solve, self.table = problems, solve, problems.table
+        missing = lambda x: x is None
+        self.mask = jax.tree.map(lambda x: x is not None, x[0], is_leaf=missing)
+        self.common = jax.tree.map(lambda x, f: x is not None and not f, x[0], flags, is_leaf=missing)
+        self.of_ss, self.inside = x[2] is not None, count > 2
+
+    def __call__(self, own, y0, w, state: State, tape: Tape):
+        """Cotangents of what solves have of their own (f, y0, ss), and of what they share (f)."""
+        problems, axis = self.problems, self.problems.coordinates.axis
+        again_y = lambda y, k, s, h: self.again(own, y, k, s, h)
+
+        def ends(solve, f, ss, w, k_end):
+            at_end = (ss >= ss[-1]) & (ss > 0)
+            chosen = lambda rows, w: jax.tree.map(
+                lambda w: jnp.sum(jnp.where(rows.reshape((-1,) + (1,) * (w.ndim - 1)), w, 0), 0), w
+            )
+            at_start = ss <= 0
+            slopes = jax.vmap(lambda w: tree.dot(w, k_end))(w).astype(ss.dtype)
+            row = jnp.sum(~at_end, dtype=jnp.int32) - 1
+            ss_bar = jnp.where(at_end, slopes, 0) if self.of_ss else None
+            return chosen(at_end, w), chosen(at_start, w), row, ss_bar
+
+        y_bar, y0_bar, row, ss_bar = problems.each(ends)(own, w, state.pair[1])
+        zero = jax.tree.map(jnp.zeros_like, y_bar)
+        f_bar = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.pull, own, y0, state.s, zero)[0])
+        carry = Carry(y_bar, zero, f_bar, row, ss_bar)
+
+        def visit(carry, n, y, k):
+            s = tape.grid[n]
+            return self.step(own, carry, y, k, s, tape.grid[n + 1] - s, w)
+
+        carry = backwards(self.solve, tape, again_y, visit, carry, y0)
+        last_f, last_y = self.pull(own, y0, jnp.zeros_like(state.s), carry.k)
+        f_bar = jax.tree.map(jnp.add, carry.f, last_f)
+        y_bar = jax.tree.map(lambda *x: sum(x), carry.y, last_y, y0_bar)
+        ss_bar = carry.ss
+        if self.of_ss:
+            k0 = problems.slopes(own, y0, jnp.zeros_like(state.s))
+
+            def at_start(solve, f, ss, w, k, ss_bar):
+                slopes = jax.vmap(lambda w: tree.dot(w, k))(w).astype(ss.dtype)
+                return jnp.where(ss <= 0, slopes, ss_bar)
+
+            ss_bar = problems.each(at_start)(own, w, k0, ss_bar)
+        shared, f_own = eqx.partition(f_bar, self.common)
+        if problems.coordinates.small:  # summed only now
+            shared = jax.tree.map(lambda x: jnp.sum(x, axis), shared)
+        return (f_own, y_bar, ss_bar), shared
+
+    def pull(self, own, y, s, w):
+        """The vjp of f of all lanes: cotangents of f and of y.
+
+        What lanes share has a sum over them; or, in a small system, still a cotangent for each.
+        """
+        problems, coordinates = self.problems, self.problems.coordinates
+        if coordinates.small:
+
+            def one(solve, f, ss, y, s, w):
+                return coordinates.pull(*eqx.partition(f, self.mask), y, s, w)
+
+            return problems.each(one)(own, y, s, w)
+        f_own, f_shared = own[1], problems.shared[1]
+        (x_own, own_rest), (x_shared, shared_rest) = (
+            eqx.partition(f, self.mask) for f in (f_own, f_shared)
+        )
+
+        def slopes(x_own, x_shared, y):
+            mine = own[0], eqx.combine(x_own, own_rest), own[2]
+            others = problems.shared[0], eqx.combine(x_shared, shared_rest), problems.shared[2]
+            return problems._replace(shared=others).slopes(mine, y, s)
+
+        _, vjp = jax.vjp(slopes, x_own, x_shared, y)
+        own_bar, shared_bar, y_bar = vjp(w)
+        return eqx.combine(own_bar, shared_bar), y_bar
+
+    def again(self, own, y, k, s, h):
+        """y and k at the end of a step."""
+        count = len(self.table.c)
+        y1, ks, _ = stages(self.problems, own, y, put(0, k, room_for(y, count)), s, h, 1, count)
+        return y1, jax.tree.map(lambda k: k[count - 1], ks)
+
+    def step(self, own, carry: Carry, y, k, s, h, w) -> Carry:
+        """The vjp of one step of every lane, stage by stage; with the outputs inside it.
+
+        With y_i = y + h sum_j a_ij k_j and k_i = f(y_i), the cotangents from the last stage to the
+        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. The step ends at its last
+        y_i, and k of the next step is its last k_i.
+        """
+        problems, table = self.problems, self.table
+        inside = self.inside
+        total, last = len(table.c) + inside * len(table.extra_c), len(table.c) - 1
+        a, c = matrix(table, inside and bool(table.extra_c))
+        ks, seen = put(0, k, room_for(y, total)), room_for(y, total)
+        _, ks, seen = stages(problems, own, y, ks, s, h, 1, total, seen)
+        zero = jax.tree.map(jnp.zeros_like, y)
+        straight, d_bar, row_, ss_bar = zero, None, carry.row, carry.ss
+        if inside:
+            row_, ss_bar, straight, d_bar = self.outputs(own, carry, ks, s, h, w)
+        dense = np.zeros((len(table.dense), total))
+        for p, weights in enumerate(table.dense):
+            dense[p, : len(weights)] = weights
+
+        def slope_bar(i, ys_bar):
+            """The cotangent of k_i, but for that of the next step."""
+            k_bar = moved(problems, zero, h, product(row(jnp.asarray(a.T), i), ys_bar))
+            if not inside:
+                return k_bar
+            return moved(problems, k_bar, h, product(row(jnp.asarray(dense.T), i), d_bar))
+
+        def stage(state):
+            i, f_bar, ys_bar = state
+            at_last = lambda x: jax.tree.map(lambda x: jnp.where(i == last, x, 0), x)
+            k_bar = jax.tree.map(jnp.add, slope_bar(i, ys_bar), at_last(carry.k))
+            s_i = s + row(jnp.asarray(c, h.dtype), i) * h
+            f_more, y_bar = self.pull(own, row(seen, i), s_i, k_bar)
+            y_bar = jax.tree.map(jnp.add, y_bar, at_last(carry.y))
+            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), put(i, y_bar, ys_bar)
+
+        first = jnp.asarray(total - 1, jnp.int32)
+        state = first, carry.f, room_for(y, total)
+        _, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
+        y_bar = jax.tree.map(jnp.add, product(np.ones(total), ys_bar), straight)
+        return Carry(y_bar, slope_bar(jnp.zeros_like(first), ys_bar), f_bar, row_, ss_bar)
+
+    def outputs(self, own, carry: Carry, ks, s, h, w):
+        """Cotangents of the outputs in (s, s + h], gathered on y and on the d_p (see `step.coefficients`)."""
+        problems, table = self.problems, self.table
+        zero = jax.tree.map(lambda k: jnp.zeros_like(k[0]), ks)
+        d = [moved(problems, zero, h, product(weights, ks)) for weights in table.dense]
+        def one(solve, f, ss, row_, ss_bar, straight, d_bar, s, h, w, d):
+            met = (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)
+            theta = (ss[row_] - s) / jnp.where(h > 0, h, 1)
+            here = jax.tree.map(lambda w: jnp.where(met, w[row_], 0), w)
+            powers = powers_of(theta, len(d))
+            weights = jnp.stack(powers)
+            d_bar = jax.tree.map(
+                lambda b, w: b + jnp.tensordot(weights.astype(w.dtype), w, 0), d_bar, here
+            )
+            straight = jax.tree.map(jnp.add, straight, here)
+            if self.of_ss:
+                rates = [(p + 1) * r for p, r in enumerate([jnp.ones_like(theta), *powers[:-1]])]
+                slope = tree.weighted_sum(1 / jnp.where(h > 0, h, 1), list(zip(rates, d)))
+                new = ss_bar.at[row_].set(tree.dot(here, slope).astype(ss.dtype))
+                ss_bar = jnp.where(met, new, ss_bar)
+            return row_ - met.astype(jnp.int32), ss_bar, straight, d_bar
+
+        def meet(state):
+            return problems.each(one)(own, *state, s, h, w, d)
+
+        def met(state):
+            some = problems.each(
+                lambda solve, f, ss, row_, s: (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)
+            )
+            return jnp.any(some(own, state[0], s))
+
+        state = carry.row, carry.ss, zero, room_for(zero, len(table.dense))
+        if problems.coordinates.small:
+            return lax.while_loop(met, meet, state)
+        swap = lambda state: (*state[:3], jax.tree.map(lambda d: jnp.moveaxis(d, 0, 1), state[3]))
+        return swap(lax.while_loop(met, meet, swap(state)))

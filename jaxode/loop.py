@@ -180,26 +180,33 @@ class Integrator(eqx.Module):
         s1 = jnp.where(state.s + state.h >= end, end, state.s + state.h)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
 
-    def decided(self, state: State, s1, h, pairs, ys, k1, errors) -> State:
-        """The state after an attempt: accepted, or rejected and to be tried with a smaller step."""
+    def decided(self, state: State, s1, h, pairs, ys, k1, errors, going=None) -> State:
+        """The state after an attempt: accepted, or rejected and to be tried with a smaller step.
+
+        `going` says whether there was one (always, without it): else the state stays what it is.
+        """
+        whether = lambda new, old: new if going is None else tree.where(going, new, old)
+        one = 1 if going is None else going.astype(jnp.int32)
         if self.steps is not None:
             s = jnp.where(tree.all_finite(ys[1]), s1, state.s)  # how far the solution is finite
             return state._replace(
-                s=s, pair=pairs[1], accepted=state.accepted + 1, attempts=state.attempts + 1
-            )
+                s=whether(s, state.s), pair=whether(pairs[1], pairs[0]),
+                accepted=state.accepted + one, attempts=state.attempts + one,
+            )  # fmt: skip
         scale = self.tolerated(*ys)
         ratio = error_ratio([tree.norm(self.measured(e), scale) for e in errors])
         if not self.table.e[-1]:  # then the estimate has not seen the last stage
             ratio = jnp.where(tree.all_finite(k1()), ratio, jnp.nan)
         ratio = lax.stop_gradient(lax.convert_element_type(ratio, h.dtype))
-        accept = ratio <= 1
+        accept = ratio <= 1 if going is None else (ratio <= 1) & going
         factor, history = self.controller(ratio, state.history, self.table.error_order + 1)
         s, pair, history = tree.where(
             accept, (s1, pairs[1], history), (state.s, pairs[0], state.history)
         )
         return state._replace(
-            s=s, pair=pair, ratio=ratio, history=history, h=jnp.minimum(h * factor, self.hmax),
-            accepted=state.accepted + accept.astype(jnp.int32), attempts=state.attempts + 1,
+            s=s, pair=pair, ratio=whether(ratio, state.ratio), history=history,
+            h=whether(jnp.minimum(h * factor, self.hmax), state.h),
+            accepted=state.accepted + accept.astype(jnp.int32), attempts=state.attempts + one,
         )  # fmt: skip
 
     def report(self, state: State, y0, k0, end, visits=None) -> Report:
@@ -500,6 +507,61 @@ def thin(tape: Tape, full) -> Tape:
         lambda c: c[0] < half, move, (jnp.zeros_like(half), tape.ys, tape.ks)
     )
     return tape._replace(ys=ys, ks=ks, level=tape.level + full.astype(jnp.int32))
+
+
+def backwards(solve, tape: Tape, again, visit, carry, y0):
+    """visit(carry, n, y_n, k_n) for n = steps - 1, ..., 0.
+
+    The states between two rows of the tape are rebuilt, by `again(y, k, s, h)`, which is a step.
+    """
+    kept = slots(tape)
+    if kept >= solve.max_steps:
+
+        def back(state):
+            n, carry = state[0] - 1, state[1]
+            return n, visit(carry, n, *at(n, (tape.ys, tape.ks)))
+
+        return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
+
+    most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
+    length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
+    room = jax.tree.map(lambda y: jnp.zeros((most, *y.shape), y.dtype), y0)
+
+    def segment(state):
+        end, carry, room = state
+        start = (end - 1) // length * length
+
+        def rebuild(state):
+            n, y, k, room = state
+            room = put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
+            y, k = again(y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
+            return n + 1, y, k, room
+
+        row = start >> tape.level
+        y, k = at(row, (tape.ys, tape.ks))
+        first = jnp.where(tape.level == 0, end - 1, row << tape.level)
+        _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
+        room = put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
+
+        def back(state):
+            n, carry = state[0] - 1, state[1]
+            rebuilt = at(jnp.minimum(n - start, most - 1), room)
+            here = tree.where(tape.level == 0, at(n, (tape.ys, tape.ks)), rebuilt)
+            return n, visit(carry, n, *here)
+
+        _, carry = lax.while_loop(lambda state: state[0] > start, back, (end, carry))
+        return start, carry, room
+
+    state = (tape.steps, carry, (room, room))
+    return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
+
+
+def at(i, rooms):
+    return jax.tree.map(lambda room: lax.dynamic_index_in_dim(room, i, 0, keepdims=False), rooms)
+
+
+def put(i, xs, rooms):
+    return jax.tree.map(lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0), xs, rooms)
 
 
 def largest(xs):

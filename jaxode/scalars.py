@@ -75,6 +75,29 @@ def fuse(fn, *examples):
     return fused
 
 
+def components(fn, *examples):
+    """`fn` as a function of flat lists of scalars: those of the arguments in, those of the results out.
+
+    None if it is not small enough. Under `jax.vmap` every scalar is an array of its own, and nothing
+    is sliced or stacked; nor is it in a derivative of this.
+    """
+    leaves = jax.tree.leaves(examples)
+    if sum(jnp.size(leaf) for leaf in leaves) > INPUTS or not all(map(is_number, leaves)):
+        return None
+    closed = jax.make_jaxpr(fn)(*examples)
+    if sum(jnp.size(c) for c in closed.consts) > INPUTS or not cost(closed.jaxpr) <= LIMIT:
+        return None
+
+    def apart(scalars):
+        scalars = iter(scalars)
+        args = [fill(v.aval.shape, lambda _: next(scalars)) for v in closed.jaxpr.invars]
+        outs = evaluate(closed.jaxpr, [take_apart(c) for c in closed.consts], args)
+        parts = zip(outs, closed.jaxpr.outvars)
+        return [jnp.asarray(x, v.aval.dtype) for o, v in parts for x in o.reshape(-1)]
+
+    return apart
+
+
 def is_number(x) -> bool:
     """Whether x is an array of floats, complex numbers, integers or booleans (and not of keys)."""
     return jnp.issubdtype(jnp.result_type(x), jnp.number) or jnp.result_type(x) == jnp.bool
