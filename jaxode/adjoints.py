@@ -292,10 +292,14 @@ def pull(x, rest, tape, ys_bar):
 
 
 solved = lanes.batched(
-    lambda solve, f, y0, ss: solve(f, y0, ss), lanes.solved, lambda flags, solve, *_: lanes.able(solve)
+    lambda solve, f, y0, ss: solve(f, y0, ss),
+    lanes.solved,
+    lambda flags, solve, *_: lanes.able(solve),
 )
 record = lanes.batched(
-    lambda solve, f, y0, ss: solve.record(f, y0, ss), record_lanes, lambda flags, solve, *_: lanes.able(solve)
+    lambda solve, f, y0, ss: solve.record(f, y0, ss),
+    record_lanes,
+    lambda flags, solve, *_: lanes.able(solve),
 )
 pull_back = lanes.batched(
     pull, pull_lanes, lambda flags, x, rest, *_: flags[2].steps and lanes.able(rest[0])

@@ -54,7 +54,9 @@ class Controller:
         exponents = (-(i + p + d) / order, (p + 2 * d) / order, -d / order)
         factor = self.safety
         for r, exponent in zip((ratio, *history), exponents):
-            factor = factor * jnp.exp(exponent * jnp.log(jnp.maximum(r, 1e-10)))  # vectorises; a power does not
+            factor = factor * jnp.exp(
+                exponent * jnp.log(jnp.maximum(r, 1e-10))
+            )  # vectorises; a power does not
         factor = jnp.clip(factor, self.min_factor, self.max_factor)
         # An error that is not a number says nothing but that the step was too long.
         factor = jnp.where(jnp.isfinite(ratio), factor, self.min_factor)

@@ -14,7 +14,6 @@ in value and in gradient. So the tape is written and read in whole rows, and mem
 with the batch.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,8 +97,8 @@ def joined(x, outer: bool, inner: bool, more: int, size: int):
 
 
 def able(solve: Integrator) -> bool:
-    """Whether lanes know how to step this: any Runge-Kutta method, any state that is not empty."""
-    return not isinstance(solve.table, Splitting) and len(solve.table.c) > 1
+    """Whether lanes know how to step this: every Runge-Kutta method."""
+    return not isinstance(solve.table, Splitting)
 
 
 # Coordinates: how the states of all lanes lie in memory.
@@ -159,7 +158,8 @@ class Coordinates:
     def spread(self, h, like):
         """Numbers of the lanes, so that they multiply states."""
         h = lax.convert_element_type(h, like.dtype)
-        return h if self.small else h.reshape(h.shape + (1,) * (like.ndim - h.ndim))
+        ones = (1,) * (like.ndim - 1)
+        return h.reshape((*ones, -1) if self.small else (-1, *ones))
 
 
 def parts(tree_) -> list:
@@ -214,7 +214,9 @@ def prepared(size: int, flags, solve, f, y0, ss) -> tuple[Problems, PyTree]:
     coordinates = Coordinates(first[1], first[2], first[3][0])
     own, shared = eqx.partition((solve, f, ss), (flags[0], flags[1], flags[3]))
     own = jax.tree.map(lambda x: jnp.moveaxis(x, 0, coordinates.axis), own)
-    y0 = jax.tree.map(lambda y, flag: y if flag else jnp.broadcast_to(y, (size, *y.shape)), y0, flags[2])
+    y0 = jax.tree.map(
+        lambda y, flag: y if flag else jnp.broadcast_to(y, (size, *y.shape)), y0, flags[2]
+    )
     y0 = jax.vmap(coordinates.pack, 0, coordinates.axis)(y0)
     return Problems(own, shared, coordinates, solve.table), y0
 
@@ -267,7 +269,10 @@ def moved(problems: Problems, y, h, k):
 
 
 def stages(problems: Problems, own, y, ks, s, h, start: int, stop: int, seen=None):
-    """Stages `start` to `stop` - 1 of a step: the last y_i, the slopes in the rows of ks, and all y_i in `seen`."""
+    """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
+
+    Every y_i goes into a row of `seen`, if that is given.
+    """
     a, c = matrix(problems.table, stop > len(problems.table.c))
 
     def stage(state):
@@ -276,8 +281,8 @@ def stages(problems: Problems, own, y, ks, s, h, start: int, stop: int, seen=Non
         ks = problems.with_slopes(ks, i, own, y1, s + row(jnp.asarray(c, h.dtype), i) * h)
         return i + 1, y1, ks, seen if seen is None else put(i, y1, seen)
 
-    start = jnp.asarray(start, jnp.int32)
-    _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, (start, y, ks, seen))
+    begin = jnp.asarray(start, jnp.int32), y, ks, seen
+    _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, begin)
     return y1, ks, seen
 
 
@@ -400,7 +405,9 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
     times = problems.each(lambda solve, f, ss, at: ss[jnp.minimum(at, count - 1)])
 
     def pending(at):
-        return (at < count) & (times(own, at) <= new.s) & (who < size) & (new.accepted > old.accepted)
+        return (
+            (at < count) & (times(own, at) <= new.s) & (who < size) & (new.accepted > old.accepted)
+        )
 
     def write(rows):
         stop = len(table.c) + len(table.extra_c)
@@ -521,7 +528,9 @@ class Gradient:
         self.problems, self.solve, self.table = problems, solve, problems.table
         missing = lambda x: x is None
         self.mask = jax.tree.map(lambda x: x is not None, x[0], is_leaf=missing)
-        self.common = jax.tree.map(lambda x, f: x is not None and not f, x[0], flags, is_leaf=missing)
+        self.common = jax.tree.map(
+            lambda x, f: x is not None and not f, x[0], flags, is_leaf=missing
+        )
         self.of_ss, self.inside = x[2] is not None, count > 2
 
     def __call__(self, own, y0, w, state: State, tape: Tape):
@@ -617,7 +626,7 @@ class Gradient:
         if inside:
             row_, ss_bar, straight, d_bar = self.outputs(own, carry, ks, s, h, w)
         dense = np.zeros((len(table.dense), total))
-        for p, weights in enumerate(table.dense):
+        for p, weights in enumerate(table.dense if inside else ()):
             dense[p, : len(weights)] = weights
 
         def slope_bar(i, ys_bar):
@@ -647,6 +656,7 @@ class Gradient:
         problems, table = self.problems, self.table
         zero = jax.tree.map(lambda k: jnp.zeros_like(k[0]), ks)
         d = [moved(problems, zero, h, product(weights, ks)) for weights in table.dense]
+
         def one(solve, f, ss, row_, ss_bar, straight, d_bar, s, h, w, d):
             met = (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)
             theta = (ss[row_] - s) / jnp.where(h > 0, h, 1)

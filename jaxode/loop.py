@@ -17,9 +17,7 @@ from jaxtyping import Array, PyTree
 from jaxode import scalars, tree
 from jaxode.controllers import Controller, first_step
 from jaxode.solution import Status
-from jaxode.splittings import Splitting
 from jaxode.step import error, extra_stages, interpolate, step
-from jaxode.tableaus import Tableau
 
 SEGMENT = (
     64  # 64 states kept and 64 rebuilt serve 4,096 steps at the price of one more forward pass
@@ -86,7 +84,7 @@ class Integrator(eqx.Module):
     between two outputs. `measured` picks the part of a state whose error counts.
     """
 
-    table: Tableau | Splitting = eqx.field(static=True)
+    table: Any = eqx.field(static=True)  # a Tableau, or a Splitting
     controller: Controller = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     steps: Any
@@ -474,7 +472,7 @@ def write_tape(tape: Tape | None, n, pair, s1) -> Tape | None:
     )
 
 
-def while_room(unfinished, body, state: State) -> State:
+def while_room(unfinished, body, state) -> Any:
     """The loop; whenever the tape is full, every other row is dropped and it goes on."""
     tape = state.tape
     if tape is None or slots(tape) >= len(tape.grid) - 1:
