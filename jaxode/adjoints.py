@@ -15,7 +15,8 @@ returns is differentiated by JAX; a new one may live outside this library.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -113,7 +114,6 @@ def polynomial(theta, coefficients):
 # Replay: backwards over the recorded steps.
 
 
-@jax.custom_vjp
 def replay(solve, f, y0, ss):
     """Discrete adjoint of the steps that were accepted, with their sizes held fixed.
 
@@ -121,84 +121,98 @@ def replay(solve, f, y0, ss):
     the backward pass rebuilds the states between two of them and takes the vjp of one step after
     another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
     one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
-    `jax.vmap` both passes are loops over lanes (`jaxode.lanes`).
+    `jax.vmap` both passes are loops over lanes (`jaxode.lanes`), and nothing is recorded.
     """
-    return solved(solve, f, y0, ss)
+    return replay_in_lanes(solve, f, y0, ss)
 
 
-def replay_forward(solve, f, y0, ss):
-    x, rest = perturbed((f, y0, ss))
-    rest = (values(solve), rest)
-    ys, (report, tape) = recorded(x, rest)
-    return (ys, report), (x, rest, tape)
+class Passes(NamedTuple):
+    """A solve, the same with its tape, and the vjp over the tape: of one solve, or of many.
+
+    The last two and their `plain` selves do the same; the plain ones are differentiated by JAX.
+    """
+
+    solve: Callable  # (solve, f, y0, ss) -> ys, report
+    record: Callable  # (solve, f, y0, ss) -> ys, report, tape
+    pull: Callable  # (x, rest, tape, ys_bar) -> x_bar
+    plain: tuple[Callable, Callable, Callable]
 
 
-def replay_backward(residuals, cotangents):
-    x, rest, tape = residuals
-    ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
-    return None, *pulled(x, rest, tape, ys_bar)
+def replaying(passes: Passes) -> Callable:
+    """The differentiable solve of these passes.
 
+    First derivatives of the forward and the backward pass let replay be differentiated again, by
+    forward and by reverse mode. With S(x) the solve (its steps held fixed), x all that it depends on
+    and w a cotangent of S, both follow from phi(x, w) = <w, S(x)>: the forward pass is d phi / d w,
+    the backward pass d phi / d x, and a tangent of the two is the Hessian of phi applied to a tangent
+    of (x, w). A Hessian is symmetric: its transpose, which reverse mode asks for, is itself.
+    `lax.custom_linear_solve` is how one says so to JAX.
+    """
+    plain_solve, plain_record, plain_pull = passes.plain
 
-replay.defvjp(replay_forward, replay_backward, symbolic_zeros=True)
+    @jax.custom_vjp
+    def solved(solve, f, y0, ss):
+        return passes.solve(solve, f, y0, ss)
 
+    def forward_pass(solve, f, y0, ss):
+        x, rest = perturbed((f, y0, ss))
+        rest = (values(solve), rest)
+        ys, (report, tape) = recorded(x, rest)
+        return (ys, report), (x, rest, tape)
 
-# First derivatives of the forward and the backward pass, so that replay can be differentiated
-# again, by forward and by reverse mode. With S(x) the solve (its steps held fixed), x all that it
-# depends on and w a cotangent of S, both follow from phi(x, w) = <w, S(x)>: the forward pass is
-# d phi / d w, the backward pass d phi / d x, and a tangent of the two is the Hessian of phi applied
-# to a tangent of (x, w). A Hessian is symmetric: its transpose, which reverse mode asks for, is
-# itself. `lax.custom_linear_solve` is how one says so to JAX.
+    def backward_pass(residuals, cotangents):
+        x, rest, tape = residuals
+        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
+        return None, *pulled(x, rest, tape, ys_bar)
 
-
-@jax.custom_jvp
-def recorded(x, rest):
-    """The solve, with its tape."""
-    solve, (f, y0, ss) = join(x, rest)
-    ys, report, tape = record(solve, f, y0, ss)
-    return ys, (report, tape)
-
-
-@recorded.defjvp
-def recorded_jvp(primals, tangents):
-    (x, rest), (x_dot, _) = primals, tangents
-    ys, (report, tape) = recorded(x, rest)
-
-    def hessian(v):
-        return pull_back(x, rest, tape, v[1]), push(x, rest, v[0])
-
-    _, ys_dot = symmetric(hessian, (x_dot, jax.tree.map(jnp.zeros_like, ys)), x)
-    return (ys, (report, tape)), (ys_dot, jax.tree.map(no_tangent, (report, tape)))
-
-
-@jax.custom_jvp
-def pulled(x, rest, tape, ys_bar):
-    """Cotangents of (f, y0, ss), None where there are none."""
-    return pull_back(x, rest, tape, ys_bar)
-
-
-@pulled.defjvp
-def pulled_jvp(primals, tangents):
-    (x, rest, tape, ys_bar), (x_dot, _, _, ys_bar_dot) = primals, tangents
-
-    def gradient(x, ys_bar):
-        solve, given = join(x, rest)
-        return pull(x, rest, solve.record(*given)[2], ys_bar)
-
-    def hessian(v):
-        return jax.jvp(gradient, (x, ys_bar), v)[1], push(x, rest, v[0])
-
-    x_bar_dot, _ = symmetric(hessian, (x_dot, ys_bar_dot), x)
-    return pulled(x, rest, tape, ys_bar), x_bar_dot
-
-
-def push(x, rest, x_dot):
-    """The tangent of the solve."""
-
-    def ys(x):
+    @jax.custom_jvp
+    def recorded(x, rest):
+        """The solve, with its tape."""
         solve, (f, y0, ss) = join(x, rest)
-        return solve(f, y0, ss)[0]
+        ys, report, tape = passes.record(solve, f, y0, ss)
+        return ys, (report, tape)
 
-    return jax.jvp(ys, (x,), (x_dot,))[1]
+    @recorded.defjvp
+    def recorded_jvp(primals, tangents):
+        (x, rest), (x_dot, _) = primals, tangents
+        ys, (report, tape) = recorded(x, rest)
+
+        def hessian(v):
+            return passes.pull(x, rest, tape, v[1]), push(x, rest, v[0])
+
+        _, ys_dot = symmetric(hessian, (x_dot, jax.tree.map(jnp.zeros_like, ys)), x)
+        return (ys, (report, tape)), (ys_dot, jax.tree.map(no_tangent, (report, tape)))
+
+    @jax.custom_jvp
+    def pulled(x, rest, tape, ys_bar):
+        """Cotangents of (f, y0, ss), None where there are none."""
+        return passes.pull(x, rest, tape, ys_bar)
+
+    @pulled.defjvp
+    def pulled_jvp(primals, tangents):
+        (x, rest, tape, ys_bar), (x_dot, _, _, ys_bar_dot) = primals, tangents
+
+        def gradient(x, ys_bar):
+            solve, given = join(x, rest)
+            return plain_pull(x, rest, plain_record(solve, *given)[2], ys_bar)
+
+        def hessian(v):
+            return jax.jvp(gradient, (x, ys_bar), v)[1], push(x, rest, v[0])
+
+        x_bar_dot, _ = symmetric(hessian, (x_dot, ys_bar_dot), x)
+        return pulled(x, rest, tape, ys_bar), x_bar_dot
+
+    def push(x, rest, x_dot):
+        """The tangent of the solve."""
+
+        def ys(x):
+            solve, (f, y0, ss) = join(x, rest)
+            return plain_solve(solve, f, y0, ss)[0]
+
+        return jax.jvp(ys, (x,), (x_dot,))[1]
+
+    solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
+    return solved
 
 
 def symmetric(operator, v, x):
@@ -226,35 +240,6 @@ def once_jvp(primals, tangents):
     raise NotImplementedError(
         "adjoint='replay' has first and second derivatives; for third ones pass adjoint='direct'."
     )
-
-
-# Both passes, which under `jax.vmap` are made by `lanes`.
-
-
-def record_lanes(size, flags, solve, f, y0, ss):
-    """`Integrator.record` of all; but the tape holds nothing but the number of attempts."""
-    (ys, report), flags_out = lanes.solved(size, flags, solve, f, y0, ss)
-    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
-    _, _, tape = jax.eval_shape(lambda solve, *args: solve.record(*args), *first)
-    tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
-    empty = jax.tree.map(lambda _: False, tape)
-    tape = tape._replace(steps=report.accepted + report.rejected)
-    return (ys, report, tape), (*flags_out, empty._replace(steps=True))
-
-
-def pull_lanes(size, flags, x, rest, tape, ys_bar):
-    """`pull` of all: the solves are done again, a chunk at a time."""
-    each = lambda xs, flags: jax.tree.map(
-        lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape)), xs, flags
-    )
-    x, of_x = each(x, flags[0]), jax.tree.map(lambda _: True, x)
-    solve, rest = rest
-    given = (flags[1][0], of_x, flags[1][1])
-    f_bar, y0_bar, ss_bar = lanes.pulled(
-        size, given, solve, x, rest, tape.steps, each(ys_bar, flags[3])
-    )
-    out = f_bar, only(x[1], y0_bar), ss_bar
-    return out, jax.tree.map(lambda _: True, out)
 
 
 # The backward pass.
@@ -291,19 +276,81 @@ def pull(x, rest, tape, ys_bar):
     return f_bar, only(x[1], y0_bar), ss_bar
 
 
-solved = lanes.batched(
-    lambda solve, f, y0, ss: solve(f, y0, ss),
-    lanes.solved,
-    lambda flags, solve, *_: lanes.able(solve),
+# Both passes of one solve, which a `jax.vmap` outside of a derivative turns into loops over lanes,
+# and those of many, which a `jax.vmap` inside of it does.
+
+
+def record_lanes(size, flags, solve, f, y0, ss):
+    """`Integrator.record` of all; but the tape holds nothing but the number of attempts."""
+    (ys, report), flags_out = lanes.solved(size, flags, solve, f, y0, ss)
+    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
+    _, _, tape = jax.eval_shape(record_one, *first)
+    tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
+    empty = jax.tree.map(lambda _: False, tape)
+    tape = tape._replace(steps=report.accepted + report.rejected)
+    return (ys, report, tape), (*flags_out, empty._replace(steps=True))
+
+
+def pull_lanes(size, flags, x, rest, tape, ys_bar):
+    """`pull` of all: the solves are done again, a chunk at a time."""
+    each = lambda xs, flags: jax.tree.map(
+        lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape)), xs, flags
+    )
+    x, of_x = each(x, flags[0]), jax.tree.map(lambda _: True, x)
+    given = (flags[1][0], of_x, flags[1][1])
+    f_bar, y0_bar, ss_bar = lanes.pulled(
+        size, given, rest[0], x, rest[1], tape.steps, each(ys_bar, flags[3])
+    )
+    out = f_bar, only(x[1], y0_bar), ss_bar
+    return out, jax.tree.map(lambda _: True, out)
+
+
+def of_many(size, flags) -> Callable:
+    """Replay of solves that share what is not flagged: its cotangents are sums."""
+
+    def solve_all(*args):
+        return lanes.solved(size, flags, *args)[0]
+
+    def record_all(*args):
+        ys, report = solve_all(*args)
+        return ys, report, report.accepted + report.rejected
+
+    def pull_all(x, rest, steps, ys_bar):
+        given = flags[0], only(x, flags[1:]), only(rest[1], flags[1:])
+        f_bar, y0_bar, ss_bar = lanes.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
+        own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
+        return (
+            f_bar,
+            jax.tree.map(own, only(x[1], y0_bar), given[1][1]),
+            jax.tree.map(own, ss_bar, given[1][2]),
+        )
+
+    return replaying(Passes(solve_all, record_all, pull_all, (solve_all, record_all, pull_all)))
+
+
+def solve_one(solve, f, y0, ss):
+    return solve(f, y0, ss)
+
+
+def record_one(solve, f, y0, ss):
+    return solve.record(f, y0, ss)
+
+
+def able(flags, solve, *_) -> bool:
+    return lanes.able(solve)
+
+
+of_one = replaying(
+    Passes(
+        lanes.batched(solve_one, lanes.solved, able),
+        lanes.batched(record_one, record_lanes, able),
+        lanes.batched(
+            pull, pull_lanes, lambda fl, x, rest, *_: fl[2].steps and lanes.able(rest[0])
+        ),
+        (solve_one, record_one, pull),
+    )
 )
-record = lanes.batched(
-    lambda solve, f, y0, ss: solve.record(f, y0, ss),
-    record_lanes,
-    lambda flags, solve, *_: lanes.able(solve),
-)
-pull_back = lanes.batched(
-    pull, pull_lanes, lambda flags, x, rest, *_: flags[2].steps and lanes.able(rest[0])
-)
+replay_in_lanes = lanes.in_lanes(of_one, of_many, able)
 
 
 class Cotangents(eqx.Module):

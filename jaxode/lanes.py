@@ -15,6 +15,7 @@ with the batch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,6 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.extend import core
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from jaxode import scalars, tree
@@ -81,6 +85,81 @@ def batched(single: Callable, many: Callable, able: Callable) -> Callable:
             return jax.tree.map(split, out, has), has
 
         return inner(*args), has
+
+    return call
+
+
+def in_lanes(one: Callable, many: Callable, able: Callable) -> Callable:
+    """`one`, which `jax.vmap` turns into `many(size, flags)`, and derivatives into their own.
+
+    Unlike `batched` it is seen before any derivative is taken, if the `vmap` is inside of the
+    derivative: then `many` knows what the solves share, and its cotangents may be sums. A primitive,
+    because that is the only thing in JAX with rules of its own for both.
+    """
+    primitive = Primitive("solve")
+    primitive.multiple_results = True
+
+    def run(*leaves, program, **_):
+        return core.jaxpr_as_fun(program)(*leaves)
+
+    def bind(fn, structure, size, flags, leaves):
+        program, shape = jax.make_jaxpr(fn, return_shape=True)(
+            *jax.tree.unflatten(structure, leaves)
+        )
+        outs = primitive.bind(
+            *leaves, program=program, structure=structure, size=size, flags=tuple(flags)
+        )
+        return outs, jax.tree.structure(shape)
+
+    def jvp(primals, tangents, **params):
+        moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
+
+        def of_moving(*xs):
+            leaves = list(primals)
+            for i, x in zip(moving, xs):
+                leaves[i] = x
+            return run(*leaves, **params)
+
+        xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
+        outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
+        still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
+        return outs, [
+            ad.Zero(jax.typeof(x).to_tangent_aval()) if still(x_dot) else x_dot
+            for x, x_dot in zip(outs, outs_dot)
+        ]
+
+    def batch(leaves, axes, *, program, structure, size, flags):
+        new = [axis is not None for axis in axes]
+        more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
+        leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
+        if not size:
+            if not able(jax.tree.unflatten(structure, new), *jax.tree.unflatten(structure, leaves)):
+                outs = jax.vmap(partial(run, program=program), [0 if b else None for b in new])(
+                    *leaves
+                )
+                return outs, [0] * len(outs)
+            fn = many(more, jax.tree.unflatten(structure, new))
+            outs, _ = bind(fn, structure, more, new, leaves)
+            return outs, [0] * len(outs)
+        both = [a or b for a, b in zip(new, flags)]
+        leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
+        fn = many(more * size, jax.tree.unflatten(structure, both))
+        outs, _ = bind(fn, structure, more * size, both, leaves)
+        return [x.reshape(more, size, *x.shape[1:]) for x in outs], [0] * len(outs)
+
+    primitive.def_impl(run)
+    primitive.def_effectful_abstract_eval(
+        lambda *_, program, **__: (program.out_avals, program.effects)
+    )
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+
+    def call(*args):
+        leaves, structure = jax.tree.flatten(args)
+        leaves = list(map(jnp.asarray, leaves))
+        outs, shape = bind(one, structure, 0, [False] * len(leaves), leaves)
+        return jax.tree.unflatten(shape, outs)
 
     return call
 
