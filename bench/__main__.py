@@ -7,8 +7,6 @@ printed, and written to bench/results.json and, between two marks, into README.m
 
 import json
 import platform
-import statistics
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,52 +18,10 @@ import numpy as np
 from jax.experimental.ode import odeint as jax_odeint
 
 import jaxode
+from bench.ensembles import ensemble_rows
+from bench.timing import check, compile_in_turn, row, time_in_turn
 
 HERE = Path(__file__).parent
-
-
-def compile_in_turn(make, *args, rounds=3):
-    """Trace and compile each; the programs of the first round, and medians of seconds.
-
-    `make(change)` gives the functions; a constant in them changes from round to round, so that no
-    library is helped by what it remembers.
-    """
-    compiled, seconds = {}, {}
-    for i in range(rounds):
-        for name, function in make(1 + 1e-9 * i).items():
-            began = time.perf_counter()
-            program = jax.jit(function).lower(*args).compile()
-            seconds.setdefault(name, []).append(time.perf_counter() - began)
-            compiled.setdefault(name, program)
-    return compiled, {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def time_in_turn(compiled, *args, rounds=15, least=0.02):
-    """Medians of seconds a call; the programs take turns, so that a slow moment hits all of them."""
-    calls = {}
-    for name, program in compiled.items():
-        jax.block_until_ready(program(*args))
-        began = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        calls[name] = max(1, int(least / (time.perf_counter() - began)))
-    samples = {name: [] for name in compiled}
-    for _ in range(rounds):
-        for name, program in compiled.items():
-            began = time.perf_counter()
-            for _ in range(calls[name]):
-                jax.block_until_ready(program(*args))
-            samples[name].append((time.perf_counter() - began) / calls[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def check(compiled, args, reference, tolerance):
-    """No program is timed on a wrong answer."""
-    for name, program in compiled.items():
-        error = max(
-            float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))))
-            for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(reference))
-        )
-        assert error < tolerance, f"{name} is off by {error:.1e}"
 
 
 def lorenz(y, t=None, change=1.0):
@@ -128,11 +84,8 @@ def lorenz_rows():
     gradient = time_in_turn(compiled, y0)
     yield row("Lorenz, gradient", gradient, "ms")
     yield row("Lorenz, gradient: trace + compile", compile_seconds, "s")
-    yield {
-        "work": "Lorenz, gradient over forward",
-        "unit": "times",
-        "seconds": {"jaxode": gradient["jaxode"] / seconds["jaxode"]},
-    }
+    over = {"jaxode": gradient["jaxode"] / seconds["jaxode"]}
+    yield row("Lorenz, gradient over forward", over, "times")
 
 
 def mlp_rows():
@@ -167,11 +120,8 @@ def mlp_rows():
     gradient = time_in_turn(compiled, weights, y0)
     yield row("MLP, gradient", gradient, "ms")
     yield row("MLP, gradient: trace + compile", compile_seconds, "s")
-    yield {
-        "work": "MLP, gradient over forward",
-        "unit": "times",
-        "seconds": {"jaxode": gradient["jaxode"] / seconds["jaxode"]},
-    }
+    over = {"jaxode": gradient["jaxode"] / seconds["jaxode"]}
+    yield row("MLP, gradient over forward", over, "times")
 
 
 def output_rows():
@@ -192,7 +142,7 @@ def output_rows():
         compiled, _ = compile_in_turn(lambda _, grads=grads: grads, y0, rounds=1)
         seconds = time_in_turn(compiled, y0)
         times[library] = seconds[101] / seconds[2]
-    yield {"work": "gradient, 101 outputs over 2 outputs", "unit": "times", "seconds": times}
+    yield row("gradient, 101 outputs over 2 outputs", times, "times")
 
 
 def memory_rows():
@@ -205,15 +155,8 @@ def memory_rows():
             )[-1].sum()
             compiled = jax.jit(jax.grad(loss)).lower(y0).compile()
             used.append(compiled.memory_analysis().temp_size_in_bytes)
-        yield {
-            "work": f"gradient memory, 10,000 steps over 100, {adjoint}",
-            "unit": "times",
-            "seconds": {"jaxode": used[1] / used[0]},
-        }
-
-
-def row(work, seconds, unit):
-    return {"work": work, "unit": unit, "seconds": seconds}
+        over = {"jaxode": used[1] / used[0]}
+        yield row(f"gradient memory, 10,000 steps over 100, {adjoint}", over, "times")
 
 
 def shown(result) -> list[str]:
@@ -225,14 +168,14 @@ def shown(result) -> list[str]:
         "" if name not in result["seconds"]
         else f"{result['seconds'][name] / ours:.1f}x" if result["unit"] != "times"
         else f"{result['seconds'][name]:.1f} times"
-        for name in ("diffrax", "jax")
+        for name in ("diffrax", "jax", "plain vmap", "C")
     ]  # fmt: skip
     return [result["work"], f"{ours * scale:{digits}} {result['unit']}", *peers]
 
 
 def table(results) -> str:
-    head = ["work", "jaxode", "diffrax takes", "jax.experimental.ode takes"]
-    lines = [head, ["---"] * 4, *map(shown, results)]
+    head = ["work", "jaxode", "diffrax takes", "jax.experimental.ode takes", "a plain vmap", "C"]
+    lines = [head, ["---"] * len(head), *map(shown, results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -257,7 +200,7 @@ def main():
     jax.config.update("jax_enable_x64", True)
     warm_up()
     results = []
-    for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows):
+    for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows, ensemble_rows):
         for result in rows():
             results.append(result)
             print(

@@ -14,6 +14,7 @@ in value and in gradient. So the tape is written and read in whole rows, and mem
 with the batch.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,18 +35,16 @@ from jaxode.loop import (
     Integrator,
     Pair,
     State,
-    Tape,
     assemble,
-    backwards,
     put,
-    while_room,
-    write_tape,
 )
 from jaxode.splittings import Splitting
 from jaxode.step import powers_of
 
 CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
-TAPE = 16 * 2**20  # bytes for the states of a chunk, backwards, and for the ends of its steps
+TAPE = (
+    4 * 2**20
+)  # bytes for the tape of a chunk, backwards, if that is enough for sqrt(max_steps) states
 ROUND = 8  # attempts between two looks at which lanes are done
 
 
@@ -426,7 +425,7 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
     who = jnp.arange(width, dtype=jnp.int32)
     rows = empty_rows(problems, size, ss.shape[-1]) if inside else None
 
-    def once(_, carry):
+    def once(carry):
         (own, state), who, rows = carry
         new, h, ks = attempt(problems, own, state, inside * len(table.extra_c))
         if inside:
@@ -445,20 +444,31 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
             lanes, jnp.where(following < size, i, width), problems.take(queue, following)
         )
         who = who.at[i].set(jnp.minimum(following, size), mode="drop")
-        return lanes, who, head + jnp.sum(i < width, dtype=jnp.int32), ends, idle
+        head = head + jnp.sum(i < width, dtype=jnp.int32)
+        return lanes, who, head, ends, idle.at[i].set(False, mode="drop")
 
     def several(carry):
         lanes, who, rows, head, ends = carry
-        lanes, who, rows = lax.fori_loop(0, ROUND, once, (lanes, who, rows))
+        busy = lambda c: (c[0] < ROUND) & jnp.any(unfinished(problems, *c[1][0]))
+        _, (lanes, who, rows) = lax.while_loop(
+            busy, lambda c: (c[0] + 1, once(c[1])), (jnp.zeros((), jnp.int32), (lanes, who, rows))
+        )
         idle = ~unfinished(problems, *lanes) & (who < size)
-        ready = (16 * jnp.sum(idle, dtype=jnp.int32) >= width) | jnp.all(idle | (who >= size))
-        lanes, who, head, ends, _ = lax.cond(
-            ready, refill, lambda c: c, (lanes, who, head, ends, idle)
+        enough = lambda idle: 16 * jnp.sum(idle, dtype=jnp.int32) >= width
+        ready = enough(idle) | jnp.all(idle | (who >= size))
+        lanes, who, head, ends, _ = lax.while_loop(
+            lambda c: ready & jnp.any(c[-1]), refill, (lanes, who, head, ends, idle)
         )
         return lanes, who, rows, head, ends
 
-    carry = problems.take(queue, who), who, rows, jnp.asarray(width, jnp.int32), queue[1]
-    _, _, rows, _, ends = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
+    lanes = problems.take(queue, who)
+    if width == size:  # no queue
+        busy = lambda carry: jnp.any(unfinished(problems, *carry[0]))
+        (_, ends), _, rows = lax.while_loop(busy, once, (queue, who, rows))
+    else:
+        carry = lanes, who, rows, jnp.asarray(width, jnp.int32), queue[1]
+        carry = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
+        rows, ends = carry[2], carry[4]
 
     def result(own, begin, end, rows):
         solve, _, ss = eqx.combine(own, problems.shared)
@@ -518,12 +528,12 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
 # Backward.
 
 
-class Chunk(NamedTuple):
-    """Solves on their way to the end, with a tape: what `while_room` asks for."""
+class Tape(NamedTuple):
+    """A stretch of iterations: where each began, with y and k there; `grid` has the end, too."""
 
-    state: State
-    accepted: Any  # iterations: rows of the tape
-    tape: Any
+    ys: PyTree
+    ks: PyTree
+    grid: Any
 
 
 def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
@@ -535,59 +545,67 @@ def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
     given = eqx.combine(x, rest)
     problems, y0 = prepared(size, (flags[0], *eqx.combine(of_x, of_rest)), solve, *given)
     coordinates, dtype = problems.coordinates, given[2].dtype
-    axis, wide = coordinates.axis, max(1, TAPE // (solve.max_steps * dtype.itemsize))
-    width = min(lanes_at_once(problems.table, coordinates, size), wide)
+    axis, width = coordinates.axis, lanes_at_once(problems.table, coordinates, size)
     chunks = -(-size // width)
     order = jnp.argsort(steps).astype(jnp.int32)  # the solves of a chunk are about equally long
     order = jnp.pad(order, (0, chunks * width - size), constant_values=size)
     ys_bar = jax.vmap(jax.vmap(coordinates.pack), 0, axis)(ys_bar)
     whole = problems.own, y0, ys_bar
-    gradient = Gradient(problems, solve, x, of_x[0], given[2].shape[-1])
+    gradient = Gradient(problems, x, of_x[0], given[2].shape[-1])
 
     def chunk(i, carry):
-        tape, shared, outs = carry
+        rooms, shared, outs = carry
         which = lax.dynamic_slice_in_dim(order, i * width, width)
         own, y, w = problems.take(whole, which)
         real = problems.vmap(lambda w, there: jax.tree.map(lambda w: jnp.where(there, w, 0), w))
-        state, tape = recorded(problems, own, y, tape)
-        new, of_shared = gradient(own, y, real(w, which < size), state, tape)
-        return tape, jax.tree.map(jnp.add, shared, of_shared), problems.replaced(outs, which, new)
+        rooms, new, of_shared = gradient(own, y, real(w, which < size), rooms)
+        return rooms, jax.tree.map(jnp.add, shared, of_shared), problems.replaced(outs, which, new)
 
-    example = problems.take(whole, order[:width])
-    tape = empty_tape(solve, example[1], width, dtype)
+    own, y, _ = problems.take(whole, order[:width])
+    rooms = rooms_for(solve.max_steps, y, jax.eval_shape(partial(started, problems), own, y))
     f_own, shared = (eqx.filter(f[1], gradient.mask) for f in (problems.own, problems.shared))
-    ss_bar = x[2] if x[2] is None else jnp.zeros((size, given[2].shape[-1]), dtype)
+    ss_bar = None if x[2] is None else jnp.zeros((size, given[2].shape[-1]), dtype)
     outs = f_own, y0, None if ss_bar is None else jnp.moveaxis(ss_bar, 0, axis)
     shared, outs = jax.tree.map(jnp.zeros_like, (shared, outs))
-    *_, shared, outs = lax.fori_loop(0, chunks, chunk, (tape, shared, outs))
+    _, shared, outs = lax.fori_loop(0, chunks, chunk, (rooms, shared, outs))
     f_own, y_bar, ss_bar = outs
     f_own, ss_bar = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (f_own, ss_bar))
     return eqx.combine(f_own, shared), jax.vmap(coordinates.open, axis)(y_bar), ss_bar
 
 
-def empty_tape(solve: Integrator, y, width: int, dtype) -> Tape:
-    """Room for the tape of a chunk: as many states as the budget allows."""
-    size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y))
-    slots = min(max(solve.segment, TAPE // max(size, 1)), solve.max_steps)
+def rooms_for(max_steps: int, y, state: State) -> tuple[Tape, State]:
+    """Room for a tape, and for the states of the lanes at the begin of each of its stretches.
+
+    Stretches have as many iterations as the budget allows, but at least sqrt(max_steps).
+    """
+    one = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y))
+    length = min(max(math.isqrt(max_steps) + 1, TAPE // max(one, 1)), max_steps)
+    marks = jax.tree.map(
+        lambda x: jnp.zeros((-(-max_steps // length) + 1, *x.shape), x.dtype), state
+    )
+    grid = jnp.zeros((length + 1, *state.s.shape), state.s.dtype)
+    return Tape(room_for(y, length), room_for(y, length), grid), marks
+
+
+def recorded(problems: Problems, own, state: State, tape: Tape):
+    """Iterations until all lanes are done or the tape is full: the states, how many, the tape."""
+
+    def once(carry):
+        n, state, tape = carry
+        new, _, _ = attempt(problems, own, state)
+        y, k = state.pair
+        tape = Tape(put(n, y, tape.ys), put(n, k, tape.ks), put(n + 1, new.s, tape.grid))
+        return n + 1, new, tape
+
+    def busy(carry):
+        n, state, tape = carry
+        return (n < len(tape.grid) - 1) & jnp.any(unfinished(problems, own, state))
+
     zero = jnp.zeros((), jnp.int32)
-    grid = jnp.zeros((solve.max_steps + 1, width), dtype)
-    ys, ks = (room_for(y, slots + 1) for _ in "yk")
-    return Tape(ys=ys, ks=ks, k_end=None, grid=grid, level=zero, steps=zero)
-
-
-def recorded(problems: Problems, own, y, tape: Tape) -> tuple[State, Tape]:
-    """The ends of all solves of a chunk, and their tape."""
-
-    def body(chunk: Chunk) -> Chunk:
-        new, _, _ = attempt(problems, own, chunk.state)
-        tape = write_tape(chunk.tape, chunk.accepted, chunk.state.pair, new.s)
-        return Chunk(new, chunk.accepted + 1, tape)
-
-    zero = jnp.zeros((), jnp.int32)
-    tape = tape._replace(level=zero, grid=tape.grid.at[0].set(0))
-    start = Chunk(started(problems, own, y), zero, tape)
-    chunk = while_room(lambda c: jnp.any(unfinished(problems, own, c.state)), body, start)
-    return chunk.state, chunk.tape._replace(steps=chunk.accepted)
+    n, state, tape = lax.while_loop(
+        busy, once, (zero, state, tape._replace(grid=tape.grid.at[0].set(state.s)))
+    )
+    return state, n, tape
 
 
 class Carry(NamedTuple):
@@ -601,59 +619,80 @@ class Carry(NamedTuple):
 
 
 class Gradient:
-    """Backwards over the tape of a chunk."""
+    """Backwards through a chunk."""
 
-    def __init__(self, problems: Problems, solve: Integrator, x, flags, count: int):
-        self.problems, self.solve, self.table = problems, solve, problems.table
+    def __init__(self, problems: Problems, x, flags, count: int):
+        self.problems, self.table = problems, problems.table
         missing = lambda x: x is None
         self.mask = jax.tree.map(lambda x: x is not None, x[0], is_leaf=missing)
         self.common = jax.tree.map(
-            lambda x, f: x is not None and not f, x[0], flags, is_leaf=missing
+            lambda x, flag: x is not None and not flag, x[0], flags, is_leaf=missing
         )
         self.of_ss, self.inside = x[2] is not None, count > 2
 
-    def __call__(self, own, y0, w, state: State, tape: Tape):
-        """Cotangents of what solves have of their own (f, y0, ss), and of what they share (f)."""
-        problems, axis = self.problems, self.problems.coordinates.axis
-        again_y = lambda y, k, s, h: self.again(own, y, k, s, h)
-
-        def ends(solve, f, ss, w, k_end):
-            at_end = (ss >= ss[-1]) & (ss > 0)
-            chosen = lambda rows, w: jax.tree.map(
-                lambda w: jnp.sum(jnp.where(rows.reshape((-1,) + (1,) * (w.ndim - 1)), w, 0), 0), w
-            )
-            at_start = ss <= 0
-            slopes = jax.vmap(lambda w: tree.dot(w, k_end))(w).astype(ss.dtype)
-            row = jnp.sum(~at_end, dtype=jnp.int32) - 1
-            ss_bar = jnp.where(at_end, slopes, 0) if self.of_ss else None
-            return chosen(at_end, w), chosen(at_start, w), row, ss_bar
-
-        y_bar, y0_bar, row, ss_bar = problems.each(ends)(own, w, state.pair[1])
+    def __call__(self, own, y0, w, rooms):
+        """The rooms; cotangents of what solves have of their own (f, y0, ss), and of what they share (f)."""
+        problems = self.problems
+        begin = started(problems, own, y0)
+        tape, marks = rooms
+        y_bar, y0_bar, row_ = problems.each(self.ends)(own, w)
         zero = jax.tree.map(jnp.zeros_like, y_bar)
-        f_bar = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.pull, own, y0, state.s, zero)[0])
-        carry = Carry(y_bar, zero, f_bar, row, ss_bar)
+        shapes = jax.eval_shape(self.pull, own, y0, begin.s, zero)[0]
+        ss_bar = None
+        if self.of_ss:
+            ss_bar = problems.each(lambda solve, f, ss: jnp.zeros_like(ss))(own)
+        carry = Carry(y_bar, zero, jax.tree.map(jnp.zeros_like, shapes), row_, ss_bar)
+        k_end = begin.pair[1]
 
-        def visit(carry, n, y, k):
-            s = tape.grid[n]
-            return self.step(own, carry, y, k, s, tape.grid[n + 1] - s, w)
+        def stretch(state):
+            """The next one forwards, until all are done; then each one again, backwards.
 
-        carry = backwards(self.solve, tape, again_y, visit, carry, y0)
-        last_f, last_y = self.pull(own, y0, jnp.zeros_like(state.s), carry.k)
+            It is one program for both, so that both take the same steps, to the last bit.
+            """
+            i, back, tape, marks, carry, k_end = state
+            end, n, tape = recorded(problems, own, row(marks, i), tape)
+            more = ~back & jnp.any(unfinished(problems, own, end))
+            marks = put(jnp.where(more, i + 1, len(marks.s) - 1), end, marks)
+            k_end = tree.where(back | more, k_end, end.pair[1])
+            visit = partial(self.visit, own, tape, w)
+            _, carry = lax.while_loop(lambda st: st[0] > 0, visit, (jnp.where(more, 0, n), carry))
+            return jnp.where(more, i + 1, i - 1), ~more, tape, marks, carry, k_end
+
+        zero = jnp.zeros((), jnp.int32)
+        state = zero, jnp.array(False), tape, put(zero, begin, marks), carry, k_end
+        _, _, tape, marks, carry, k_end = lax.while_loop(lambda st: st[0] >= 0, stretch, state)
+        last_f, last_y = self.pull(own, y0, jnp.zeros_like(begin.s), carry.k)
         f_bar = jax.tree.map(jnp.add, carry.f, last_f)
         y_bar = jax.tree.map(lambda *x: sum(x), carry.y, last_y, y0_bar)
         ss_bar = carry.ss
         if self.of_ss:
-            k0 = problems.slopes(own, y0, jnp.zeros_like(state.s))
-
-            def at_start(solve, f, ss, w, k, ss_bar):
-                slopes = jax.vmap(lambda w: tree.dot(w, k))(w).astype(ss.dtype)
-                return jnp.where(ss <= 0, slopes, ss_bar)
-
-            ss_bar = problems.each(at_start)(own, w, k0, ss_bar)
+            ss_bar = problems.each(self.at_ends)(own, w, begin.pair[1], k_end, ss_bar)
         shared, f_own = eqx.partition(f_bar, self.common)
         if problems.coordinates.small:  # summed only now
-            shared = jax.tree.map(lambda x: jnp.sum(x, axis), shared)
-        return (f_own, y_bar, ss_bar), shared
+            shared = jax.tree.map(lambda x: jnp.sum(x, -1), shared)
+        return (tape, marks), (f_own, y_bar, ss_bar), shared
+
+    def ends(self, solve, f, ss, w):
+        """Cotangents of the outputs at the end, of those at the start, and the last one before the end."""
+        at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
+
+        def total(rows):
+            chosen = lambda w: rows.reshape((-1,) + (1,) * (w.ndim - 1))
+            return jax.tree.map(lambda w: jnp.sum(jnp.where(chosen(w), w, 0), 0), w)
+
+        return total(at_end), total(at_start), jnp.sum(~at_end, dtype=jnp.int32) - 1
+
+    def at_ends(self, solve, f, ss, w, k0, k1, ss_bar):
+        """Cotangents of times, those at the ends filled in: the slope there is the derivative."""
+        slopes = lambda k: jax.vmap(lambda w: tree.dot(w, k))(w).astype(ss.dtype)
+        ss_bar = jnp.where((ss >= ss[-1]) & (ss > 0), slopes(k1), ss_bar)
+        return jnp.where(ss <= 0, slopes(k0), ss_bar)
+
+    def visit(self, own, tape: Tape, w, state):
+        """One iteration back."""
+        n, carry = state[0] - 1, state[1]
+        s, s1 = row(tape.grid, n), row(tape.grid, n + 1)
+        return n, self.step(own, carry, row(tape.ys, n), row(tape.ks, n), s, s1 - s, w)
 
     def pull(self, own, y, s, w):
         """The vjp of f of all lanes: cotangents of f and of y.
@@ -680,12 +719,6 @@ class Gradient:
         _, vjp = jax.vjp(slopes, x_own, x_shared, y)
         own_bar, shared_bar, y_bar = vjp(w)
         return eqx.combine(own_bar, shared_bar), y_bar
-
-    def again(self, own, y, k, s, h):
-        """y and k at the end of a step."""
-        count = len(self.table.c)
-        y1, ks, _ = stages(self.problems, own, y, put(0, k, room_for(y, count)), s, h, 1, count)
-        return y1, jax.tree.map(lambda k: k[count - 1], ks)
 
     def step(self, own, carry: Carry, y, k, s, h, w) -> Carry:
         """The vjp of one step of every lane, stage by stage; with the outputs inside it.

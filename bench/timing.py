@@ -1,0 +1,56 @@
+"""Compile and time programs in turn, and check them before they are timed."""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+def compile_in_turn(make, *args, rounds=3):
+    """Trace and compile each; the programs of the first round, and medians of seconds.
+
+    `make(change)` gives the functions; a constant in them changes from round to round, so that no
+    library is helped by what it remembers.
+    """
+    compiled, seconds = {}, {}
+    for i in range(rounds):
+        for name, function in make(1 + 1e-9 * i).items():
+            began = time.perf_counter()
+            program = jax.jit(function).lower(*args).compile()
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+            compiled.setdefault(name, program)
+    return compiled, {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def time_in_turn(compiled, *args, rounds=15, least=0.02):
+    """Medians of seconds a call; the programs take turns, so that a slow moment hits all of them."""
+    calls = {}
+    for name, program in compiled.items():
+        jax.block_until_ready(program(*args))
+        began = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        calls[name] = max(1, int(least / (time.perf_counter() - began)))
+    samples = {name: [] for name in compiled}
+    for _ in range(rounds):
+        for name, program in compiled.items():
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                jax.block_until_ready(program(*args))
+            samples[name].append((time.perf_counter() - began) / calls[name])
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def check(compiled, args, reference, tolerance):
+    """No program is timed on a wrong answer."""
+    for name, program in compiled.items():
+        error = max(
+            float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))))
+            for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(reference))
+        )
+        assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+def row(work, seconds, unit):
+    """A line of the table: seconds of each library (or ratios, if the unit is "times")."""
+    return {"work": work, "unit": unit, "seconds": seconds}
