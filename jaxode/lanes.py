@@ -42,9 +42,7 @@ from jaxode.splittings import Splitting
 from jaxode.step import powers_of
 
 CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
-TAPE = (
-    4 * 2**20
-)  # bytes for the tape of a chunk, backwards, if that is enough for sqrt(max_steps) states
+TAPE = 4 * 2**20  # bytes for a tape, backwards, where sqrt(max_steps) states need no more
 ROUND = 8  # attempts between two looks at which lanes are done
 
 

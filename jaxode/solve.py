@@ -79,6 +79,8 @@ def solve(
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
+    `jax.vmap` of it is a loop made for many solves at once (`jaxode.lanes`), with the same results.
+
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
             a vector). Any callable, an equinox module too. Traced once.

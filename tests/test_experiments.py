@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxode import train
-from jaxode.experiments import augment, command_line
+from jaxode.experiments import augment, command_line, flow, regularize
 from jaxode.experiments.experiment import carry_out
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mnist10k"
@@ -72,3 +72,18 @@ def test_an_interrupted_experiment_ends_where_an_uninterrupted_one_does(tmp_path
     resumed = carry_out(augment, settings, tmp_path / "stopped", progress=False)
     for name, run in whole.more["runs"].items():
         assert resumed.more["runs"][name] == run
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [({"clouds": "circles,sqares"}, "sqares"), ({"sizes": "2,x"}, "whole numbers")],
+)
+def test_a_list_with_a_wrong_word_is_refused_with_the_words_there_are(given, message):
+    with pytest.raises(ValueError, match=message):
+        flow.Settings.at("quick", **given)
+
+
+def test_penalties_always_have_none_to_compare_with():
+    assert regularize.Settings(penalties="STEER,RNODE").listed("penalties")[0] == "none"
+    with pytest.raises(ValueError, match="RNODE"):
+        regularize.Settings(penalties="rnode")

@@ -154,6 +154,7 @@ ok = lambda y, t: -y
             "no error estimate: pass a step size",
         ),
         ((ok, 1.0, [0.0, 1.0]), dict(method="rk5"), ValueError, "no method 'rk5'"),
+        ((ok, 1.0, [0.0, 1.0]), dict(method="leapfrogg"), ValueError, "leapfrog"),
         ((ok, 1.0, [0.0, 1.0]), dict(adjoint="adjoint"), ValueError, "`adjoint` must be one of"),
         ((ok, 1.0, [0.0, 1.0]), dict(controller=3), TypeError, "`controller`"),
         ((3, 1.0, [0.0, 1.0]), {}, TypeError, "callable"),

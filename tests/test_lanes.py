@@ -119,11 +119,11 @@ def test_networks_pytrees_and_ragged_times_work_and_shared_weights_are_summed(or
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(ys))
 
     grad = eqx.filter_grad(lambda x: fn(*x))
-    each = one_by_one(lambda *x: eqx.filter(grad((field, *x)), eqx.is_array), *map(
-        lambda x: [jax.tree.map(lambda x: x[i], x) for i in range(LANES)], (y0s, ts, rates)
-    ))  # fmt: skip
+    arrays = lambda x: eqx.filter(grad(x), eqx.is_array)
+    lane = lambda i: jax.tree.map(lambda x: x[i], (y0s, ts, rates))
+    each = jax.tree.map(lambda *x: jnp.stack(x), *(arrays((field, *lane(i))) for i in range(LANES)))
     if order == "vmap(grad)":
-        found = jax.vmap(lambda *x: eqx.filter(grad((field, *x)), eqx.is_array))(y0s, ts, rates)
+        found = jax.vmap(lambda *x: arrays((field, *x)))(y0s, ts, rates)
         return close(found, each)
     batched = lambda x: jnp.sum(jax.vmap(fn, (None, 0, 0, 0))(*x))
     found = eqx.filter_jit(eqx.filter_grad(batched))((field, y0s, ts, rates))

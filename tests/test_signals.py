@@ -117,3 +117,11 @@ def test_a_failed_solve_with_a_signal_says_so():
 def test_a_wrong_signal_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Signal(*arguments)
+
+
+def test_the_estimates_of_all_stretches_are_summed_and_no_times_give_no_outputs():
+    signal = Signal(KNOTS, VALUES, "linear")
+    options = dict(adjoint="direct", max_steps=64, heuristics=True)
+    whole = solve(driven, jnp.array(1.0), TS, signal, **options).heuristics
+    assert float(whole.error) > 0 and float(whole.stiffness) > 0
+    assert odeint(driven, jnp.array(1.0), jnp.zeros(0), signal).shape == (0,)
