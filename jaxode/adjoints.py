@@ -285,7 +285,9 @@ def record_lanes(size, flags, solve, f, y0, ss):
     (ys, report), flags_out = lanes.solved(size, flags, solve, f, y0, ss)
     first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
     _, _, tape = jax.eval_shape(record_one, *first)
-    tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
+    # NaN: nothing can be made of this tape without its being seen.
+    nothing = lambda dtype: jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
+    tape = jax.tree.map(lambda x: jnp.full(x.shape, nothing(x.dtype), x.dtype), tape)
     empty = jax.tree.map(lambda _: False, tape)
     tape = tape._replace(steps=report.accepted + report.rejected)
     return (ys, report, tape), (*flags_out, empty._replace(steps=True))

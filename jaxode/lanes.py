@@ -53,36 +53,38 @@ def batched(single: Callable, many: Callable, able: Callable) -> Callable:
     """`single`, which `jax.vmap` turns into `many(size, flags, *args)`, where `able(flags, *args)`.
 
     `flags` says which leaves of the args have a leading axis of that size; `many` returns the
-    results, and the same of them. Under another `vmap` the two axes become one.
+    results, and the same of them. Under another `vmap` the two axes become one, and it is asked
+    again: a vmap of cotangents alone may be inside of one of the solves.
     """
-    call = custom_vmap(single)
 
-    @call.def_vmap
-    def wide(size, flags, *args):
-        flags = tuple(flags)
-        if not able(flags, *args):
-            axes = jax.tree.map(lambda flag: 0 if flag else None, flags)
-            out = jax.vmap(single, axes, axis_size=size)(*args)
-            return out, jax.tree.map(lambda _: True, out)
+    def along(size, flags):
         has: Any = None
 
         def one_axis(*args):
             nonlocal has
-            out, has = many(size, flags, *args)
+            if able(flags, *args):
+                out, has = many(size, flags, *args)
+            else:
+                axes = jax.tree.map(lambda flag: 0 if flag else None, flags)
+                out = jax.vmap(single, axes, axis_size=size)(*args)
+                has = jax.tree.map(lambda _: True, out)
             return out
 
-        inner = custom_vmap(one_axis)
+        call = custom_vmap(one_axis)
 
-        @inner.def_vmap
+        @call.def_vmap
         def two_axes(more, outer, *args):
-            both = jax.tree.map(lambda a, b: a or b, tuple(outer), flags)
+            outer = tuple(outer)
+            both = jax.tree.map(lambda a, b: a or b, outer, flags)
             join = lambda x, a, b: joined(x, a, b, more, size)
-            out, has = many(more * size, both, *jax.tree.map(join, args, tuple(outer), flags))
+            out, has = along(more * size, both)(*jax.tree.map(join, args, outer, flags))
             split = lambda x, h: x.reshape(more, size, *x.shape[1:]) if h else x
             return jax.tree.map(split, out, has), has
 
-        return inner(*args), has
+        return lambda *args: (call(*args), has)
 
+    call = custom_vmap(single)
+    call.def_vmap(lambda size, flags, *args: along(size, tuple(flags))(*args))
     return call
 
 

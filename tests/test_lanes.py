@@ -194,3 +194,15 @@ def test_complex_states_tolerances_of_each_lane_and_one_lane_alone():
     errors = jnp.abs(jax.vmap(fn)(w, rtol)[:, -1] - exact).max(axis=1)
     assert errors[0] > 100 * errors[1] > 1e4 * errors[2]
     close(jax.vmap(fn)(w[:1], rtol[:1]), fn(w[0], rtol[0])[None])
+
+
+def test_jacobians_of_many_solves_are_those_of_single_ones():
+    y0s, rhos = problem()
+    path = lambda y0, rho: odeint(lorenz, y0, T, rho, 8 / 3, rtol=1e-7, atol=1e-7, method="bosh3")[
+        -1
+    ]
+    jacobian = jax.jacrev(path, (0, 1))
+    expected = one_by_one(jacobian, y0s, rhos)
+    close(jax.vmap(jacobian)(y0s, rhos), expected)
+    nested = jax.vmap(jax.vmap(jacobian, (0, None)), (None, 0))(y0s[:2], rhos[:1])
+    close(nested[0][0, 0], expected[0][0])
