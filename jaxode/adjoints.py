@@ -307,7 +307,7 @@ def pull_lanes(size, flags, x, rest, tape, ys_bar):
     return out, jax.tree.map(lambda _: True, out)
 
 
-def of_many(size, flags) -> Callable:
+def of_many(size, flags) -> lanes.Solver:
     """Replay of solves that share what is not flagged: its cotangents are sums."""
 
     def solve_all(*args):
@@ -327,7 +327,8 @@ def of_many(size, flags) -> Callable:
             jax.tree.map(own, ss_bar, given[1][2]),
         )
 
-    return replaying(Passes(solve_all, record_all, pull_all, (solve_all, record_all, pull_all)))
+    passes = Passes(solve_all, record_all, pull_all, (solve_all, record_all, pull_all))
+    return lanes.Solver(solve_all, replaying(passes))
 
 
 def solve_one(solve, f, y0, ss):
@@ -352,7 +353,7 @@ of_one = replaying(
         (solve_one, record_one, pull),
     )
 )
-replay_in_lanes = lanes.in_lanes(of_one, of_many, able)
+replay_in_lanes = lanes.in_lanes(lanes.Solver(solve_one, of_one), of_many, able)
 
 
 class Cotangents(eqx.Module):

@@ -88,8 +88,15 @@ def batched(single: Callable, many: Callable, able: Callable) -> Callable:
     return call
 
 
-def in_lanes(one: Callable, many: Callable, able: Callable) -> Callable:
-    """`one`, which `jax.vmap` turns into `many(size, flags)`, and derivatives into their own.
+class Solver(NamedTuple):
+    """A function of (solve, f, y0, ss), as values and with derivatives."""
+
+    plain: Callable
+    differentiable: Callable
+
+
+def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
+    """`one`, which `jax.vmap` turns into the solver `many(size, flags)`.
 
     Unlike `batched` it is seen before any derivative is taken, if the `vmap` is inside of the
     derivative: then `many` knows what the solves share, and its cotangents may be sums. A primitive,
@@ -101,49 +108,50 @@ def in_lanes(one: Callable, many: Callable, able: Callable) -> Callable:
     def run(*leaves, program, **_):
         return core.jaxpr_as_fun(program)(*leaves)
 
-    def bind(fn, structure, size, flags, leaves):
-        program, shape = jax.make_jaxpr(fn, return_shape=True)(
-            *jax.tree.unflatten(structure, leaves)
+    def bind(leaves, structure, size, flags):
+        args = jax.tree.unflatten(structure, leaves)
+        program, shape = jax.make_jaxpr(solver(structure, size, flags).plain, return_shape=True)(
+            *args
         )
         outs = primitive.bind(
             *leaves, program=program, structure=structure, size=size, flags=tuple(flags)
         )
         return outs, jax.tree.structure(shape)
 
-    def jvp(primals, tangents, **params):
+    def solver(structure, size, flags) -> Solver:
+        return many(size, jax.tree.unflatten(structure, flags)) if size else one
+
+    def jvp(primals, tangents, *, structure, size, flags, **_):
         moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
 
         def of_moving(*xs):
             leaves = list(primals)
             for i, x in zip(moving, xs):
                 leaves[i] = x
-            return run(*leaves, **params)
+            fn = solver(structure, size, flags).differentiable
+            return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
         outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
         still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
-        return outs, [
-            ad.Zero(jax.typeof(x).to_tangent_aval()) if still(x_dot) else x_dot
-            for x, x_dot in zip(outs, outs_dot)
-        ]
+        zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
+        return outs, [zero(x) if still(x_dot) else x_dot for x, x_dot in zip(outs, outs_dot)]
 
-    def batch(leaves, axes, *, program, structure, size, flags):
+    def batch(leaves, axes, *, structure, size, flags, **_):
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
+        given = jax.tree.unflatten(structure, leaves)
+        if not size and not able(jax.tree.unflatten(structure, new), *given):
+            lanes = jax.tree.unflatten(structure, [0 if b else None for b in new])
+            outs = jax.tree.leaves(jax.vmap(one.differentiable, lanes)(*given))
+            return outs, [0] * len(outs)
         if not size:
-            if not able(jax.tree.unflatten(structure, new), *jax.tree.unflatten(structure, leaves)):
-                outs = jax.vmap(partial(run, program=program), [0 if b else None for b in new])(
-                    *leaves
-                )
-                return outs, [0] * len(outs)
-            fn = many(more, jax.tree.unflatten(structure, new))
-            outs, _ = bind(fn, structure, more, new, leaves)
+            outs, _ = bind(leaves, structure, more, new)
             return outs, [0] * len(outs)
         both = [a or b for a, b in zip(new, flags)]
         leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
-        fn = many(more * size, jax.tree.unflatten(structure, both))
-        outs, _ = bind(fn, structure, more * size, both, leaves)
+        outs, _ = bind(leaves, structure, more * size, both)
         return [x.reshape(more, size, *x.shape[1:]) for x in outs], [0] * len(outs)
 
     primitive.def_impl(run)
@@ -157,7 +165,7 @@ def in_lanes(one: Callable, many: Callable, able: Callable) -> Callable:
     def call(*args):
         leaves, structure = jax.tree.flatten(args)
         leaves = list(map(jnp.asarray, leaves))
-        outs, shape = bind(one, structure, 0, [False] * len(leaves), leaves)
+        outs, shape = bind(leaves, structure, 0, [False] * len(leaves))
         return jax.tree.unflatten(shape, outs)
 
     return call
