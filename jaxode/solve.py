@@ -160,6 +160,7 @@ def solve(
             raise ValueError("adjoint='backsolve' has no symplectic methods: use 'replay'.")
     if len(t) == 0:
         return no_times(y0, t)
+    unchecked((leaves, y0, t, rtol, atol, limits))
     static = Static(
         trace=trace,
         table=table,
@@ -462,6 +463,17 @@ def separable(trace: Trace, y0) -> None:
             raise ValueError(
                 f"A symplectic method needs a separable problem, but {name} depends on "
                 f"{name[1]}. Use a method such as 'dop853'."
+            )
+
+
+def unchecked(inputs) -> None:
+    """Raise if JAX checks what varies over a mesh: loops that begin with zeros do not pass it."""
+    for x in jax.tree.leaves(inputs):
+        axes = getattr(jax.typeof(x), "manual_axis_type", None)
+        if axes is not None and axes.varying:
+            raise TypeError(
+                "inside of jax.shard_map a solve needs check_vma=False: jax.shard_map(..., "
+                "check_vma=False). A gradient of something replicated is then summed by jax.lax.psum."
             )
 
 
