@@ -16,12 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.ode import odeint as jax_odeint
+from scipy.integrate import solve_ivp
 
 import jaxode
 from bench.ensembles import ensemble_rows
+from bench.shards import shard_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
+from jaxode.problems import problems
 
 HERE = Path(__file__).parent
+PEERS = {
+    "diffrax": "diffrax takes",
+    "jax": "jax.experimental.ode",
+    "scipy": "scipy RK45",
+    "LSODA": "scipy LSODA",
+    "plain vmap": "a plain vmap",
+    "C": "C",
+}
 
 
 def lorenz(y, t=None, change=1.0):
@@ -37,6 +48,21 @@ def with_diffrax(f, y0, t1, tolerance, ts=None):
     return diffrax.diffeqsolve(
         term, diffrax.Dopri5(), t0, t1, None, y0, saveat=saveat, stepsize_controller=controller
     ).ys
+
+
+def lorenz_numpy(t, y):
+    x, y, z = y
+    return 10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z
+
+
+def with_scipy(f, t1, tolerance):
+    """solve_ivp with the same method, and with LSODA; f is in plain Python."""
+
+    def solve(method):
+        options = dict(rtol=tolerance, atol=tolerance, method=method)
+        return lambda y0: solve_ivp(f, (0.0, t1), np.asarray(y0), **options).y[:, -1]
+
+    return {"scipy": solve("RK45"), "LSODA": solve("LSODA")}
 
 
 def warm_up():
@@ -68,7 +94,7 @@ def lorenz_rows():
     compiled, compile_seconds = compile_in_turn(ends, y0)
     exact = jaxode.odeint(lorenz, y0, [0.0, 10.0], rtol=1e-13, atol=1e-13, method="dop853")[-1]
     check(compiled, (y0,), exact, 1e-3)
-    seconds = time_in_turn(compiled, y0)
+    seconds = time_in_turn(compiled | with_scipy(lorenz_numpy, 10.0, tolerance), y0)
     yield row("Lorenz, forward", seconds, "ms")
     yield row("Lorenz, forward: trace + compile", compile_seconds, "s")
 
@@ -86,6 +112,35 @@ def lorenz_rows():
     yield row("Lorenz, gradient: trace + compile", compile_seconds, "s")
     over = {"jaxode": gradient["jaxode"] / seconds["jaxode"]}
     yield row("Lorenz, gradient over forward", over, "times")
+
+
+def classic_rows():
+    yield from problem_rows("van_der_pol", "van der Pol")
+    yield from problem_rows("pleiades", "Pleiades")
+
+
+def problem_rows(name, shown_as):
+    """One of `jaxode.problems`, forward and gradient."""
+    p, tolerance = problems[name], 1e-6
+    field, y0 = lambda y, t=None: p.f(y, t, *p.args), jnp.asarray(p.y0)
+    options = dict(rtol=tolerance, atol=tolerance)
+    ends = {
+        "jaxode": lambda y0: jaxode.odeint(field, y0, [0.0, p.t1], method="dopri5", **options)[-1],
+        "diffrax": lambda y0: with_diffrax(field, y0, p.t1, tolerance)[-1],
+        "jax": lambda y0: jax_odeint(field, y0, jnp.array([0.0, p.t1]), **options)[-1],
+    }
+    compiled, _ = compile_in_turn(lambda _: ends, y0, rounds=1)
+    check(compiled, (y0,), p.answer(), 1e-2)
+    yield row(f"{shown_as}, forward", time_in_turn(compiled, y0), "ms")
+    # The backward solve of jax.experimental.ode is another problem, and may not come back.
+    grads = {n: jax.grad(lambda y0, f=ends[n]: f(y0).sum()) for n in ("jaxode", "diffrax")}
+    compiled, seconds = compile_in_turn(lambda _: grads, y0, rounds=1)
+    exact = lambda y0: jaxode.odeint(
+        field, y0, [0.0, p.t1], rtol=1e-12, atol=1e-12, method="dop853"
+    )[-1].sum()
+    check(compiled, (y0,), jax.grad(exact)(y0), 5e-2)
+    yield row(f"{shown_as}, gradient", time_in_turn(compiled, y0), "ms")
+    yield row(f"{shown_as}, gradient: trace + compile", seconds, "s")
 
 
 def mlp_rows():
@@ -168,19 +223,19 @@ def shown(result) -> list[str]:
         "" if name not in result["seconds"]
         else f"{result['seconds'][name] / ours:.1f}x" if result["unit"] != "times"
         else f"{result['seconds'][name]:.1f} times"
-        for name in ("diffrax", "jax", "plain vmap", "C")
+        for name in PEERS
     ]  # fmt: skip
     return [result["work"], f"{ours * scale:{digits}} {result['unit']}", *peers]
 
 
 def table(results) -> str:
-    head = ["work", "jaxode", "diffrax takes", "jax.experimental.ode takes", "a plain vmap", "C"]
+    head = ["work", "jaxode", *PEERS.values()]
     lines = [head, ["---"] * len(head), *map(shown, results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def versions() -> str:
-    names = ("jaxode", "jax", "diffrax", "equinox")
+    names = ("jaxode", "jax", "diffrax", "equinox", "scipy")
     return (
         ", ".join(f"{n} {version(n)}" for n in names)
         + f", {platform.machine()}, "
@@ -200,7 +255,16 @@ def main():
     jax.config.update("jax_enable_x64", True)
     warm_up()
     results = []
-    for rows in (lorenz_rows, mlp_rows, output_rows, memory_rows, ensemble_rows):
+    studies = (
+        lorenz_rows,
+        classic_rows,
+        mlp_rows,
+        output_rows,
+        memory_rows,
+        ensemble_rows,
+        shard_rows,
+    )
+    for rows in studies:
         for result in rows():
             results.append(result)
             print(

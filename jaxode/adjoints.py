@@ -26,7 +26,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
-from jaxode import lanes, scalars, tree
+from jaxode import lanes, scalars, sensitivities, tree
 from jaxode.loop import Pair, advance, assemble, backwards, equal_steps_report
 from jaxode.solution import Status
 from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
@@ -121,7 +121,9 @@ def replay(solve, f, y0, ss):
     the backward pass rebuilds the states between two of them and takes the vjp of one step after
     another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
     one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
-    `jax.vmap` both passes are loops over lanes (`jaxode.lanes`), and nothing is recorded.
+    `jax.vmap` both passes are loops over lanes (`jaxode.lanes`), and nothing is recorded; where each
+    solve has at most three numbers to be differentiated, these derivatives are carried along
+    (`jaxode.sensitivities`): the same numbers for half the time.
     """
     return replay_in_lanes(solve, f, y0, ss)
 
@@ -133,7 +135,7 @@ class Passes(NamedTuple):
     """
 
     solve: Callable  # (solve, f, y0, ss) -> ys, report
-    record: Callable  # (solve, f, y0, ss) -> ys, report, tape
+    record: Callable  # (x, rest) -> ys, report, tape
     pull: Callable  # (x, rest, tape, ys_bar) -> x_bar
     plain: tuple[Callable, Callable, Callable]
 
@@ -168,8 +170,7 @@ def replaying(passes: Passes) -> Callable:
     @jax.custom_jvp
     def recorded(x, rest):
         """The solve, with its tape."""
-        solve, (f, y0, ss) = join(x, rest)
-        ys, report, tape = passes.record(solve, f, y0, ss)
+        ys, report, tape = passes.record(x, rest)
         return ys, (report, tape)
 
     @recorded.defjvp
@@ -193,8 +194,7 @@ def replaying(passes: Passes) -> Callable:
         (x, rest, tape, ys_bar), (x_dot, _, _, ys_bar_dot) = primals, tangents
 
         def gradient(x, ys_bar):
-            solve, given = join(x, rest)
-            return plain_pull(x, rest, plain_record(solve, *given)[2], ys_bar)
+            return plain_pull(x, rest, plain_record(x, rest)[2], ys_bar)
 
         def hessian(v):
             return jax.jvp(gradient, (x, ys_bar), v)[1], push(x, rest, v[0])
@@ -248,6 +248,7 @@ def once_jvp(primals, tangents):
 def pull(x, rest, tape, ys_bar):
     """The vjp of the recorded steps, last to first: cotangents of (f, y0, ss)."""
     solve, (f, y0, ss) = join(x, rest)
+    tape, _ = tape
     f_x, _, ss_x = x
     f_rest = rest[1][0]
     at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
@@ -280,17 +281,35 @@ def pull(x, rest, tape, ys_bar):
 # and those of many, which a `jax.vmap` inside of it does.
 
 
-def record_lanes(size, flags, solve, f, y0, ss):
-    """`Integrator.record` of all; but the tape holds nothing but the number of attempts."""
-    (ys, report), flags_out = lanes.solved(size, flags, solve, f, y0, ss)
-    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (solve, f, y0, ss), flags)
-    _, _, tape = jax.eval_shape(record_one, *first)
+def record_lanes(size, flags, x, rest):
+    """`record_one` of all; but there is no tape: only the number of attempts, or the derivatives."""
+    of_x, (of_solve, of_rest) = flags
+    solve, given = join(x, rest)
+    of_given = eqx.combine(of_x, of_rest)
+    ys, report, ahead = ahead_in_lanes(size, (of_solve, *of_given), x, of_x, solve, *given)
+    first = jax.tree.map(lambda x, flag: x[0] if flag else x, (x, rest), flags)
+    tape, _ = jax.eval_shape(record_one, *first)[2]
     # NaN: nothing can be made of this tape without its being seen.
     nothing = lambda dtype: jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
     tape = jax.tree.map(lambda x: jnp.full(x.shape, nothing(x.dtype), x.dtype), tape)
-    empty = jax.tree.map(lambda _: False, tape)
+    empty = jax.tree.map(lambda _: False, tape)._replace(steps=True)
     tape = tape._replace(steps=report.accepted + report.rejected)
-    return (ys, report, tape), (*flags_out, empty._replace(steps=True))
+    every = lambda tree_: jax.tree.map(lambda _: True, tree_)
+    return (ys, report, (tape, ahead)), (every(ys), every(report), (empty, every(ahead)))
+
+
+def ahead_in_lanes(size, flags, x, of_x, solve, f, y0, ss):
+    """All solves; with their derivatives, if these are few."""
+    if not sensitivities.few(x, of_x):
+        return *lanes.solved(size, flags, solve, f, y0, ss)[0], None
+    one = lambda xs, flags: jax.tree.map(lambda x, flag: x[0] if flag else x, xs, flags)
+    starts = sensitivities.starts(one(y0, flags[2]), one(x, of_x))
+    solve, field, of_field = sensitivities.extended(solve, x[0], f, flags[1])
+    of_y0 = flags[2], jax.tree.map(lambda _: False, starts)
+    of_solve = dataclasses.replace(flags[0], measured=solve.measured)
+    flags = of_solve, of_field, of_y0, flags[3]
+    ((ys, ahead), report), _ = lanes.solved(size, flags, solve, field, (y0, starts), ss)
+    return ys, report, ahead
 
 
 def pull_lanes(size, flags, x, rest, tape, ys_bar):
@@ -300,11 +319,21 @@ def pull_lanes(size, flags, x, rest, tape, ys_bar):
     )
     x, of_x = each(x, flags[0]), jax.tree.map(lambda _: True, x)
     given = (flags[1][0], of_x, flags[1][1])
-    f_bar, y0_bar, ss_bar = lanes.pulled(
-        size, given, rest[0], x, rest[1], tape.steps, each(ys_bar, flags[3])
-    )
-    out = f_bar, only(x[1], y0_bar), ss_bar
+    steps, ahead = tape[0].steps, tape[1]
+    out = pull_all_lanes(size, given, x, rest, (steps, ahead), each(ys_bar, flags[3]))
     return out, jax.tree.map(lambda _: True, out)
+
+
+def pull_all_lanes(size, given, x, rest, tape, ys_bar):
+    """Cotangents of x: of what solves have of their own, each its own; of what they share, the sum."""
+    own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
+    steps, ahead = tape
+    if ahead is not None:
+        found = sensitivities.pulled(size, ahead, ys_bar, x, given[1])
+        return *jax.tree.map(own, found, given[1][:2]), None
+    f_bar, y0_bar, ss_bar = lanes.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
+    y0_bar = jax.tree.map(own, only(x[1], y0_bar), given[1][1])
+    return f_bar, y0_bar, jax.tree.map(own, ss_bar, given[1][2])
 
 
 def of_many(size, flags) -> lanes.Solver:
@@ -313,19 +342,15 @@ def of_many(size, flags) -> lanes.Solver:
     def solve_all(*args):
         return lanes.solved(size, flags, *args)[0]
 
-    def record_all(*args):
-        ys, report = solve_all(*args)
-        return ys, report, report.accepted + report.rejected
+    def record_all(x, rest):
+        solve, given = join(x, rest)
+        of_x = only(x, flags[1:])
+        ys, report, ahead = ahead_in_lanes(size, flags, x, of_x, solve, *given)
+        return ys, report, (report.accepted + report.rejected, ahead)
 
-    def pull_all(x, rest, steps, ys_bar):
+    def pull_all(x, rest, tape, ys_bar):
         given = flags[0], only(x, flags[1:]), only(rest[1], flags[1:])
-        f_bar, y0_bar, ss_bar = lanes.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
-        own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
-        return (
-            f_bar,
-            jax.tree.map(own, only(x[1], y0_bar), given[1][1]),
-            jax.tree.map(own, ss_bar, given[1][2]),
-        )
+        return pull_all_lanes(size, given, x, rest, tape, ys_bar)
 
     passes = Passes(solve_all, record_all, pull_all, (solve_all, record_all, pull_all))
     return lanes.Solver(solve_all, replaying(passes))
@@ -335,20 +360,25 @@ def solve_one(solve, f, y0, ss):
     return solve(f, y0, ss)
 
 
-def record_one(solve, f, y0, ss):
-    return solve.record(f, y0, ss)
+def record_one(x, rest):
+    """A solve, its tape, and (for lanes, which fill it) room for its derivatives, if these are few."""
+    solve, given = join(x, rest)
+    ys, report, tape = solve.record(*given)
+    room = sensitivities.room(x, ys) if sensitivities.few(x) else None
+    return ys, report, (tape, room)
 
 
 def able(flags, solve, *_) -> bool:
     return lanes.able(solve)
 
 
+solve_batched = lanes.batched(solve_one, lanes.solved, able)
 of_one = replaying(
     Passes(
-        lanes.batched(solve_one, lanes.solved, able),
-        lanes.batched(record_one, record_lanes, able),
+        solve_batched,
+        lanes.batched(record_one, record_lanes, lambda flags, x, rest: lanes.able(rest[0])),
         lanes.batched(
-            pull, pull_lanes, lambda fl, x, rest, *_: fl[2].steps and lanes.able(rest[0])
+            pull, pull_lanes, lambda flags, x, rest, *_: flags[2][0].steps and lanes.able(rest[0])
         ),
         (solve_one, record_one, pull),
     )
@@ -494,13 +524,13 @@ def backsolve(rtol=None, atol=None):
 
     @jax.custom_vjp
     def adjoint(solve, f, y0, ss):
-        return solve(f, y0, ss)
+        return solve_batched(solve, f, y0, ss)
 
     def adjoint_forward(solve, f, y0, ss):
         x, rest = perturbed((f, y0, ss))
         rest = (values(solve), rest)
         solve, (f, y0, ss) = join(x, rest)
-        ys, report = solve(f, y0, ss)
+        ys, report = solve_batched(solve, f, y0, ss)
         return (ys, report), (x, rest, ys)
 
     def adjoint_backward(residuals, cotangents):
@@ -540,14 +570,17 @@ def solve_backwards(solve, x, rest, ys, ys_bar):
     field = Reversed(f_x, f_rest, end)
     k = field(start, jnp.zeros_like(end))
     slope = jax.tree.map(jnp.negative, k[0])
-    ss_bar = None if ss_x is None else jnp.where(at_end, slopes(ys_bar, slope, ss.dtype), 0)
-    extra = (jnp.sum(~at_end, dtype=jnp.int32) - 1, ss_bar)
-    after = functools.partial(collect, solve.table, field, ss, ys_bar) if len(ss) > 2 else None
-    state, report = advance(solve, field, start, k, end, after=after, extra=extra)
-    _, a, f_bar = state.pair[0]
+    ss_bar: Any = None if ss_x is None else jnp.where(at_end, slopes(ys_bar, slope, ss.dtype), 0)
+    if len(ss) > 2:
+        extra = (jnp.sum(~at_end, dtype=jnp.int32) - 1, ss_bar)
+        after = functools.partial(collect, solve.table, field, ss, ys_bar)
+        state, report = advance(solve, field, start, k, end, after=after, extra=extra)
+        (_, a, f_bar), ss_bar = state.pair[0], state.extra[1]
+    else:
+        states, report = solve_batched(solve, field, start, jnp.stack([jnp.zeros_like(end), end]))
+        _, a, f_bar = jax.tree.map(lambda x: x[-1], states)
     fine = jnp.where(report.status == Status.SUCCESS.value, 1.0, jnp.nan)
     y0_bar = jax.tree.map(jnp.add, a, rows_where(at_start, ys_bar))
-    ss_bar = state.extra[1]
     if ss_x is not None:
         k0 = f(y0, jnp.zeros_like(end))
         ss_bar = jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), ss_bar)

@@ -127,6 +127,10 @@ class Integrator(eqx.Module):
         scale = jax.tree.map(lambda a, r, y: a + r * y, self.atol, self.rtol, size)
         return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
 
+    def finite(self, *ys):
+        """Whether all that is measured of these states is finite."""
+        return tree.all_finite(*map(self.measured, ys))
+
     def least(self, s):
         """The smallest step that moves time: 16 roundings of it."""
         eps = 16 * float(jnp.finfo(s.dtype).eps)
@@ -148,7 +152,7 @@ class Integrator(eqx.Module):
                 h0 = first_step(f, y0, k0, order, scale, self.hmax, self.measured)
                 # Where nothing happens yet its guess may be below what time can resolve.
                 h0 = jnp.minimum(jnp.maximum(h0, 64 * self.least(0 * end)), self.hmax)
-            h0 = jnp.where(tree.all_finite(y0, k0), lax.stop_gradient(h0), 0 * one)
+            h0 = jnp.where(self.finite(y0, k0), lax.stop_gradient(h0), 0 * one)
         return State(
             s=0 * one, h=h0, pair=(y0, k0), ratio=0 * one, history=history, accepted=zero,
             attempts=zero, mark=None if self.mxstep is None else zero, rows=None, tape=None, extra=None,
@@ -186,7 +190,7 @@ class Integrator(eqx.Module):
         whether = lambda new, old: new if going is None else tree.where(going, new, old)
         one = 1 if going is None else going.astype(jnp.int32)
         if self.steps is not None:
-            s = jnp.where(tree.all_finite(ys[1]), s1, state.s)  # how far the solution is finite
+            s = jnp.where(self.finite(ys[1]), s1, state.s)  # how far the solution is finite
             return state._replace(
                 s=whether(s, state.s), pair=whether(pairs[1], pairs[0]),
                 accepted=state.accepted + one, attempts=state.attempts + one,
@@ -194,7 +198,7 @@ class Integrator(eqx.Module):
         scale = self.tolerated(*ys)
         ratio = error_ratio([tree.norm(self.measured(e), scale) for e in errors])
         if not self.table.e[-1]:  # then the estimate has not seen the last stage
-            ratio = jnp.where(tree.all_finite(k1()), ratio, jnp.nan)
+            ratio = jnp.where(self.finite(k1()), ratio, jnp.nan)
         ratio = lax.stop_gradient(lax.convert_element_type(ratio, h.dtype))
         accept = ratio <= 1 if going is None else (ratio <= 1) & going
         factor, history = self.controller(ratio, state.history, self.table.error_order + 1)
@@ -221,7 +225,7 @@ class Integrator(eqx.Module):
         status = jnp.where(
             state.s >= end, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
         )
-        status = jnp.where(tree.all_finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
+        status = jnp.where(self.finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
         evaluations = 2 + state.attempts * (len(self.table.c) - 1)
         if visits is not None:
             evaluations = evaluations + visits * len(self.table.extra_c)
@@ -277,9 +281,10 @@ def equal_steps_report(integrator, y0, k0, y1, n, s, end, visits=None) -> Report
     """How n steps of equal size went: well, if the last state is finite."""
     stages, more = len(integrator.table.c) - 1, len(integrator.table.extra_c)
     too_many = n > integrator.max_steps
-    status = jnp.where(tree.all_finite(y1), Status.SUCCESS.value, Status.NON_FINITE.value)
+    finite = integrator.finite
+    status = jnp.where(finite(y1), Status.SUCCESS.value, Status.NON_FINITE.value)
     status = jnp.where(too_many, Status.MAX_STEPS.value, status)
-    status = jnp.where(tree.all_finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
+    status = jnp.where(finite(y0, k0), status, Status.NON_FINITE_INITIAL.value)
     steps = jnp.where(too_many, 0, n)
     evaluations = 1 + stages * steps + (0 if visits is None else visits * more)
     reached = fraction(s, end)

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = (
     "tableaus", "splittings", "tree", "step", "controllers", "solution", "scalars", "field", "loop",
-    "lanes", "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
+    "lanes", "sensitivities", "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
 )  # fmt: skip
 
 
