@@ -270,14 +270,6 @@ class Problems(NamedTuple):
         """(own, ...) -> fn(solve, f, ss, ...) of every lane."""
         return self.vmap(lambda own, *args: fn(*eqx.combine(own, self.shared), *args))
 
-    def take(self, xs, i):
-        return jax.tree.map(lambda x: jnp.take(x, i, axis=self.coordinates.axis, mode="clip"), xs)
-
-    def replaced(self, xs, i, new):
-        """xs with other values at places i; those out of range are dropped."""
-        at = lambda x: x.at[i] if self.coordinates.axis == 0 else x.at[..., i]
-        return jax.tree.map(lambda x, new: at(x).set(new, mode="drop"), xs, new)
-
     def slopes(self, own, y, s):
         """f of every lane."""
         return self.each(lambda solve, f, ss, y, s: self.coordinates.field(f, y, s))(own, y, s)
@@ -440,43 +432,11 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
             new, rows = write_rows(problems, own, state, new, h, ks, who, rows)
         return (own, new), who, rows
 
-    def refill(carry):
-        """Lanes that are done, an eighth of all at a time, give their results and take new problems."""
-        lanes, who, head, ends, idle = carry
-        some = max(1, width // 8)
-        i = jnp.nonzero(idle, size=some, fill_value=width)[0].astype(jnp.int32)
-        leaving = jnp.where(i < width, jnp.take(who, i, mode="clip"), size)
-        ends = problems.replaced(ends, leaving, problems.take(lanes[1], i))
-        following = jnp.where(i < width, head + jnp.arange(some, dtype=jnp.int32), size)
-        lanes = problems.replaced(
-            lanes, jnp.where(following < size, i, width), problems.take(queue, following)
-        )
-        who = who.at[i].set(jnp.minimum(following, size), mode="drop")
-        head = head + jnp.sum(i < width, dtype=jnp.int32)
-        return lanes, who, head, ends, idle.at[i].set(False, mode="drop")
-
-    def several(carry):
-        lanes, who, rows, head, ends = carry
-        busy = lambda c: (c[0] < ROUND) & jnp.any(unfinished(problems, *c[1][0]))
-        _, (lanes, who, rows) = lax.while_loop(
-            busy, lambda c: (c[0] + 1, once(c[1])), (jnp.zeros((), jnp.int32), (lanes, who, rows))
-        )
-        idle = ~unfinished(problems, *lanes) & (who < size)
-        enough = lambda idle: 16 * jnp.sum(idle, dtype=jnp.int32) >= width
-        ready = enough(idle) | jnp.all(idle | (who >= size))
-        lanes, who, head, ends, _ = lax.while_loop(
-            lambda c: ready & jnp.any(c[-1]), refill, (lanes, who, head, ends, idle)
-        )
-        return lanes, who, rows, head, ends
-
-    lanes = problems.take(queue, who)
     if width == size:  # no queue
         busy = lambda carry: jnp.any(unfinished(problems, *carry[0]))
         (_, ends), _, rows = lax.while_loop(busy, once, (queue, who, rows))
     else:
-        carry = lanes, who, rows, jnp.asarray(width, jnp.int32), queue[1]
-        carry = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
-        rows, ends = carry[2], carry[4]
+        ends, rows = from_queue(problems, width, queue, once, rows)
 
     def result(own, begin, end, rows):
         solve, _, ss = eqx.combine(own, problems.shared)
@@ -487,6 +447,104 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
 
     out = jax.vmap(result, (axis, axis, axis, 0))(*queue, ends, rows)
     return out, jax.tree.map(lambda _: True, out)
+
+
+def from_queue(problems: Problems, width: int, queue, once, rows):
+    """So many lanes at a time, until all problems of the queue are done: how they ended, and `rows`."""
+    together = Packing(problems.coordinates.axis)
+    packed, structure = together.pack(queue)
+    size = together.lanes(packed)
+
+    def refill(carry):
+        """Lanes that are done give their results, and take new problems.
+
+        A result takes the place of its problem in the queue.
+        """
+        lanes, who, head, packed, idle = carry
+        place = head - 1 + jnp.cumsum(idle, dtype=jnp.int32)
+        next_one = jnp.where(idle, jnp.minimum(place, size), size)
+        old, _ = together.pack(lanes)
+        new = together.where(next_one < size, together.take(packed, next_one), old)
+        packed = together.put(packed, jnp.where(idle, who, size), old)
+        who = jnp.where(idle, next_one, who)
+        return together.open(new, structure), who, place[-1] + 1, packed, jnp.zeros_like(idle)
+
+    def several(carry):
+        lanes, who, rows, head, packed = carry
+        busy = lambda c: (c[0] < ROUND) & jnp.any(unfinished(problems, *c[1][0]))
+        _, (lanes, who, rows) = lax.while_loop(
+            busy, lambda c: (c[0] + 1, once(c[1])), (jnp.zeros((), jnp.int32), (lanes, who, rows))
+        )
+        idle = ~unfinished(problems, *lanes) & (who < size)
+        enough = 16 * jnp.sum(idle, dtype=jnp.int32) >= width
+        ready = enough | jnp.all(idle | (who >= size))
+        lanes, who, head, packed, _ = lax.while_loop(
+            lambda c: ready & jnp.any(c[-1]), refill, (lanes, who, head, packed, idle)
+        )
+        return lanes, who, rows, head, packed
+
+    lanes = together.open(together.part(packed, 0, width), structure)
+    carry = lanes, jnp.arange(width, dtype=jnp.int32), rows, jnp.asarray(width, jnp.int32), packed
+    carry = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
+    return together.open(carry[4], structure)[1], carry[2]
+
+
+class Packing:
+    """What lanes have of their own as one array for each dtype, so that it is moved all at once."""
+
+    def __init__(self, axis: int):
+        self.axis = axis
+
+    def pack(self, xs):
+        """The arrays, and what `open` needs."""
+        leaves, structure = jax.tree.flatten(xs)
+        lanes = leaves[0].shape[self.axis]
+        flat = (-1, lanes) if self.axis else (lanes, -1)
+        groups = {}
+        for leaf in leaves:
+            groups.setdefault(leaf.dtype, []).append(leaf.reshape(flat))
+        shapes = [(leaf.dtype, leaf.shape) for leaf in leaves]
+        other = self.axis + 1
+        return [jnp.concatenate(group, other) for group in groups.values()], (structure, shapes)
+
+    def open(self, packed, structure):
+        """And back."""
+        structure, shapes = structure
+        arrays = dict(zip(dict(shapes), packed))
+        lanes, at, leaves = self.lanes(packed), dict.fromkeys(arrays, 0), []
+        for dtype, shape in shapes:
+            inner = shape[:-1] if self.axis else shape[1:]
+            end = at[dtype] + math.prod(inner)
+            leaf = lax.slice_in_dim(arrays[dtype], at[dtype], end, axis=self.axis + 1)
+            leaves.append(leaf.reshape((*inner, lanes) if self.axis else (lanes, *inner)))
+            at[dtype] = end
+        return jax.tree.unflatten(structure, leaves)
+
+    def lanes(self, packed) -> int:
+        return packed[0].shape[self.axis]
+
+    def part(self, packed, start, size: int):
+        return [lax.dynamic_slice_in_dim(x, start, size, self.axis) for x in packed]
+
+    def written(self, packed, start, new):
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=self.axis)
+        return [put(x, n) for x, n in zip(packed, new)]
+
+    def padded(self, packed, more: int):
+        """With more lanes, which are those of the front."""
+        return [jnp.concatenate([x, self.part([x], 0, more)[0]], self.axis) for x in packed]
+
+    def take(self, packed, i):
+        return [jnp.take(x, i, axis=self.axis, mode="clip") for x in packed]
+
+    def put(self, packed, i, new):
+        """New values at places i; those out of range are dropped."""
+        at = lambda x: x.at[..., i] if self.axis else x.at[i]
+        return [at(x).set(n, mode="drop", unique_indices=True) for x, n in zip(packed, new)]
+
+    def where(self, chosen, packed, others):
+        chosen = chosen[None, :] if self.axis else chosen[:, None]
+        return [jnp.where(chosen, x, y) for x, y in zip(packed, others)]
 
 
 def empty_rows(problems: Problems, size: int, count: int):
@@ -554,29 +612,33 @@ def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
     problems, y0 = prepared(size, (flags[0], *eqx.combine(of_x, of_rest)), solve, *given)
     coordinates, dtype = problems.coordinates, given[2].dtype
     axis, width = coordinates.axis, lanes_at_once(problems.table, coordinates, size)
-    chunks = -(-size // width)
+    chunks, together = -(-size // width), Packing(axis)
     order = jnp.argsort(steps).astype(jnp.int32)  # the solves of a chunk are about equally long
-    order = jnp.pad(order, (0, chunks * width - size), constant_values=size)
     ys_bar = jax.vmap(jax.vmap(coordinates.pack), 0, axis)(ys_bar)
-    whole = problems.own, y0, ys_bar
+    whole, structure = together.pack((problems.own, y0, ys_bar))
+    whole = together.padded(together.take(whole, order), chunks * width - size)
     gradient = Gradient(problems, x, of_x[0], given[2].shape[-1])
 
     def chunk(i, carry):
         rooms, shared, outs = carry
-        which = lax.dynamic_slice_in_dim(order, i * width, width)
-        own, y, w = problems.take(whole, which)
+        own, y, w = together.open(together.part(whole, i * width, width), structure)
+        there = i * width + jnp.arange(width, dtype=jnp.int32) < size
         real = problems.vmap(lambda w, there: jax.tree.map(lambda w: jnp.where(there, w, 0), w))
-        rooms, new, of_shared = gradient(own, y, real(w, which < size), rooms)
-        return rooms, jax.tree.map(jnp.add, shared, of_shared), problems.replaced(outs, which, new)
+        rooms, new, of_shared = gradient(own, y, real(w, there), rooms)
+        outs = together.written(outs, i * width, together.pack(new)[0])
+        return rooms, jax.tree.map(jnp.add, shared, of_shared), outs
 
-    own, y, _ = problems.take(whole, order[:width])
+    own, y, _ = together.open(together.part(whole, 0, width), structure)
     rooms = rooms_for(solve.max_steps, y, jax.eval_shape(partial(started, problems), own, y))
     f_own, shared = (eqx.filter(f[1], gradient.mask) for f in (problems.own, problems.shared))
     ss_bar = None if x[2] is None else jnp.zeros((size, given[2].shape[-1]), dtype)
     outs = f_own, y0, None if ss_bar is None else jnp.moveaxis(ss_bar, 0, axis)
     shared, outs = jax.tree.map(jnp.zeros_like, (shared, outs))
+    outs, structure_of_outs = together.pack(outs)
+    outs = together.padded(outs, chunks * width - size)
     _, shared, outs = lax.fori_loop(0, chunks, chunk, (rooms, shared, outs))
-    f_own, y_bar, ss_bar = outs
+    outs = together.take(outs, jnp.argsort(order))
+    f_own, y_bar, ss_bar = together.open(outs, structure_of_outs)
     f_own, ss_bar = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (f_own, ss_bar))
     return eqx.combine(f_own, shared), jax.vmap(coordinates.open, axis)(y_bar), ss_bar
 
