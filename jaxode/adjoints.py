@@ -584,7 +584,9 @@ def solve_backwards(solve, x, rest, ys, ys_bar):
     if ss_x is not None:
         k0 = f(y0, jnp.zeros_like(end))
         ss_bar = jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), ss_bar)
-    return jax.tree.map(lambda c: tree.scale(fine, c), (f_bar, only(y0_x, y0_bar), ss_bar))
+    asked = jnp.any(jnp.stack([jnp.any(w != 0) for w in jax.tree.leaves(ys_bar)]))
+    poisoned = lambda c: jnp.where(asked, tree.scale(fine, c), 0)  # a failed solve may be left out
+    return jax.tree.map(poisoned, (f_bar, only(y0_x, y0_bar), ss_bar))
 
 
 def collect(table, field, ss, ys_bar, state, new):

@@ -93,7 +93,9 @@ def room(x, ys) -> list:
 
 def pulled(size: int, ahead: list, ys_bar, x, flags):
     """Cotangents of (f_x, y0_x) of every solve: <ys_bar, S_i>."""
-    numbers = iter([jax.vmap(tree.dot)(ys_bar, s) for s in ahead])
+    # 0 times NaN: a failed solve may be left out.
+    asked = lambda s: jax.tree.map(lambda w, s: jnp.where(w == 0, 0, s), ys_bar, s)
+    numbers = iter([jax.vmap(tree.dot)(ys_bar, asked(s)) for s in ahead])
 
     def leaf(x, flag):
         shape = jnp.shape(x)[1:] if flag else jnp.shape(x)

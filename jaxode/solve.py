@@ -18,6 +18,7 @@ from jaxode import adjoints, tableaus, tree
 from jaxode.controllers import Controller
 from jaxode.field import Field, Trace
 from jaxode.loop import Integrator
+from jaxode.poison import poisoned
 from jaxode.signals import piecewise, signals_in
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.splittings import Splitting, splittings
@@ -112,7 +113,9 @@ def solve(
             2 sqrt(max_steps) places, whatever the number of steps taken.
         throw: raise an error if the solve fails. By default, if called outside of any
             transformation; under `jit`, `grad` and `vmap` failed solves then only have NaN outputs,
-            NaN gradients and a status. True raises there too, by a host callback. False never does.
+            NaN gradients and a status (gradients of 0 where a loss does not depend on the outputs,
+            `jnp.where(solution.status == 0, solution.ys, 0)`). True raises there too, by a host
+            callback. False never does.
         heuristics: give `Solution.heuristics` too, the solver's estimates of its own error and of
             stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
             stages are at the end of the step ("tsit5", "dopri5").
@@ -244,22 +247,6 @@ def unit_times(t) -> tuple[Array, Array]:
     span = t[-1] - t[0]
     span = jnp.where(span == 0, jnp.ones_like(span), span)
     return (t - t[0]) / span, span
-
-
-@jax.custom_jvp
-def poisoned(ys, success, inputs):
-    """ys; but if the solve failed, its derivatives are NaN, with respect to every input."""
-    return ys
-
-
-@poisoned.defjvp
-def poisoned_jvp(primals, tangents):
-    (ys, success, inputs), (ys_dot, _, inputs_dot) = primals, tangents
-    dtype = tree.widest(*map(tree.real_dtype, inputs_dot))
-    everything = sum(jnp.sum(x.real).astype(dtype) for x in inputs_dot)
-    poison = everything * jnp.where(success, 0.0, jnp.nan).astype(dtype)
-    spread = lambda y: y + poison.astype(y.dtype)
-    return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
 
 # Arguments, checked at the door: before compilation where their values are known.

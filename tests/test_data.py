@@ -1,6 +1,10 @@
 """Data: every sample where it should be, once, and the same ones the next time."""
 
+import functools
 import gzip
+import hashlib
+import http.server
+import threading
 from pathlib import Path
 
 import jax
@@ -115,6 +119,41 @@ def test_an_unreachable_server_is_an_error_that_says_what_to_do(monkeypatch, tmp
     monkeypatch.setitem(data.MNIST, "mnist", ("http://127.0.0.1:9/", data.MNIST["mnist"][1]))
     with pytest.raises(ConnectionError, match="--data"):
         data.mnist()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")  # sockets of the server's threads
+@pytest.mark.parametrize("dataset", ["mnist", "fashion"])
+def test_files_are_fetched_once_and_their_digests_checked(
+    monkeypatch, mnist_folder, tmp_path_factory, dataset
+):
+    pytest.importorskip("pooch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for path in mnist_folder.glob("*ubyte"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            asked.append(args[0])
+
+    handler = functools.partial(Handler, directory=mnist_folder)
+    digests = {
+        p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in mnist_folder.glob("*ubyte.gz")
+    }
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setitem(data.MNIST, dataset, (url, digests))
+        first = data.mnist(dataset=dataset)
+        again = data.mnist(dataset=dataset)
+        monkeypatch.setitem(data.MNIST, dataset, (url, dict.fromkeys(digests, "0" * 32)))
+        with pytest.raises(ValueError, match="hash"):
+            data.mnist(dataset=dataset)
+        server.shutdown()
+    assert len(asked) == 4 + 1
+    np.testing.assert_array_equal(first[0].x, data.mnist(mnist_folder)[0].x)
+    np.testing.assert_array_equal(first[1].y, again[1].y)
 
 
 def test_the_real_subset_is_read():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import SolveError, Status, odeint, pid, solve
+from jaxode import SolveError, Status, odeint, pid, sensitivities, solve
 from jaxode.adjoints import named
 
 T = [0.0, 0.5, 1.0, 2.0]
@@ -218,3 +218,28 @@ def test_a_start_at_rest_in_float32_is_no_failure():
     solution = solve(field, jnp.zeros(2, jnp.float32), [0.0, 1.0])
     assert int(solution.status) == Status.SUCCESS
     np.testing.assert_allclose(solution.ys[-1], 1 - np.exp(-0.5), rtol=1e-2)
+
+
+def blow_up(y, t, p, w):
+    return jnp.where(p > 1, y**2 * p, -y) * w
+
+
+@pytest.mark.parametrize("few", [0, 3])
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve", "direct"])
+def test_a_failed_solve_that_a_loss_leaves_out_spoils_no_gradient(monkeypatch, adjoint, few):
+    monkeypatch.setattr(sensitivities, "FEW", few)
+    options = dict(max_steps=300, adjoint=adjoint, throw=False)
+    one = lambda p, w: solve(blow_up, jnp.array(1.0), [0.0, 0.5, 1.0], p, w, **options)
+
+    def loss(w, p):
+        solutions = jax.vmap(one, (0, None))(p, w)
+        fine = solutions.status[:, None] == 0
+        return jnp.sum(jnp.sin(jnp.where(fine, solutions.ys, 0.0)))
+
+    p = jnp.array([0.5, 3.0, 0.7])
+    found = jax.grad(loss, (0, 1))(1.0, p)
+    np.testing.assert_allclose(found[0], jax.grad(loss)(1.0, p[::2]), rtol=1e-10)
+    np.testing.assert_array_equal(found[1], 0.0)
+    # But what is asked of it has no derivative, whatever its cotangents add up to.
+    difference = lambda w: (lambda ys: ys[1] - ys[0])(one(p[1], w).ys)
+    assert np.isnan(jax.grad(difference)(1.0))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = (
-    "tableaus", "splittings", "tree", "step", "controllers", "solution", "scalars", "field", "loop",
+    "tableaus", "splittings", "tree", "step", "controllers", "solution", "scalars", "poison", "field", "loop",
     "lanes", "sensitivities", "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
 )  # fmt: skip
 
