@@ -44,8 +44,8 @@ def direct(solve, f, y0, ss):
     """Exact derivatives of every order and mode, through the solver's own operations.
 
     Steps of fixed size run in one `scan`, and keep what each one computed. Adaptive ones are found
-    first, then taken again by a scan over `max_steps` places, sqrt(max_steps) at a time with
-    `jax.checkpoint`: give `max_steps` near the number of steps needed.
+    first, then taken again by a scan over `max_steps` places, each of which keeps a state (what a
+    step computed is computed again in the backward pass).
     """
     k0 = f(y0, jnp.zeros_like(ss[0]))
     inside = len(ss) > 2
@@ -84,24 +84,28 @@ def direct(solve, f, y0, ss):
 
 
 def taken_again(one, start, grid, n, width):
-    """A scan of `one` over the first n steps of a grid, `width` at a time with `jax.checkpoint`."""
+    """A scan of `one` over the first n steps of a grid, whose derivatives take each step again.
+
+    It goes by blocks of `width` places: those beyond n cost nothing.
+    """
+    one = jax.checkpoint(one)
     blank = jax.eval_shape(one, start, (grid[0], grid[1]))[1]
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+    zeros = lambda *lead: jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), blank)
 
     def maybe(state, place):
         i, ends = place
-        return lax.cond(i < n, lambda: one(state, ends), lambda: (state, blank))
+        return lax.cond(i < n, lambda: one(state, ends), lambda: (state, zeros()))
 
-    @jax.checkpoint
-    def several(state, block):
-        return lax.scan(maybe, state, block)
+    def maybe_several(state, block):
+        several = lambda: lax.scan(maybe, state, block)
+        return lax.cond(block[0][0] < n, several, lambda: (state, zeros(width)))
 
     places = -(-(len(grid) - 1) // width) * width
     pad = jnp.zeros(places + 1 - len(grid), grid.dtype)
     grid = jnp.concatenate([grid, pad])
     xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:])
     blocks = jax.tree.map(lambda x: x.reshape(-1, width), xs)
-    end, steps = lax.scan(several, start, blocks)
+    end, steps = lax.scan(maybe_several, start, blocks)
     return end, jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
 
 

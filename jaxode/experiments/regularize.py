@@ -34,10 +34,10 @@ PENALTIES = ("none", "RNODE", "STEER", "error", "stiffness")
 class Settings(Options):
     """How long, and how strong."""
 
-    epochs: int = option(12, "Passes over the digits.", quick=1, full=60, low=1)
+    epochs: int = option(20, "Passes over the digits.", quick=1, full=60, low=1)
     channels: int = option(16, "Of the ODE-Net.", quick=4, full=64, low=1)
     samples: int = option(0, "Digits to train on; 0: all.", quick=64, low=0)
-    steps: int = option(1000, "Steps of each flow.", quick=100, full=10_000, low=1)
+    steps: int = option(1200, "Steps of each flow.", quick=100, full=10_000, low=1)
     kinetic: float = option(0.2, "Weight of the kinetic energy (RNODE); half on digits.", low=0.0)
     jacobian: float = option(0.2, "Weight of the Jacobian norm (RNODE); half on digits.", low=0.0)
     steer: float = option(
