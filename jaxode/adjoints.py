@@ -484,7 +484,8 @@ def one_step(table, f, y, s):
 
     fused = None
     if pair.packed:
-        fused = scalars.fuse(lambda *args: pair.pack(*plain(*args)), f, y, y, s, s)
+        packed = lambda *args: pair.pack(*plain(*args))
+        fused = scalars.fuse(packed, f, y, y, s, s, cheap=True)
     if fused is None:
         return functools.partial(plain, f)
     return lambda *args: pair.open(fused(f, *args))

@@ -312,7 +312,8 @@ def embedded(table, f, y0, k0, s, fuse=True):
         y1, ks = step(table, f, y, k, s, h)
         return pair.pack(y1, ks[-1]), y1, error(table, h, ks)
 
-    fused = scalars.fuse(plain, f, pair.pack(y0, k0), s, s) if pair.packed else None
+    examples = f, pair.pack(y0, k0), s, s
+    fused = scalars.fuse(plain, *examples, cheap=True) if pair.packed else None
     if fused is not None:
 
         def small(f, both, s, h):
