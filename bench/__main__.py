@@ -121,7 +121,7 @@ def classic_rows():
 
 def problem_rows(name, shown_as):
     """One of `jaxode.problems`, forward and gradient."""
-    p, tolerance = problems[name], 1e-6
+    p, tolerance = problems[name], 1e-8
     field, y0 = lambda y, t=None: p.f(y, t, *p.args), jnp.asarray(p.y0)
     options = dict(rtol=tolerance, atol=tolerance)
     ends = {
