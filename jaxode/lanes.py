@@ -299,7 +299,7 @@ def prepared(size: int, flags, solve, f, y0, ss) -> tuple[Problems, PyTree]:
     return Problems(own, shared, coordinates, solve.table), y0
 
 
-def lanes_at_once(table, coordinates: Coordinates, size: int, dtype=None) -> int:
+def lanes_at_once(table, coordinates: Coordinates, size: int) -> int:
     """On a CPU as many as fit into a cache with their slopes; else all, since wide is fast there."""
     if jax.default_backend() != "cpu":
         return size

@@ -332,7 +332,7 @@ def backward_counter(net, x, adjoint):
     return count
 
 
-def gradient_memory(net, batch, accuracies=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)) -> list[dict]:
+def gradient_memory(net, batch, accuracies=(1e-1, 1e-3, 1e-5)) -> list[dict]:
     """Temporary bytes of the compiled gradient against accuracy, for each adjoint.
 
     `max_steps` is what each tolerance needs, for that is what room is made for.

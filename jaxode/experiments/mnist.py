@@ -96,6 +96,7 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         claims["and errs on at most 1 % more of the test images"] = (
             error["ode-net"] <= error["resnet"] + 0.01
         )
+        claims["ODE-Net errs less than the MLP"] = error["ode-net"] < error["mlp"]
     notes = f"{classification.NOTES}\n{len(images.images.y):,} images in the training file"
     more = {"networks": numbers, "tolerances": sweep, "memory": memory}
     return Results(rows, claims, f"{notes}, {settings.samples or 'all'} used.", more)
