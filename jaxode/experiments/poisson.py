@@ -26,7 +26,7 @@ class Settings(Options):
     """How much data, and how long."""
 
     sequences: int = option(
-        60, "Realisations of the known intensity to learn from.", quick=30, low=1
+        120, "Realisations of the known intensity to learn from.", quick=30, low=1
     )
     steps: int = option(1500, "Steps of training on each set.", quick=100, full=5000, low=1)
     coal_steps: int = option(300, "Steps on the coal disasters.", quick=150, full=2000, low=1)
