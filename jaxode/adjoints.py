@@ -21,14 +21,24 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jaxtyping import PyTree
 
-from jaxode import lanes, scalars, sensitivities, tree
-from jaxode.loop import Pair, advance, assemble, backwards, equal_steps_report
-from jaxode.solution import Status
+from jaxode import batching, lanes, lanes_backward, scalars, sensitivities, tree
+from jaxode.continuous_adjoint import backsolve
+from jaxode.cotangents import (
+    Cotangents,
+    dense_cotangent,
+    is_symbolic_zero,
+    join,
+    no_tangent,
+    only,
+    outputs,
+    perturbed,
+    rows_where,
+    slopes,
+    values,
+)
+from jaxode.loop import Pair, assemble, backwards, equal_steps_report
 from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
 
 
@@ -335,12 +345,12 @@ def pull_all_lanes(size, given, x, rest, tape, ys_bar):
     if ahead is not None:
         found = sensitivities.pulled(size, ahead, ys_bar, x, given[1])
         return *jax.tree.map(own, found, given[1][:2]), None
-    f_bar, y0_bar, ss_bar = lanes.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
+    f_bar, y0_bar, ss_bar = lanes_backward.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
     y0_bar = jax.tree.map(own, only(x[1], y0_bar), given[1][1])
     return f_bar, y0_bar, jax.tree.map(own, ss_bar, given[1][2])
 
 
-def of_many(size, flags) -> lanes.Solver:
+def of_many(size, flags) -> batching.Solver:
     """Replay of solves that share what is not flagged: its cotangents are sums."""
 
     def solve_all(*args):
@@ -357,11 +367,7 @@ def of_many(size, flags) -> lanes.Solver:
         return pull_all_lanes(size, given, x, rest, tape, ys_bar)
 
     passes = Passes(solve_all, record_all, pull_all, (solve_all, record_all, pull_all))
-    return lanes.Solver(solve_all, replaying(passes))
-
-
-def solve_one(solve, f, y0, ss):
-    return solve(f, y0, ss)
+    return batching.Solver(solve_all, replaying(passes))
 
 
 def record_one(x, rest):
@@ -372,31 +378,19 @@ def record_one(x, rest):
     return ys, report, (tape, room)
 
 
-def able(flags, solve, *_) -> bool:
-    return lanes.able(solve)
-
-
-solve_batched = lanes.batched(solve_one, lanes.solved, able)
 of_one = replaying(
     Passes(
-        solve_batched,
-        lanes.batched(record_one, record_lanes, lambda flags, x, rest: lanes.able(rest[0])),
-        lanes.batched(
+        lanes.solve_batched,
+        batching.batched(record_one, record_lanes, lambda flags, x, rest: lanes.able(rest[0])),
+        batching.batched(
             pull, pull_lanes, lambda flags, x, rest, *_: flags[2][0].steps and lanes.able(rest[0])
         ),
-        (solve_one, record_one, pull),
+        (lanes.solve_one, record_one, pull),
     )
 )
-replay_in_lanes = lanes.in_lanes(lanes.Solver(solve_one, of_one), of_many, able)
-
-
-class Cotangents(eqx.Module):
-    """What is carried backwards: cotangents, and the next output row to be met."""
-
-    pair: PyTree
-    f: PyTree
-    ss: PyTree
-    row: jax.Array
+replay_in_lanes = batching.in_lanes(
+    batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to
+)
 
 
 class Backstep:
@@ -448,32 +442,6 @@ class Backstep:
         return Cotangents(both, jax.tree.map(jnp.add, carry.f, f_bar), carry.ss, carry.row)
 
 
-def outputs(carry, d, straight, d_bar, s, h, ss, ys_bar):
-    """Cotangents of the outputs in (s, s + h], gathered on y and on the d_p."""
-
-    def meet(state):
-        row, ss_bar, straight, d_bar = state
-        theta = (ss[row] - s) / h
-        w = jax.tree.map(lambda w: w[row], ys_bar)
-        powers = powers_of(theta, len(d_bar))
-        straight = jax.tree.map(jnp.add, straight, w)
-        d_bar = [tree.combine(b, 1.0, [p], [w]) for b, p in zip(d_bar, powers)]
-        if ss_bar is not None:
-            rates = [jnp.ones_like(theta), *powers[:-1]]
-            slope = tree.weighted_sum(
-                1 / h, [((p + 1) * r, d) for p, (r, d) in enumerate(zip(rates, d))]
-            )
-            ss_bar = ss_bar.at[row].set(tree.dot(w, slope).astype(ss_bar.dtype))
-        return row - 1, ss_bar, straight, d_bar
-
-    def met(state):
-        return (state[0] >= 0) & (ss[jnp.maximum(state[0], 0)] > s)
-
-    state = (carry.row, carry.ss, straight, d_bar)
-    row, ss_bar, straight, d_bar = lax.while_loop(met, meet, state)
-    return Cotangents(carry.pair, carry.f, ss_bar, row), straight, d_bar
-
-
 def one_step(table, f, y, s):
     """(y, k, s, h) -> y and k at the end of a step; in one kernel if it is small."""
     pair = Pair(y, packed=True)
@@ -489,201 +457,6 @@ def one_step(table, f, y, s):
     if fused is None:
         return functools.partial(plain, f)
     return lambda *args: pair.open(fused(f, *args))
-
-
-def rows_where(rows, ys_bar):
-    """Sum of the cotangents of some of the rows."""
-
-    def leaf(w):
-        chosen = rows.reshape((len(rows),) + (1,) * (w.ndim - 1))
-        return jnp.sum(jnp.where(chosen, w, 0), axis=0)
-
-    return jax.tree.map(leaf, ys_bar)
-
-
-def slopes(ys_bar, k, dtype):
-    """<w_j, k> for every row j."""
-    return jax.vmap(lambda w: tree.dot(w, k))(ys_bar).astype(dtype)
-
-
-# Backsolve: the continuous adjoint.
-
-
-@functools.cache
-def backsolve(rtol=None, atol=None):
-    """The adjoint of Chen et al. (2018, arXiv 1806.07366, algorithm 1): one more ODE, solved backwards.
-
-    With a(t) = dL/dy(t) and p(t) the gradient of the parameters collected so far,
-
-        dy/dt = f,   da/dt = -a^T df/dy,   dp/dt = -a^T df/dtheta,   from t1 back to t0;
-
-    nothing of the forward solve is kept. `rtol` and `atol` are those of the backward solve (those
-    of the forward one by default). The error of p is left out of the error norm (Kidger et al.
-    2020, arXiv 2009.09457): it only ever is a quadrature. The cotangents of outputs inside a step
-    are moved to its end by the vjp of dense output, so that the steps do not shrink with the
-    distance between outputs. y(t) is computed backwards, too, and drifts from the forward solution
-    where that is unstable backwards in time (dissipative and stiff problems): use `replay` there.
-
-    The string "backsolve" is `backsolve()`.
-    """
-
-    @jax.custom_vjp
-    def adjoint(solve, f, y0, ss):
-        return solve_batched(solve, f, y0, ss)
-
-    def adjoint_forward(solve, f, y0, ss):
-        x, rest = perturbed((f, y0, ss))
-        rest = (values(solve), rest)
-        solve, (f, y0, ss) = join(x, rest)
-        ys, report = solve_batched(solve, f, y0, ss)
-        return (ys, report), (x, rest, ys)
-
-    def adjoint_backward(residuals, cotangents):
-        x, rest, ys = residuals
-        solve, rest = rest
-        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
-        solve = retolerated(solve, rtol, atol, ys)
-        return None, *solve_backwards(solve, x, rest, ys, ys_bar)
-
-    adjoint.defvjp(adjoint_forward, adjoint_backward, symbolic_zeros=True)
-    return adjoint
-
-
-class Reversed(eqx.Module):
-    """The field of (y, a, p) in r = end - s, the time still to go back from the end."""
-
-    f_x: PyTree
-    f_rest: PyTree
-    end: jax.Array
-
-    def __call__(self, state, r):
-        y, a, _ = state
-        k, vjp = jax.vjp(lambda f_x, y: eqx.combine(f_x, self.f_rest)(y, self.end - r), self.f_x, y)
-        f_bar, y_bar = vjp(a)
-        return jax.tree.map(jnp.negative, k), y_bar, f_bar
-
-
-def solve_backwards(solve, x, rest, ys, ys_bar):
-    """Cotangents of (f, y0, ss) by one solve from the last output to the first."""
-    f, y0, ss = eqx.combine(x, rest)
-    f_x, y0_x, ss_x = x
-    f_rest = rest[0]
-    at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
-    end = ss[-1]
-    y1 = jax.tree.map(lambda y: y[-1], ys)
-    start = (y1, rows_where(at_end, ys_bar), jax.tree.map(jnp.zeros_like, f_x))
-    field = Reversed(f_x, f_rest, end)
-    k = field(start, jnp.zeros_like(end))
-    slope = jax.tree.map(jnp.negative, k[0])
-    ss_bar: Any = None if ss_x is None else jnp.where(at_end, slopes(ys_bar, slope, ss.dtype), 0)
-    if len(ss) > 2:
-        extra = (jnp.sum(~at_end, dtype=jnp.int32) - 1, ss_bar)
-        after = functools.partial(collect, solve.table, field, ss, ys_bar)
-        state, report = advance(solve, field, start, k, end, after=after, extra=extra)
-        (_, a, f_bar), ss_bar = state.pair[0], state.extra[1]
-    else:
-        states, report = solve_batched(solve, field, start, jnp.stack([jnp.zeros_like(end), end]))
-        _, a, f_bar = jax.tree.map(lambda x: x[-1], states)
-    fine = jnp.where(report.status == Status.SUCCESS.value, 1.0, jnp.nan)
-    y0_bar = jax.tree.map(jnp.add, a, rows_where(at_start, ys_bar))
-    if ss_x is not None:
-        k0 = f(y0, jnp.zeros_like(end))
-        ss_bar = jnp.where(at_start, slopes(ys_bar, k0, ss.dtype), ss_bar)
-    asked = jnp.any(jnp.stack([jnp.any(w != 0) for w in jax.tree.leaves(ys_bar)]))
-    poisoned = lambda c: jnp.where(asked, tree.scale(fine, c), 0)  # a failed solve may be left out
-    return jax.tree.map(poisoned, (f_bar, only(y0_x, y0_bar), ss_bar))
-
-
-def collect(table, field, ss, ys_bar, state, new):
-    """After a step back from s1 to s: the outputs between them, moved to s."""
-    s = field.end - new.s
-    h = new.s - state.s
-    row, ss_bar = new.extra
-
-    def moved():
-        y, a, p = new.pair[0]
-
-        def dense(f_x, y):
-            f = eqx.combine(f_x, field.f_rest)
-            return step_and_inside(table, f, y, f(y, s), s, h, True)[2]
-
-        d, vjp = jax.vjp(dense, field.f_x, y)
-        zeros = jax.tree.map(jnp.zeros_like, y)
-        carry = Cotangents(None, p, ss_bar, row)
-        carry, straight, d_bar = outputs(carry, d, zeros, [zeros] * len(d), s, h, ss, ys_bar)
-        f_bar, y_bar = vjp(d_bar)
-        a = jax.tree.map(lambda *x: sum(x), a, straight, y_bar)
-        there = (y, a, jax.tree.map(jnp.add, p, f_bar))
-        return (there, field(there, new.s)), (carry.row, carry.ss)
-
-    met = (row >= 0) & (ss[jnp.maximum(row, 0)] > s)
-    pair, extra = lax.cond(met, moved, lambda: (new.pair, new.extra))
-    return new._replace(pair=pair, extra=extra)
-
-
-def retolerated(solve, rtol, atol, ys):
-    """The integrator of (y, a, p): its own tolerances, and p outside the error norm."""
-    if not isinstance(solve.steps, int) and solve.steps is not None:
-        solve = dataclasses.replace(solve, steps=jnp.asarray(solve.steps))
-
-    def pair(given, default):
-        same = jax.tree.map(lambda x: jnp.full_like(x, given), default) if given else default
-        return same, same
-
-    return dataclasses.replace(
-        solve,
-        rtol=pair(rtol, solve.rtol),
-        atol=pair(atol, solve.atol),
-        mxstep=None,
-        measured=state_and_adjoint,
-    )
-
-
-def state_and_adjoint(state):
-    return state[:2]
-
-
-# Which inputs are differentiated.
-
-
-def perturbed(inputs):
-    """Split custom_vjp's inputs into what is differentiated and the rest, with None for the other."""
-    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-    mask = jax.tree.map(
-        lambda x: bool(x.perturbed) and jnp.issubdtype(jnp.result_type(x.value), jnp.inexact),
-        inputs,
-        is_leaf=is_primal,
-    )
-    return eqx.partition(values(inputs), mask)
-
-
-def values(inputs):
-    return jax.custom_derivatives.custom_vjp_primal_tree_values(inputs)
-
-
-def join(x, rest):
-    return rest[0], eqx.combine(x, rest[1])
-
-
-def only(mask, tree_):
-    """tree_ where the mask has a leaf, None elsewhere."""
-    return jax.tree.map(
-        lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None
-    )
-
-
-def no_tangent(x):
-    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
-
-
-def is_symbolic_zero(x):
-    return isinstance(x, SymbolicZero)
-
-
-def dense_cotangent(x):
-    return jnp.zeros(x.aval.shape, x.aval.dtype) if is_symbolic_zero(x) else x
 
 
 named = {"replay": replay, "backsolve": backsolve(), "direct": direct, "forward": forward}

@@ -6,12 +6,6 @@ with its own time, step size and status; their states stay in the nearest caches
 is done the next problem of the queue takes its place. The stages of a step are a loop as well, with
 all slopes in one array: a stage is then a product with a row of the table, which XLA neither fuses
 nor computes twice.
-
-Backwards, lanes take their problems in the order of their lengths. Nothing is kept from the forward
-pass but the number of steps: each chunk is solved again with a tape whose rows are the iterations
-that its lanes share. A lane that was rejected, or is done, has a step of size 0 there: the identity,
-in value and in gradient. So the tape is written and read in whole rows, and memory does not grow
-with the batch.
 """
 
 import math
@@ -24,13 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.extend import core
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
-from jaxode import scalars, tree
+from jaxode import batching, scalars
 from jaxode.loop import (
     Integrator,
     Pair,
@@ -39,147 +29,9 @@ from jaxode.loop import (
     put,
 )
 from jaxode.splittings import Splitting
-from jaxode.step import powers_of
 
 CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
-TAPE = 4 * 2**20  # bytes for a tape, backwards, where sqrt(max_steps) states need no more
 ROUND = 8  # attempts between two looks at which lanes are done
-
-
-# The way in: functions of one solve that, under `jax.vmap`, become loops over all of them.
-
-
-def batched(single: Callable, many: Callable, able: Callable) -> Callable:
-    """`single`, which `jax.vmap` turns into `many(size, flags, *args)`, where `able(flags, *args)`.
-
-    `flags` says which leaves of the args have a leading axis of that size; `many` returns the
-    results, and the same of them. Under another `vmap` the two axes become one, and it is asked
-    again: a vmap of cotangents alone may be inside of one of the solves.
-    """
-
-    def along(size, flags):
-        has: Any = None
-
-        def one_axis(*args):
-            nonlocal has
-            if able(flags, *args):
-                out, has = many(size, flags, *args)
-            else:
-                axes = jax.tree.map(lambda flag: 0 if flag else None, flags)
-                out = jax.vmap(single, axes, axis_size=size)(*args)
-                has = jax.tree.map(lambda _: True, out)
-            return out
-
-        call = custom_vmap(one_axis)
-
-        @call.def_vmap
-        def two_axes(more, outer, *args):
-            outer = tuple(outer)
-            both = jax.tree.map(lambda a, b: a or b, outer, flags)
-            join = lambda x, a, b: joined(x, a, b, more, size)
-            out, has = along(more * size, both)(*jax.tree.map(join, args, outer, flags))
-            split = lambda x, h: x.reshape(more, size, *x.shape[1:]) if h else x
-            return jax.tree.map(split, out, has), has
-
-        return lambda *args: (call(*args), has)
-
-    call = custom_vmap(single)
-    call.def_vmap(lambda size, flags, *args: along(size, tuple(flags))(*args))
-    return call
-
-
-class Solver(NamedTuple):
-    """A function of (solve, f, y0, ss), as values and with derivatives."""
-
-    plain: Callable
-    differentiable: Callable
-
-
-def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
-    """`one`, which `jax.vmap` turns into the solver `many(size, flags)`.
-
-    Unlike `batched` it is seen before any derivative is taken, if the `vmap` is inside of the
-    derivative: then `many` knows what the solves share, and its cotangents may be sums. A primitive,
-    because that is the only thing in JAX with rules of its own for both.
-    """
-    primitive = Primitive("solve")
-    primitive.multiple_results = True
-
-    def run(*leaves, program, **_):
-        return core.jaxpr_as_fun(program)(*leaves)
-
-    def bind(leaves, structure, size, flags):
-        args = jax.tree.unflatten(structure, leaves)
-        program, shape = jax.make_jaxpr(solver(structure, size, flags).plain, return_shape=True)(
-            *args
-        )
-        outs = primitive.bind(
-            *leaves, program=program, structure=structure, size=size, flags=tuple(flags)
-        )
-        return outs, jax.tree.structure(shape)
-
-    def solver(structure, size, flags) -> Solver:
-        return many(size, jax.tree.unflatten(structure, flags)) if size else one
-
-    def jvp(primals, tangents, *, structure, size, flags, **_):
-        moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
-
-        def of_moving(*xs):
-            leaves = list(primals)
-            for i, x in zip(moving, xs):
-                leaves[i] = x
-            fn = solver(structure, size, flags).differentiable
-            return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
-
-        xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
-        outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
-        still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
-        zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
-        return outs, [zero(x) if still(x_dot) else x_dot for x, x_dot in zip(outs, outs_dot)]
-
-    def batch(leaves, axes, *, structure, size, flags, **_):
-        new = [axis is not None for axis in axes]
-        more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
-        leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
-        given = jax.tree.unflatten(structure, leaves)
-        if not size and not able(jax.tree.unflatten(structure, new), *given):
-            lanes = jax.tree.unflatten(structure, [0 if b else None for b in new])
-            outs = jax.tree.leaves(jax.vmap(one.differentiable, lanes)(*given))
-            return outs, [0] * len(outs)
-        if not size:
-            outs, _ = bind(leaves, structure, more, new)
-            return outs, [0] * len(outs)
-        both = [a or b for a, b in zip(new, flags)]
-        leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
-        outs, _ = bind(leaves, structure, more * size, both)
-        return [x.reshape(more, size, *x.shape[1:]) for x in outs], [0] * len(outs)
-
-    primitive.def_impl(run)
-    primitive.def_effectful_abstract_eval(
-        lambda *_, program, **__: (program.out_avals, program.effects)
-    )
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-
-    def call(*args):
-        leaves, structure = jax.tree.flatten(args)
-        leaves = list(map(jnp.asarray, leaves))
-        outs, shape = bind(leaves, structure, 0, [False] * len(leaves))
-        return jax.tree.unflatten(shape, outs)
-
-    return call
-
-
-def joined(x, outer: bool, inner: bool, more: int, size: int):
-    """x with its axes of sizes `more` and `size`, as far as it has them, as one."""
-    if not (outer or inner):
-        return x
-    if not outer:
-        x = jnp.broadcast_to(x[None], (more, *x.shape))
-    if not inner:
-        x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
-    return x.reshape(more * size, *x.shape[2:])
 
 
 def able(solve: Integrator) -> bool:
@@ -265,6 +117,10 @@ class Problems(NamedTuple):
     def vmap(self, fn: Callable) -> Callable:
         """fn of one solve, for all lanes."""
         return jax.vmap(fn, self.coordinates.axis, self.coordinates.axis)
+
+    def to_lanes(self, xs):
+        """Arrays with lanes along their first axis, with lanes where they belong."""
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.coordinates.axis), xs)
 
     def each(self, fn: Callable) -> Callable:
         """(own, ...) -> fn(solve, f, ss, ...) of every lane."""
@@ -419,10 +275,8 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
     """`Integrator.__call__` of all: their solutions, and their reports."""
     problems, y0 = prepared(size, flags, solve, f, y0, ss)
     table, axis, inside = problems.table, problems.coordinates.axis, ss.shape[-1] > 2
-    width = lanes_at_once(table, problems.coordinates, size)
     before = lambda ss: (jnp.sum(ss <= 0, dtype=jnp.int32), jnp.zeros((), jnp.int32))
     queue = problems.own, started(problems, problems.own, y0, before if inside else None)
-    who = jnp.arange(width, dtype=jnp.int32)
     rows = empty_rows(problems, size, ss.shape[-1]) if inside else None
 
     def once(carry):
@@ -432,11 +286,7 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
             new, rows = write_rows(problems, own, state, new, h, ks, who, rows)
         return (own, new), who, rows
 
-    if width == size:  # no queue
-        busy = lambda carry: jnp.any(unfinished(problems, *carry[0]))
-        (_, ends), _, rows = lax.while_loop(busy, once, (queue, who, rows))
-    else:
-        ends, rows = from_queue(problems, width, queue, once, rows)
+    ends, rows = run(problems, size, queue, once, rows)
 
     def result(own, begin, end, rows):
         solve, _, ss = eqx.combine(own, problems.shared)
@@ -449,8 +299,22 @@ def solved(size: int, flags, solve: Integrator, f, y0, ss):
     return out, jax.tree.map(lambda _: True, out)
 
 
+def run(problems: Problems, size: int, queue, once, rows):
+    """Attempts until all problems are done: how they ended, and `rows`, which any attempt may change.
+
+    `once((own, states), who, rows)` is an attempt; `who` are the numbers of the problems in the lanes.
+    """
+    width = lanes_at_once(problems.table, problems.coordinates, size)
+    if width < size:
+        return from_queue(problems, width, queue, once, rows)
+    busy = lambda carry: jnp.any(unfinished(problems, *carry[0]))
+    start = queue, jnp.arange(size, dtype=jnp.int32), rows
+    (_, ends), _, rows = lax.while_loop(busy, once, start)
+    return ends, rows
+
+
 def from_queue(problems: Problems, width: int, queue, once, rows):
-    """So many lanes at a time, until all problems of the queue are done: how they ended, and `rows`."""
+    """The same with fewer lanes than problems."""
     together = Packing(problems.coordinates.axis)
     packed, structure = together.pack(queue)
     size = together.lanes(packed)
@@ -591,282 +455,15 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
     return new._replace(extra=(after, new.extra[1] + met.astype(jnp.int32)), mark=mark), rows
 
 
-# Backward.
+# One solve, which `jax.vmap` turns into many.
 
 
-class Tape(NamedTuple):
-    """A stretch of iterations: where each began, with y and k there; `grid` has the end, too."""
-
-    ys: PyTree
-    ks: PyTree
-    grid: Any
+def solve_one(solve: Integrator, f, y0, ss):
+    return solve(f, y0, ss)
 
 
-def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
-    """The vjp of the steps of all solves: cotangents of x, the differentiated part of (f, y0, ss).
-
-    Those of leaves of f that have no axis of their own are sums over all solves.
-    """
-    _, of_x, of_rest = flags[:3]
-    given = eqx.combine(x, rest)
-    problems, y0 = prepared(size, (flags[0], *eqx.combine(of_x, of_rest)), solve, *given)
-    coordinates, dtype = problems.coordinates, given[2].dtype
-    axis, width = coordinates.axis, lanes_at_once(problems.table, coordinates, size)
-    chunks, together = -(-size // width), Packing(axis)
-    order = jnp.argsort(steps).astype(jnp.int32)  # the solves of a chunk are about equally long
-    ys_bar = jax.vmap(jax.vmap(coordinates.pack), 0, axis)(ys_bar)
-    whole, structure = together.pack((problems.own, y0, ys_bar))
-    whole = together.padded(together.take(whole, order), chunks * width - size)
-    gradient = Gradient(problems, x, of_x[0], given[2].shape[-1])
-
-    def chunk(i, carry):
-        rooms, shared, outs = carry
-        own, y, w = together.open(together.part(whole, i * width, width), structure)
-        there = i * width + jnp.arange(width, dtype=jnp.int32) < size
-        real = problems.vmap(lambda w, there: jax.tree.map(lambda w: jnp.where(there, w, 0), w))
-        rooms, new, of_shared = gradient(own, y, real(w, there), rooms)
-        outs = together.written(outs, i * width, together.pack(new)[0])
-        return rooms, jax.tree.map(jnp.add, shared, of_shared), outs
-
-    own, y, _ = together.open(together.part(whole, 0, width), structure)
-    rooms = rooms_for(solve.max_steps, y, jax.eval_shape(partial(started, problems), own, y))
-    f_own, shared = (eqx.filter(f[1], gradient.mask) for f in (problems.own, problems.shared))
-    ss_bar = None if x[2] is None else jnp.zeros((size, given[2].shape[-1]), dtype)
-    outs = f_own, y0, None if ss_bar is None else jnp.moveaxis(ss_bar, 0, axis)
-    shared, outs = jax.tree.map(jnp.zeros_like, (shared, outs))
-    outs, structure_of_outs = together.pack(outs)
-    outs = together.padded(outs, chunks * width - size)
-    _, shared, outs = lax.fori_loop(0, chunks, chunk, (rooms, shared, outs))
-    outs = together.take(outs, jnp.argsort(order))
-    f_own, y_bar, ss_bar = together.open(outs, structure_of_outs)
-    f_own, ss_bar = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (f_own, ss_bar))
-    return eqx.combine(f_own, shared), jax.vmap(coordinates.open, axis)(y_bar), ss_bar
+def able_to(flags, solve: Integrator, *_) -> bool:
+    return able(solve)
 
 
-def rooms_for(max_steps: int, y, state: State) -> tuple[Tape, State]:
-    """Room for a tape, and for the states of the lanes at the begin of each of its stretches.
-
-    Stretches have as many iterations as the budget allows, but at least sqrt(max_steps).
-    """
-    one = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y))
-    length = min(max(math.isqrt(max_steps) + 1, TAPE // max(one, 1)), max_steps)
-    marks = jax.tree.map(
-        lambda x: jnp.zeros((-(-max_steps // length) + 1, *x.shape), x.dtype), state
-    )
-    grid = jnp.zeros((length + 1, *state.s.shape), state.s.dtype)
-    return Tape(room_for(y, length), room_for(y, length), grid), marks
-
-
-def recorded(problems: Problems, own, state: State, tape: Tape):
-    """Iterations until all lanes are done or the tape is full: the states, how many, the tape."""
-
-    def once(carry):
-        n, state, tape = carry
-        new, _, _ = attempt(problems, own, state)
-        y, k = state.pair
-        tape = Tape(put(n, y, tape.ys), put(n, k, tape.ks), put(n + 1, new.s, tape.grid))
-        return n + 1, new, tape
-
-    def busy(carry):
-        n, state, tape = carry
-        return (n < len(tape.grid) - 1) & jnp.any(unfinished(problems, own, state))
-
-    zero = jnp.zeros((), jnp.int32)
-    n, state, tape = lax.while_loop(
-        busy, once, (zero, state, tape._replace(grid=tape.grid.at[0].set(state.s)))
-    )
-    return state, n, tape
-
-
-class Carry(NamedTuple):
-    """What goes backwards: cotangents of y, k and f; the row of the next output, and those of ss."""
-
-    y: PyTree
-    k: PyTree
-    f: PyTree
-    row: Any
-    ss: Any
-
-
-class Gradient:
-    """Backwards through a chunk."""
-
-    def __init__(self, problems: Problems, x, flags, count: int):
-        self.problems, self.table = problems, problems.table
-        missing = lambda x: x is None
-        self.mask = jax.tree.map(lambda x: x is not None, x[0], is_leaf=missing)
-        self.common = jax.tree.map(
-            lambda x, flag: x is not None and not flag, x[0], flags, is_leaf=missing
-        )
-        self.of_ss, self.inside = x[2] is not None, count > 2
-
-    def __call__(self, own, y0, w, rooms):
-        """The rooms; cotangents of what solves have of their own (f, y0, ss), and of what they share (f)."""
-        problems = self.problems
-        begin = started(problems, own, y0)
-        tape, marks = rooms
-        y_bar, y0_bar, row_ = problems.each(self.ends)(own, w)
-        zero = jax.tree.map(jnp.zeros_like, y_bar)
-        shapes = jax.eval_shape(self.pull, own, y0, begin.s, zero)[0]
-        ss_bar = None
-        if self.of_ss:
-            ss_bar = problems.each(lambda solve, f, ss: jnp.zeros_like(ss))(own)
-        carry = Carry(y_bar, zero, jax.tree.map(jnp.zeros_like, shapes), row_, ss_bar)
-        k_end = begin.pair[1]
-
-        def stretch(state):
-            """The next one forwards, until all are done; then each one again, backwards.
-
-            It is one program for both, so that both take the same steps, to the last bit.
-            """
-            i, back, tape, marks, carry, k_end = state
-            end, n, tape = recorded(problems, own, row(marks, i), tape)
-            more = ~back & jnp.any(unfinished(problems, own, end))
-            marks = put(jnp.where(more, i + 1, len(marks.s) - 1), end, marks)
-            k_end = tree.where(back | more, k_end, end.pair[1])
-            visit = partial(self.visit, own, tape, w)
-            _, carry = lax.while_loop(lambda st: st[0] > 0, visit, (jnp.where(more, 0, n), carry))
-            return jnp.where(more, i + 1, i - 1), ~more, tape, marks, carry, k_end
-
-        zero = jnp.zeros((), jnp.int32)
-        state = zero, jnp.array(False), tape, put(zero, begin, marks), carry, k_end
-        _, _, tape, marks, carry, k_end = lax.while_loop(lambda st: st[0] >= 0, stretch, state)
-        last_f, last_y = self.pull(own, y0, jnp.zeros_like(begin.s), carry.k)
-        f_bar = jax.tree.map(jnp.add, carry.f, last_f)
-        y_bar = jax.tree.map(lambda *x: sum(x), carry.y, last_y, y0_bar)
-        ss_bar = carry.ss
-        if self.of_ss:
-            ss_bar = problems.each(self.at_ends)(own, w, begin.pair[1], k_end, ss_bar)
-        shared, f_own = eqx.partition(f_bar, self.common)
-        if problems.coordinates.small:  # summed only now
-            shared = jax.tree.map(lambda x: jnp.sum(x, -1), shared)
-        return (tape, marks), (f_own, y_bar, ss_bar), shared
-
-    def ends(self, solve, f, ss, w):
-        """Cotangents of the outputs at the end, of those at the start, and the last one before the end."""
-        at_start, at_end = ss <= 0, (ss >= ss[-1]) & (ss > 0)
-
-        def total(rows):
-            chosen = lambda w: rows.reshape((-1,) + (1,) * (w.ndim - 1))
-            return jax.tree.map(lambda w: jnp.sum(jnp.where(chosen(w), w, 0), 0), w)
-
-        return total(at_end), total(at_start), jnp.sum(~at_end, dtype=jnp.int32) - 1
-
-    def at_ends(self, solve, f, ss, w, k0, k1, ss_bar):
-        """Cotangents of times, those at the ends filled in: the slope there is the derivative."""
-        slopes = lambda k: jax.vmap(lambda w: tree.dot(w, k))(w).astype(ss.dtype)
-        ss_bar = jnp.where((ss >= ss[-1]) & (ss > 0), slopes(k1), ss_bar)
-        return jnp.where(ss <= 0, slopes(k0), ss_bar)
-
-    def visit(self, own, tape: Tape, w, state):
-        """One iteration back."""
-        n, carry = state[0] - 1, state[1]
-        s, s1 = row(tape.grid, n), row(tape.grid, n + 1)
-        return n, self.step(own, carry, row(tape.ys, n), row(tape.ks, n), s, s1 - s, w)
-
-    def pull(self, own, y, s, w):
-        """The vjp of f of all lanes: cotangents of f and of y.
-
-        What lanes share has a sum over them; or, in a small system, still a cotangent for each.
-        """
-        problems, coordinates = self.problems, self.problems.coordinates
-        if coordinates.small:
-
-            def one(solve, f, ss, y, s, w):
-                return coordinates.pull(*eqx.partition(f, self.mask), y, s, w)
-
-            return problems.each(one)(own, y, s, w)
-        f_own, f_shared = own[1], problems.shared[1]
-        (x_own, own_rest), (x_shared, shared_rest) = (
-            eqx.partition(f, self.mask) for f in (f_own, f_shared)
-        )
-
-        def slopes(x_own, x_shared, y):
-            mine = own[0], eqx.combine(x_own, own_rest), own[2]
-            others = problems.shared[0], eqx.combine(x_shared, shared_rest), problems.shared[2]
-            return problems._replace(shared=others).slopes(mine, y, s)
-
-        _, vjp = jax.vjp(slopes, x_own, x_shared, y)
-        own_bar, shared_bar, y_bar = vjp(w)
-        return eqx.combine(own_bar, shared_bar), y_bar
-
-    def step(self, own, carry: Carry, y, k, s, h, w) -> Carry:
-        """The vjp of one step of every lane, stage by stage; with the outputs inside it.
-
-        With y_i = y + h sum_j a_ij k_j and k_i = f(y_i), the cotangents from the last stage to the
-        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. The step ends at its last
-        y_i, and k of the next step is its last k_i.
-        """
-        problems, table = self.problems, self.table
-        inside = self.inside
-        total, last = len(table.c) + inside * len(table.extra_c), len(table.c) - 1
-        a, c = matrix(table, inside and bool(table.extra_c))
-        ks, seen = put(0, k, room_for(y, total)), room_for(y, total)
-        _, ks, seen = stages(problems, own, y, ks, s, h, 1, total, seen)
-        zero = jax.tree.map(jnp.zeros_like, y)
-        straight, d_bar, row_, ss_bar = zero, None, carry.row, carry.ss
-        if inside:
-            row_, ss_bar, straight, d_bar = self.outputs(own, carry, ks, s, h, w)
-        dense = np.zeros((len(table.dense), total))
-        for p, weights in enumerate(table.dense if inside else ()):
-            dense[p, : len(weights)] = weights
-
-        def slope_bar(i, ys_bar):
-            """The cotangent of k_i, but for that of the next step."""
-            k_bar = moved(problems, zero, h, product(row(jnp.asarray(a.T), i), ys_bar))
-            if not inside:
-                return k_bar
-            return moved(problems, k_bar, h, product(row(jnp.asarray(dense.T), i), d_bar))
-
-        def stage(state):
-            i, f_bar, ys_bar = state
-            at_last = lambda x: jax.tree.map(lambda x: jnp.where(i == last, x, 0), x)
-            k_bar = jax.tree.map(jnp.add, slope_bar(i, ys_bar), at_last(carry.k))
-            s_i = s + row(jnp.asarray(c, h.dtype), i) * h
-            f_more, y_bar = self.pull(own, row(seen, i), s_i, k_bar)
-            y_bar = jax.tree.map(jnp.add, y_bar, at_last(carry.y))
-            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), put(i, y_bar, ys_bar)
-
-        first = jnp.asarray(total - 1, jnp.int32)
-        state = first, carry.f, room_for(y, total)
-        _, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
-        y_bar = jax.tree.map(jnp.add, product(np.ones(total), ys_bar), straight)
-        return Carry(y_bar, slope_bar(jnp.zeros_like(first), ys_bar), f_bar, row_, ss_bar)
-
-    def outputs(self, own, carry: Carry, ks, s, h, w):
-        """Cotangents of the outputs in (s, s + h], gathered on y and on the d_p (see `step.coefficients`)."""
-        problems, table = self.problems, self.table
-        zero = jax.tree.map(lambda k: jnp.zeros_like(k[0]), ks)
-        d = [moved(problems, zero, h, product(weights, ks)) for weights in table.dense]
-
-        def one(solve, f, ss, row_, ss_bar, straight, d_bar, s, h, w, d):
-            met = (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)
-            theta = (ss[row_] - s) / jnp.where(h > 0, h, 1)
-            here = jax.tree.map(lambda w: jnp.where(met, w[row_], 0), w)
-            powers = powers_of(theta, len(d))
-            weights = jnp.stack(powers)
-            d_bar = jax.tree.map(
-                lambda b, w: b + jnp.tensordot(weights.astype(w.dtype), w, 0), d_bar, here
-            )
-            straight = jax.tree.map(jnp.add, straight, here)
-            if self.of_ss:
-                rates = [(p + 1) * r for p, r in enumerate([jnp.ones_like(theta), *powers[:-1]])]
-                slope = tree.weighted_sum(1 / jnp.where(h > 0, h, 1), list(zip(rates, d)))
-                new = ss_bar.at[row_].set(tree.dot(here, slope).astype(ss.dtype))
-                ss_bar = jnp.where(met, new, ss_bar)
-            return row_ - met.astype(jnp.int32), ss_bar, straight, d_bar
-
-        def meet(state):
-            return problems.each(one)(own, *state, s, h, w, d)
-
-        def met(state):
-            some = problems.each(
-                lambda solve, f, ss, row_, s: (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)
-            )
-            return jnp.any(some(own, state[0], s))
-
-        state = carry.row, carry.ss, zero, room_for(zero, len(table.dense))
-        if problems.coordinates.small:
-            return lax.while_loop(met, meet, state)
-        swap = lambda state: (*state[:3], jax.tree.map(lambda d: jnp.moveaxis(d, 0, 1), state[3]))
-        return swap(lax.while_loop(met, meet, swap(state)))
+solve_batched = batching.batched(solve_one, solved, able_to)

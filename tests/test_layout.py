@@ -5,8 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = (
-    "tableaus", "splittings", "tree", "step", "controllers", "solution", "scalars", "poison", "field", "loop",
-    "lanes", "sensitivities", "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
+    "tableaus", "splittings", "tree", "step", "controllers", "solution", "scalars", "poison", "field",
+    "loop", "batching", "lanes", "lanes_backward", "sensitivities", "cotangents", "continuous_adjoint",
+    "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
 )  # fmt: skip
 
 
