@@ -28,9 +28,10 @@ from jaxode.cotangents import (
     slopes,
     values,
 )
-from jaxode.lanes import Problems, matrix, moved, product, row
+from jaxode.lanes import Problems
 from jaxode.loop import State, advance
 from jaxode.solution import Status
+from jaxode.stages import matrix, product
 from jaxode.step import step_and_inside
 
 CARRIED = 64  # numbers that solves share: up to here each lane integrates a gradient of its own
@@ -312,17 +313,17 @@ class Back:
         """f_bar and the integral of a^T df/dtheta over this step, if it was accepted."""
         if not jax.tree.leaves(f_bar):
             return f_bar
-        problems, table = self.problems, self.problems.table
-        (a, c), spread = matrix(table, False), problems.coordinates.spread
+        problems, table, steps = self.problems, self.problems.table, self.problems.stages(own)
+        a, c = matrix(table, False)
         y, lam, _ = old.pair[0]
         taken = new.accepted > old.accepted
 
         def stage(i, f_bar):
-            pick = lambda table: row(jnp.asarray(table, h.dtype), i)
-            here = moved(problems, (y, lam), h, product(row(jnp.asarray(a), i), ks[:2]))
+            pick = lambda table: tree.row(jnp.asarray(table, h.dtype), i)
+            here = steps.moved((y, lam), h, product(tree.row(jnp.asarray(a), i), ks[:2]))
             y_i, a_i = problems.vmap(tree.where)(taken, here, (y, lam))
             weight = jnp.where(taken, h, 0) * pick(table.b)
-            w = jax.tree.map(lambda a_i: spread(weight, a_i) * a_i, a_i)
+            w = jax.tree.map(lambda a_i: steps.spread(weight, a_i) * a_i, a_i)
             _, vjp = jax.vjp(lambda f: self.slopes(own, f, y_i, old.s + pick(c) * h), self.f_sum)
             return jax.tree.map(jnp.add, f_bar, vjp(w)[0])
 

@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from jaxode import batching, scalars
+from jaxode import batching, scalars, tree
 from jaxode.loop import (
     Integrator,
     Pair,
     State,
     assemble,
-    put,
 )
 from jaxode.splittings import Splitting
+from jaxode.stages import Stages, product, room_for
 
 CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
 ROUND = 8  # attempts between two looks at which lanes are done
@@ -130,10 +129,15 @@ class Problems(NamedTuple):
         """f of every lane."""
         return self.each(lambda solve, f, ss, y, s: self.coordinates.field(f, y, s))(own, y, s)
 
+    def stages(self, own) -> Stages:
+        """The steps of all lanes."""
+        slopes = lambda ks, i, y, s: self.with_slopes(ks, i, own, y, s)
+        return Stages(self.table, slopes, self.coordinates.spread)
+
     def with_slopes(self, ks, i, own, y, s):
         """ks with these in row i: of a small system one component after another, each a kernel."""
         if not self.coordinates.small:
-            return put(i, self.slopes(own, y, s), ks)
+            return tree.put(i, self.slopes(own, y, s), ks)
         rows = self.each(lambda solve, f, ss, y, s: self.coordinates.scalars(f, y, s))(own, y, s)
         zero = jnp.zeros_like(i)
         for j, k in enumerate(rows):
@@ -166,75 +170,21 @@ def lanes_at_once(table, coordinates: Coordinates, size: int) -> int:
 # A step of all lanes.
 
 
-def matrix(table, extra: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A and c of a table; with the stages of dense output, if they are wanted."""
-    rows = (*table.a, *(table.extra_a if extra else ()))
-    a = np.zeros((len(rows), len(rows)))
-    for i, row in enumerate(rows):
-        a[i, : len(row)] = row
-    return a, np.array((*table.c, *(table.extra_c if extra else ())))
-
-
-def product(weights, ks):
-    """sum_i w_i k_i over the leading axis; weights that are missing are 0."""
-
-    def leaf(k):
-        w = jnp.asarray(weights, k.dtype)
-        w = jnp.pad(w, (0, len(k) - len(w)))
-        return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
-
-    return jax.tree.map(leaf, ks)
-
-
-def room_for(y, count: int):
-    """An array for so many states."""
-    return jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
-
-
-def row(ks, i):
-    pick = lambda k: lax.dynamic_index_in_dim(k, i, 0, False, allow_negative_indices=False)
-    return jax.tree.map(pick, ks)
-
-
-def moved(problems: Problems, y, h, k):
-    """y + h k."""
-    spread = problems.coordinates.spread
-    return jax.tree.map(lambda y, k: y + spread(h, y) * k, y, k)
-
-
-def stages(problems: Problems, own, y, ks, s, h, start: int, stop: int, seen=None):
-    """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
-
-    Every y_i goes into a row of `seen`, if that is given.
-    """
-    a, c = matrix(problems.table, stop > len(problems.table.c))
-
-    def stage(state):
-        i, _, ks, seen = state
-        y1 = moved(problems, y, h, product(row(jnp.asarray(a), i), ks))
-        ks = problems.with_slopes(ks, i, own, y1, s + row(jnp.asarray(c, h.dtype), i) * h)
-        return i + 1, y1, ks, seen if seen is None else put(i, y1, seen)
-
-    begin = jnp.asarray(start, jnp.int32), y, ks, seen
-    _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, begin)
-    return y1, ks, seen
-
-
 def attempt(problems: Problems, own, state: State, more: int = 0):
     """One attempt of every lane that is not done: its state after it, step sizes and slopes.
 
     With room for the slopes of so many more stages.
     """
-    table, count = problems.table, len(problems.table.c)
+    table, count, steps = problems.table, len(problems.table.c), problems.stages(own)
     go = unfinished(problems, own, state)
     s1, h = problems.each(lambda solve, f, ss, state: solve.next_end(state, last(ss)))(own, state)
     s1, h = jnp.where(go, s1, state.s), jnp.where(go, h, 0)
     y, k = state.pair
-    ks = put(0, k, room_for(y, count + more))  # zeros, since 0 times an old NaN would be NaN
-    y1, ks, _ = stages(problems, own, y, ks, state.s, h, 1, count)
+    ks = tree.put(0, k, room_for(y, count + more))  # zeros: 0 times an old NaN would be NaN
+    y1, ks, _ = steps.run(y, ks, state.s, h, 1, count)
     k1 = jax.tree.map(lambda k: k[count - 1], ks)
     zero = jax.tree.map(jnp.zeros_like, y)
-    errors = [moved(problems, zero, h, product(e, ks)) for e in (table.e, table.e_low) if e]
+    errors = [steps.moved(zero, h, product(e, ks)) for e in (table.e, table.e_low) if e]
 
     def one(solve, f, ss, state, go, s1, h, y1, k1, errors):
         open = problems.coordinates.open
@@ -419,7 +369,7 @@ def empty_rows(problems: Problems, size: int, count: int):
 
 def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows):
     """The outputs that steps have passed, by dense output."""
-    table, open = problems.table, problems.coordinates.open
+    table, open, steps = problems.table, problems.coordinates.open, problems.stages(own)
     y, size, count = old.pair[0], *jax.tree.leaves(rows)[0].shape[:2]
     times = problems.each(lambda solve, f, ss, at: ss[jnp.minimum(at, count - 1)])
 
@@ -430,7 +380,7 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
 
     def write(rows):
         stop = len(table.c) + len(table.extra_c)
-        _, all_ks, _ = stages(problems, own, y, ks, old.s, h, len(table.c), stop)
+        all_ks = steps.run(y, ks, old.s, h, len(table.c), stop)[1]
         d = [product(weights, all_ks) for weights in table.dense]
 
         def one_each(state):
@@ -439,8 +389,8 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
             theta = (times(own, at) - old.s) / jnp.where(h > 0, h, 1)
             total = d[-1]
             for term in d[-2::-1]:  # Horner's rule
-                total = moved(problems, term, theta, total)
-            value = moved(problems, y, theta * h, total)
+                total = steps.moved(term, theta, total)
+            value = steps.moved(y, theta * h, total)
             value = jax.vmap(open, problems.coordinates.axis)(value)
             place = jnp.where(here, who, size), at
             rows = jax.tree.map(lambda room, v: room.at[place].set(v, mode="drop"), rows, value)

@@ -14,27 +14,15 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import lanes, tree
-from jaxode.lanes import (
-    Packing,
-    Problems,
-    attempt,
-    matrix,
-    moved,
-    prepared,
-    product,
-    room_for,
-    row,
-    stages,
-    started,
-    unfinished,
-)
-from jaxode.loop import Integrator, State, put
+from jaxode.lanes import Packing, Problems, attempt, prepared, started, unfinished
+from jaxode.loop import Integrator, State
+from jaxode.stages import room_for
 from jaxode.step import powers_of
+from jaxode.tree import put, row
 
 TAPE = 4 * 2**20  # bytes for a tape, where sqrt(max_steps) states need no more
 
@@ -236,53 +224,23 @@ class Gradient:
         return eqx.combine(own_bar, shared_bar), y_bar
 
     def step(self, own, carry: Carry, y, k, s, h, w) -> Carry:
-        """The vjp of one step of every lane, stage by stage; with the outputs inside it.
+        """The vjp of one step of every lane, with the outputs inside it."""
+        steps = self.problems.stages(own)
+        ks, seen = steps.seen(y, k, s, h, self.inside)
+        straight, d_bar, row_, ss_bar = None, None, carry.row, carry.ss
+        if self.inside:
+            d = steps.coefficients(y, h, ks)
+            row_, ss_bar, straight, d_bar = self.outputs(own, carry, d, s, h, w)
+        pull, ends = partial(self.pull, own), (carry.y, carry.k)
+        y_bar, k_bar, f_bar = steps.back(pull, seen, s, h, ends, carry.f, d_bar)
+        if self.inside:
+            y_bar = jax.tree.map(jnp.add, y_bar, straight)
+        return Carry(y_bar, k_bar, f_bar, row_, ss_bar)
 
-        With y_i = y + h sum_j a_ij k_j and k_i = f(y_i), the cotangents from the last stage to the
-        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. The step ends at its last
-        y_i, and k of the next step is its last k_i.
-        """
-        problems, table = self.problems, self.table
-        inside = self.inside
-        total, last = len(table.c) + inside * len(table.extra_c), len(table.c) - 1
-        a, c = matrix(table, inside and bool(table.extra_c))
-        ks, seen = put(0, k, room_for(y, total)), room_for(y, total)
-        _, ks, seen = stages(problems, own, y, ks, s, h, 1, total, seen)
-        zero = jax.tree.map(jnp.zeros_like, y)
-        straight, d_bar, row_, ss_bar = zero, None, carry.row, carry.ss
-        if inside:
-            row_, ss_bar, straight, d_bar = self.outputs(own, carry, ks, s, h, w)
-        dense = np.zeros((len(table.dense), total))
-        for p, weights in enumerate(table.dense if inside else ()):
-            dense[p, : len(weights)] = weights
-
-        def slope_bar(i, ys_bar):
-            """The cotangent of k_i, but for that of the next step."""
-            k_bar = moved(problems, zero, h, product(row(jnp.asarray(a.T), i), ys_bar))
-            if not inside:
-                return k_bar
-            return moved(problems, k_bar, h, product(row(jnp.asarray(dense.T), i), d_bar))
-
-        def stage(state):
-            i, f_bar, ys_bar = state
-            at_last = lambda x: jax.tree.map(lambda x: jnp.where(i == last, x, 0), x)
-            k_bar = jax.tree.map(jnp.add, slope_bar(i, ys_bar), at_last(carry.k))
-            s_i = s + row(jnp.asarray(c, h.dtype), i) * h
-            f_more, y_bar = self.pull(own, row(seen, i), s_i, k_bar)
-            y_bar = jax.tree.map(jnp.add, y_bar, at_last(carry.y))
-            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), put(i, y_bar, ys_bar)
-
-        first = jnp.asarray(total - 1, jnp.int32)
-        state = first, carry.f, room_for(y, total)
-        _, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
-        y_bar = jax.tree.map(jnp.add, product(np.ones(total), ys_bar), straight)
-        return Carry(y_bar, slope_bar(jnp.zeros_like(first), ys_bar), f_bar, row_, ss_bar)
-
-    def outputs(self, own, carry: Carry, ks, s, h, w):
+    def outputs(self, own, carry: Carry, d, s, h, w):
         """Cotangents of the outputs in (s, s + h], gathered on y and on the d_p (see `step.coefficients`)."""
         problems, table = self.problems, self.table
-        zero = jax.tree.map(lambda k: jnp.zeros_like(k[0]), ks)
-        d = [moved(problems, zero, h, product(weights, ks)) for weights in table.dense]
+        zero = jax.tree.map(jnp.zeros_like, d[0])
 
         def one(solve, f, ss, row_, ss_bar, straight, d_bar, s, h, w, d):
             met = (row_ >= 0) & (ss[jnp.maximum(row_, 0)] > s)

@@ -523,7 +523,7 @@ def backwards(solve, tape: Tape, again, visit, carry, y0):
 
         def back(state):
             n, carry = state[0] - 1, state[1]
-            return n, visit(carry, n, *at(n, (tape.ys, tape.ks)))
+            return n, visit(carry, n, *tree.row((tape.ys, tape.ks), n))
 
         return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
 
@@ -537,20 +537,20 @@ def backwards(solve, tape: Tape, again, visit, carry, y0):
 
         def rebuild(state):
             n, y, k, room = state
-            room = put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
+            room = tree.put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
             y, k = again(y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
             return n + 1, y, k, room
 
         row = start >> tape.level
-        y, k = at(row, (tape.ys, tape.ks))
+        y, k = tree.row((tape.ys, tape.ks), row)
         first = jnp.where(tape.level == 0, end - 1, row << tape.level)
         _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
-        room = put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
+        room = tree.put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
 
         def back(state):
             n, carry = state[0] - 1, state[1]
-            rebuilt = at(jnp.minimum(n - start, most - 1), room)
-            here = tree.where(tape.level == 0, at(n, (tape.ys, tape.ks)), rebuilt)
+            rebuilt = tree.row(room, jnp.minimum(n - start, most - 1))
+            here = tree.where(tape.level == 0, tree.row((tape.ys, tape.ks), n), rebuilt)
             return n, visit(carry, n, *here)
 
         _, carry = lax.while_loop(lambda state: state[0] > start, back, (end, carry))
@@ -558,14 +558,6 @@ def backwards(solve, tape: Tape, again, visit, carry, y0):
 
     state = (tape.steps, carry, (room, room))
     return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
-
-
-def at(i, rooms):
-    return jax.tree.map(lambda room: lax.dynamic_index_in_dim(room, i, 0, keepdims=False), rooms)
-
-
-def put(i, xs, rooms):
-    return jax.tree.map(lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0), xs, rooms)
 
 
 def largest(xs):

@@ -90,3 +90,15 @@ def dot(x: PyTree, y: PyTree) -> Array:
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
+
+
+def row(rooms: PyTree, i) -> PyTree:
+    """Row i of every array."""
+    pick = lambda room: lax.dynamic_index_in_dim(room, i, 0, False, allow_negative_indices=False)
+    return jax.tree.map(pick, rooms)
+
+
+def put(i, xs: PyTree, rooms: PyTree) -> PyTree:
+    """The arrays with xs in row i."""
+    write = lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0)
+    return jax.tree.map(write, xs, rooms)

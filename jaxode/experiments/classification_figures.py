@@ -47,10 +47,14 @@ def error_and_time(axes, sweep):
         axes[0].annotate(
             f"  {row['tolerance']:.0e}", (row["evaluations"], row["feature error"]), fontsize=10
         )
-    axes[1].plot(count, [1e3 * row["seconds"] for row in sweep], "o-", label="time (ms)")
-    axes[1].plot(count, [100 * row["test error"] for row in sweep], "s--", label="test error (%)")
-    axes[1].set(title="(b) time, and the trade after training", ylim=(0, None))
-    axes[1].legend()
+    (time,) = axes[1].plot(count, [1e3 * row["seconds"] for row in sweep], "o-", label="time")
+    axes[1].set(ylabel="ms", title="(b) time, and the trade after training", ylim=(0, None))
+    right = axes[1].twinx()
+    errors = [100 * row["test error"] for row in sweep]
+    (wrong,) = right.plot(count, errors, "s--", color="C1", label="test error")
+    right.set(ylabel="%", ylim=(0, 2 * max(errors) + 0.1))
+    right.spines["right"].set_visible(True)
+    axes[1].legend(handles=[time, wrong])
     for axis in axes:
         axis.set_xlabel("forward evaluations")
 
@@ -91,7 +95,7 @@ def memory(rows):
         )  # fmt: skip
     axis.set(
         xscale="log", yscale="log", xlabel="tolerance", ylabel="memory of the gradient (MiB)",
-        title="Memory against accuracy",
+        title="Memory of the ODE block against accuracy",
     )  # fmt: skip
     axis.invert_xaxis()
     axis.legend()

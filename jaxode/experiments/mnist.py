@@ -69,8 +69,7 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     nets, histories, numbers, sweep = classification.train_and_measure(
         images, settings, folder, progress, adjoints=("backsolve", "replay")
     )
-    batch = images.images.x[: settings.batch], images.images.y[: settings.batch]
-    memory = classification.gradient_memory(nets["ode-net"], batch)
+    memory = classification.gradient_memory(nets["ode-net"], images.images.x[: settings.batch])
     save(classification_figures.training(histories), folder / "training.png")
     save(classification_figures.figure_3(sweep, histories["ode-net"]), folder / "figure_3.png")
     save(classification_figures.memory(memory), folder / "memory.png")

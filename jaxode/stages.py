@@ -1,0 +1,127 @@
+"""A step as a loop over its stages, with all slopes in one array; and the way back through it.
+
+A stage is then a product of a row of the table with the slopes, and the program has the field once,
+where `step` writes it down for every stage. For many solves at once, whose slopes are wide rows, that
+is the faster form. One solve of a network is not better off: the gradient of an MLP took 20 ms instead
+of 16.5 (64-128-128-64, a batch of 256) and as long to compile, that of a convolutional ODE-Net 80 ms
+instead of 60, and 11 s instead of 15 to compile.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import PyTree
+
+from jaxode import tree
+from jaxode.tableaus import Tableau
+
+
+def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A and c of a table; with the stages of dense output, if they are wanted."""
+    rows = (*table.a, *(table.extra_a if extra else ()))
+    a = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        a[i, : len(row)] = row
+    return a, np.array((*table.c, *(table.extra_c if extra else ())))
+
+
+def product(weights, ks):
+    """sum_i w_i k_i over the leading axis; weights that are missing are 0."""
+
+    def leaf(k):
+        w = jnp.asarray(weights, k.dtype)
+        w = jnp.pad(w, (0, len(k) - len(w)))
+        return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
+
+    return jax.tree.map(leaf, ks)
+
+
+def room_for(y, count: int):
+    """An array for so many states."""
+    return jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
+
+
+def alone(h, like):
+    """A number, so that it multiplies an array."""
+    return lax.convert_element_type(h, like.dtype)
+
+
+class Stages(NamedTuple):
+    """A system, as far as the stages of a step need to know it."""
+
+    table: Tableau
+    slopes: Callable  # (ks, i, y, s) -> ks with f(y, s) in row i
+    spread: Callable = alone  # (h, array) -> what multiplies the array, for a step size or a weight
+
+    def moved(self, y, h, k):
+        """y + h k."""
+        return jax.tree.map(lambda y, k: y + self.spread(h, y) * k, y, k)
+
+    def run(self, y, ks, s, h, start: int, stop: int, seen=None):
+        """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
+
+        Every y_i goes into a row of `seen`, if that is given.
+        """
+        a, c = matrix(self.table, stop > len(self.table.c))
+
+        def stage(state):
+            i, _, ks, seen = state
+            y1 = self.moved(y, h, product(tree.row(jnp.asarray(a), i), ks))
+            ks = self.slopes(ks, i, y1, s + tree.row(jnp.asarray(c, h.dtype), i) * h)
+            return i + 1, y1, ks, seen if seen is None else tree.put(i, y1, seen)
+
+        begin = jnp.asarray(start, jnp.int32), y, ks, seen
+        _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, begin)
+        return y1, ks, seen
+
+    def seen(self, y, k, s, h, inside: bool):
+        """The slopes and the y_i of a step, all in rows: what `back` needs."""
+        total = len(self.table.c) + inside * len(self.table.extra_c)
+        ks, seen = tree.put(0, k, room_for(y, total)), room_for(y, total)
+        return self.run(y, ks, s, h, 1, total, seen)[1:]
+
+    def coefficients(self, y, h, ks) -> list:
+        """The d_p of the solution inside (see `step.coefficients`)."""
+        zero = jax.tree.map(jnp.zeros_like, y)
+        return [self.moved(zero, h, product(weights, ks)) for weights in self.table.dense]
+
+    def back(self, pull: Callable, seen, s, h, ends, f_bar, d_bar=None):
+        """The vjp of a step, stage by stage: cotangents of y and k, and f_bar with those of f added.
+
+        With y_i = y + h sum_j a_ij k_j and k_i = f(y_i), the cotangents from the last stage to the
+        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. The step ends at its last
+        y_i, and k of the next step is its last k_i: `ends` are the cotangents of these two. `d_bar`
+        are those of the d_p, in rows; `pull(y, s, w)` is the vjp of f.
+        """
+        table = self.table
+        total, last = len(jax.tree.leaves(seen)[0]), len(table.c) - 1
+        a, c = matrix(table, total > len(table.c))
+        zero = jax.tree.map(jnp.zeros_like, ends[0])
+        dense = np.zeros((len(table.dense), total))
+        for p, weights in enumerate(table.dense if d_bar is not None else ()):
+            dense[p, : len(weights)] = weights
+
+        def slope_bar(i, ys_bar):
+            """The cotangent of k_i, but for that of the next step."""
+            k_bar = self.moved(zero, h, product(tree.row(jnp.asarray(a.T), i), ys_bar))
+            if d_bar is None:
+                return k_bar
+            return self.moved(k_bar, h, product(tree.row(jnp.asarray(dense.T), i), d_bar))
+
+        def stage(state):
+            i, f_bar, ys_bar = state
+            at_last = lambda x: jax.tree.map(lambda x: jnp.where(i == last, x, 0), x)
+            k_bar = jax.tree.map(jnp.add, slope_bar(i, ys_bar), at_last(ends[1]))
+            s_i = s + tree.row(jnp.asarray(c, h.dtype), i) * h
+            f_more, y_bar = pull(tree.row(seen, i), s_i, k_bar)
+            y_bar = jax.tree.map(jnp.add, y_bar, at_last(ends[0]))
+            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), tree.put(i, y_bar, ys_bar)
+
+        state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, room_for(zero, total)
+        first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
+        y_bar: PyTree = product(np.ones(total), ys_bar)
+        return y_bar, slope_bar(first, ys_bar), f_bar
