@@ -7,6 +7,7 @@ printed, and written to bench/results.json and, between two marks, into README.m
 
 import json
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from jax.experimental.ode import odeint as jax_odeint
 from scipy.integrate import solve_ivp
 
@@ -22,6 +25,7 @@ import jaxode
 from bench.ensembles import ensemble_rows
 from bench.shards import shard_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
+from jaxode.nn import MLPField
 from jaxode.problems import problems
 
 HERE = Path(__file__).parent
@@ -44,7 +48,8 @@ def with_diffrax(f, y0, t1, tolerance, ts=None):
     saveat = diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts)
     controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
     term = diffrax.ODETerm(lambda t, y, args: f(y, t))
-    t0, t1 = jnp.zeros((), y0.dtype), jnp.asarray(t1, y0.dtype)  # else it computes in float64
+    dtype = jnp.result_type(*jax.tree.leaves(y0))
+    t0, t1 = jnp.zeros((), dtype), jnp.asarray(t1, dtype)  # else it computes in float64
     return diffrax.diffeqsolve(
         term, diffrax.Dopri5(), t0, t1, None, y0, saveat=saveat, stepsize_controller=controller
     ).ys
@@ -143,40 +148,106 @@ def problem_rows(name, shown_as):
     yield row(f"{shown_as}, gradient: trace + compile", seconds, "s")
 
 
-def mlp_rows():
-    mlp = eqx.nn.MLP(64, 64, 128, 2, jnp.tanh, dtype=jnp.float32, key=jax.random.key(0))
+def network(width, change=1.0):
+    """Solves of an MLP field by each library, as functions of (weights, y0); and these two."""
+    mlp = eqx.nn.MLP(64, 64, width, 2, jnp.tanh, dtype=jnp.float32, key=jax.random.key(0))
     weights, static = eqx.partition(mlp, eqx.is_array)
     y0 = jax.random.normal(jax.random.key(1), (256, 64), jnp.float32)
-    options = dict(rtol=1e-3, atol=1e-3)
-    t = np.array([0.0, 3.0], np.float32)
+    options, t = dict(rtol=1e-3, atol=1e-3), np.array([0.0, 3.0], np.float32)
 
-    def ends(change=1.0):
-        def field(weights):
-            mlp = eqx.combine(weights, static)
-            return lambda y, t: change * jax.vmap(mlp)(y)
+    def field(weights):
+        mlp = eqx.combine(weights, static)
+        return lambda y, t: change * jax.vmap(mlp)(y)
 
-        return {
-            "jaxode": lambda w, y0: jaxode.odeint(field(w), y0, t, method="dopri5", **options)[-1],
-            "diffrax": lambda w, y0: with_diffrax(field(w), y0, 3.0, 1e-3)[-1],
-            "jax": lambda w, y0: jax_odeint(
-                lambda y, t, w: field(w)(y, t), y0, jnp.asarray(t), w, **options
-            )[-1],
-        }
-
-    compiled, _ = compile_in_turn(ends, weights, y0)
-    check(compiled, (weights, y0), compiled["diffrax"](weights, y0), 5e-2)
-    seconds = time_in_turn(compiled, weights, y0)
-    yield row("MLP 64-128-128-64, batch 256, forward", seconds, "ms")
-    grads = lambda change: {
-        n: jax.grad(lambda w, y0, f=f: (f(w, y0) ** 2).mean()) for n, f in ends(change).items()
+    solves = {
+        "jaxode": lambda w, y0: jaxode.odeint(field(w), y0, t, method="dopri5", **options)[-1],
+        "diffrax": lambda w, y0: with_diffrax(field(w), y0, 3.0, 1e-3)[-1],
+        "jax": lambda w, y0: jax_odeint(
+            lambda y, t, w: field(w)(y, t), y0, jnp.asarray(t), w, **options
+        )[-1],
     }
-    compiled, compile_seconds = compile_in_turn(grads, weights, y0)
+    return solves, (weights, y0), field
+
+
+def squared(solves):
+    """Gradients with respect to the weights, of the mean square."""
+    return {n: jax.grad(lambda w, y0, f=f: (f(w, y0) ** 2).mean()) for n, f in solves.items()}
+
+
+def mlp_rows():
+    _, (weights, y0), field = network(128)
+    compiled, _ = compile_in_turn(lambda change: network(128, change)[0], weights, y0)
+    check(compiled, (weights, y0), compiled["diffrax"](weights, y0), 5e-2)
+    count = jaxode.solve(
+        field(weights), y0, np.array([0.0, 3.0], np.float32), method="dopri5", rtol=1e-3, atol=1e-3
+    ).stats.evaluations
+    bare = lambda w, y: jax.lax.fori_loop(
+        0, int(count), lambda _, y: y + 1e-3 * field(w)(y, 0.0), y
+    )
+    programs = compiled | {"bare": jax.jit(bare).lower(weights, y0).compile()}
+    seconds = time_in_turn(programs, weights, y0)
+    over = {"jaxode": seconds["jaxode"] / seconds.pop("bare")}
+    yield row("MLP 64-128-128-64, batch 256, forward", seconds, "ms")
+    yield row("MLP, forward over its evaluations alone, in a loop", over, "times")
+    gradients = lambda change: squared(network(128, change)[0])
+    compiled, compile_seconds = compile_in_turn(gradients, weights, y0)
     check(compiled, (weights, y0), compiled["diffrax"](weights, y0), 5e-2)
     gradient = time_in_turn(compiled, weights, y0)
     yield row("MLP, gradient", gradient, "ms")
     yield row("MLP, gradient: trace + compile", compile_seconds, "s")
     over = {"jaxode": gradient["jaxode"] / seconds["jaxode"]}
     yield row("MLP, gradient over forward", over, "times")
+    for width in (16, 512):
+        solves, args, _ = network(width)
+        gradients = squared(solves)
+        compiled, _ = compile_in_turn(lambda _, g=gradients: g, *args, rounds=1)
+        check(compiled, args, compiled["diffrax"](*args), 5e-2)
+        yield row(f"MLP of width {width}, gradient", time_in_turn(compiled, *args, rounds=9), "ms")
+
+
+def flow_rows():
+    """A training step of a continuous normalizing flow: exact trace, 256 points, and Adam."""
+    field = MLPField(2, width=64, dtype=jnp.float32, key=jax.random.key(0))
+    weights, structure = jax.tree.flatten(field)
+    x = jax.random.normal(jax.random.key(1), (256, 2), jnp.float32)
+    start, optimiser, tolerance = (x, jnp.zeros(256, jnp.float32)), optax.adam(1e-3), 1e-4
+    options = dict(rtol=tolerance, atol=tolerance)
+
+    def with_trace(weights):
+        field = jax.tree.unflatten(structure, weights)
+
+        def one(x, t):
+            return field(x, t), -jnp.trace(jax.jacfwd(field)(x, t))
+
+        return lambda state, t=None: jax.vmap(one, (0, None))(state[0], t)
+
+    solves = {
+        "jaxode": lambda f, s: jaxode.odeint(f, s, [0.0, 1.0], method="dopri5", **options),
+        "diffrax": lambda f, s: with_diffrax(f, s, 1.0, tolerance),
+        "jax": None,
+    }
+
+    def step(name, weights, slots):
+        def loss(weights):
+            if name == "jax":
+                ends = jax_odeint(
+                    lambda s, t, w: with_trace(w)(s, t), start, jnp.array([0.0, 1.0], jnp.float32),
+                    weights, **options,
+                )  # fmt: skip
+            else:
+                ends = solves[name](with_trace(weights), start)
+            z, change = jax.tree.map(lambda x: x[-1], ends)
+            return jnp.mean(jnp.sum(z**2, -1) / 2 + change)
+
+        updates, slots = optimiser.update(jax.grad(loss)(weights), slots)
+        return optax.apply_updates(weights, updates), slots
+
+    fns = {name: partial(step, name) for name in solves}
+    args = weights, optimiser.init(weights)
+    compiled, seconds = compile_in_turn(lambda _: fns, *args, rounds=1)
+    check(compiled, args, compiled["diffrax"](*args), 1e-2)
+    yield row("CNF, 256 points, exact trace, training step", time_in_turn(compiled, *args), "ms")
+    yield row("CNF, training step: trace + compile", seconds, "s")
 
 
 def output_rows():
@@ -215,7 +286,7 @@ def memory_rows():
 
 
 def shown(result) -> list[str]:
-    """A line of the table: our time, and how many times longer each peer takes."""
+    """A line of the table: our time with its spread, and how many times longer each peer takes."""
     scale = {"ms": 1e3, "s": 1.0, "times": 1.0}[result["unit"]]
     ours = result["seconds"]["jaxode"]
     digits = {"ms": ".3g", "s": ".2f", "times": ".2f"}[result["unit"]]
@@ -225,13 +296,32 @@ def shown(result) -> list[str]:
         else f"{result['seconds'][name]:.1f} times"
         for name in PEERS
     ]  # fmt: skip
-    return [result["work"], f"{ours * scale:{digits}} {result['unit']}", *peers]
+    spread = result["spread"].get("jaxode")
+    spread = "" if spread is None else f" ± {100 * spread:.0f} %"
+    return [result["work"], f"{ours * scale:{digits}} {result['unit']}{spread}", *peers]
 
 
 def table(results) -> str:
     head = ["work", "jaxode", *PEERS.values()]
     lines = [head, ["---"] * len(head), *map(shown, results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(results) -> None:
+    """How many times as long as jaxode each peer takes, a row of dots for every line of the table."""
+    rows = [r for r in results if r["unit"] != "times" and len(r["seconds"]) > 1][::-1]
+    figure, axis = plt.subplots(figsize=(10, 0.3 * len(rows) + 1.4), layout="constrained")
+    for i, (name, label) in enumerate(PEERS.items()):
+        ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
+        points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
+        axis.plot(*zip(*points), "osD^v<"[i], label=label.removesuffix(" takes"), ms=6)
+    axis.axvline(1, color="#444444", lw=1)
+    axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
+    axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
+    axis.grid(axis="y", color="#dddddd")
+    axis.legend(loc="lower right")
+    figure.savefig(HERE / "results.png", dpi=110)
+    plt.close(figure)
 
 
 def versions() -> str:
@@ -259,6 +349,7 @@ def main():
         lorenz_rows,
         classic_rows,
         mlp_rows,
+        flow_rows,
         output_rows,
         memory_rows,
         ensemble_rows,
@@ -277,9 +368,9 @@ def main():
     (HERE / "results.json").write_text(
         json.dumps({"versions": versions(), "results": results}, indent=1)
     )
-    write_readme(
-        f"{table(results)}\n\nWarm medians in one run; compilation: medians of three: {versions()}."
-    )
+    draw(results)
+    how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
+    write_readme(f"{table(results)}\n\n{how}: {versions()}.")
 
 
 if __name__ == "__main__":

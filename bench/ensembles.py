@@ -29,12 +29,13 @@ def lorenz(y, t, args):
     return speed * jnp.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z])
 
 
-def with_diffrax(field, y0, ts, args, tolerance, outputs=False):
+def with_diffrax(field, y0, ts, args, tolerance, outputs=False, adjoint=None):
     """The last state, or those at ts."""
     return diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: field(y, t, args)), diffrax.Tsit5(), ts[0], ts[-1], None, y0,
         args, saveat=diffrax.SaveAt(ts=ts) if outputs else diffrax.SaveAt(t1=True),
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance), max_steps=2**14,
+        adjoint=adjoint or diffrax.RecursiveCheckpointAdjoint(),
     ).ys  # fmt: skip
 
 
@@ -95,24 +96,35 @@ def network_rows():
     field = MLPField(4, width=20, time=False, dtype=jnp.float32, key=jax.random.key(0))
     times = jnp.sort(jax.random.uniform(jax.random.key(1), (256, 30), jnp.float32), axis=1)
     z0 = jax.random.normal(jax.random.key(2), (256, 4), jnp.float32)
-    solve = {
-        "jaxode": lambda field, z, t: jaxode.odeint(field, z, t, rtol=1e-3, atol=1e-3),
-        "diffrax": lambda field, z, t: with_diffrax(
-            lambda y, t, field: field(y, t), z, t, field, 1e-3, outputs=True
-        ),
-    }
+
+    def solvers(adjoint, its_adjoint):
+        options = dict(rtol=1e-3, atol=1e-3, adjoint=adjoint)
+        return {
+            "jaxode": lambda field, z, t: jaxode.odeint(field, z, t, **options),
+            "diffrax": lambda field, z, t: with_diffrax(
+                lambda y, t, field: field(y, t), z, t, field, 1e-3, True, its_adjoint
+            ),
+        }
 
     def gradient(fn):
         total = lambda field: jnp.mean(jax.vmap(fn, (None, 0, 0))(field, z0, times) ** 2)
         return lambda weights: jax.grad(lambda w: total(jax.tree.unflatten(structure, w)))(weights)
 
     weights, structure = jax.tree.flatten(field)
-    fns = {name: gradient(fn) for name, fn in solve.items()}
+    fns = {name: gradient(fn) for name, fn in solvers("replay", None).items()}
     compiled, compile_seconds = compile_in_turn(lambda _: fns, weights, rounds=1)
-    check(compiled, (weights,), compiled["diffrax"](weights), 1e-2)
+    exact = compiled["diffrax"](weights)
+    check(compiled, (weights,), exact, 1e-2)
     seconds = time_in_turn(compiled, weights, rounds=9)
     yield row("256 latent paths, 30 ragged times each, gradient of weights", seconds, "ms")
     yield row("256 latent paths: trace + compile", compile_seconds, "s")
+    continuous = solvers("backsolve", diffrax.BacksolveAdjoint())
+    fns = {name: gradient(fn) for name, fn in continuous.items()}
+    compiled, _ = compile_in_turn(lambda _: fns, weights, rounds=1)
+    check(compiled, (weights,), exact, 5e-2)
+    yield row(
+        "256 latent paths, gradient by backsolve", time_in_turn(compiled, weights, rounds=5), "ms"
+    )
 
 
 def by_c(rho, tolerance, end):

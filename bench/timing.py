@@ -20,10 +20,23 @@ def compile_in_turn(make, *args, rounds=3):
             program = jax.jit(function).lower(*args).compile()
             seconds.setdefault(name, []).append(time.perf_counter() - began)
             compiled.setdefault(name, program)
-    return compiled, {name: statistics.median(times) for name, times in seconds.items()}
+    return compiled, {name: Seconds.of(times) for name, times in seconds.items()}
 
 
-def time_in_turn(compiled, *args, rounds=15, least=0.02):
+class Seconds(float):
+    """A median, and the spread about it: half of the range between the quartiles, relative."""
+
+    spread: float
+
+    @classmethod
+    def of(cls, samples):
+        middle = cls(statistics.median(samples))
+        low, _, high = statistics.quantiles(samples) if len(samples) > 1 else samples * 3
+        middle.spread = (high - low) / 2 / middle
+        return middle
+
+
+def time_in_turn(compiled, *args, rounds=15, least=0.02) -> dict[str, Seconds]:
     """Medians of seconds a call; the programs take turns, so that a slow moment hits all of them."""
     calls = {}
     for name, program in compiled.items():
@@ -38,7 +51,7 @@ def time_in_turn(compiled, *args, rounds=15, least=0.02):
             for _ in range(calls[name]):
                 jax.block_until_ready(program(*args))
             samples[name].append((time.perf_counter() - began) / calls[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return {name: Seconds.of(times) for name, times in samples.items()}
 
 
 def check(compiled, args, reference, tolerance):
@@ -53,4 +66,5 @@ def check(compiled, args, reference, tolerance):
 
 def row(work, seconds, unit):
     """A line of the table: seconds of each library (or ratios, if the unit is "times")."""
-    return {"work": work, "unit": unit, "seconds": seconds}
+    spread = {name: s.spread for name, s in seconds.items() if isinstance(s, Seconds)}
+    return {"work": work, "unit": unit, "seconds": seconds, "spread": spread}

@@ -281,7 +281,7 @@ def pull(x, rest, tape, ys_bar):
         return take(carry, f_x, y, k, s, s1 - s, ss, ys_bar)
 
     again = one_step(solve.table, f, y0, tape.grid[0])
-    carry = backwards(solve, tape, again, visit, carry, y0)
+    carry = backwards(solve, tape, again, visit, carry)
     k0, pull_k = jax.vjp(lambda f_x, y: eqx.combine(f_x, f_rest)(y, jnp.zeros_like(ss[0])), f_x, y0)
     y_bar, k_bar = take.pair.open(carry.pair)
     f_bar, y0_bar = pull_k(k_bar)

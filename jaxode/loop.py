@@ -118,7 +118,7 @@ class Integrator(eqx.Module):
     @property
     def segment(self) -> int:
         """How many states a backward pass rebuilds at a time: sqrt(max_steps), at most 64."""
-        return max(1, min(SEGMENT, math.isqrt(self.max_steps - 1) + 1))
+        return segment(self.max_steps)
 
     def tolerated(self, *ys):
         """atol + rtol max |y|, leaf by leaf, of what is measured of a state; never 0."""
@@ -235,10 +235,11 @@ class Integrator(eqx.Module):
         )  # fmt: skip
 
     def empty_tape(self, y0, dtype) -> Tape:
-        """Room for as many states, or for all of them while they are small."""
+        """Room for as many states, or for more while they are small; and for those rebuilt of a segment."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
-        slots = min(max(self.segment, TAPE_BYTES // max(size, 1)), self.max_steps)
-        room = jax.tree.map(lambda x: jnp.zeros((slots + 1, *x.shape), x.dtype), y0)
+        kept = max(self.segment, TAPE_BYTES // max(size, 1))
+        rows = min(kept + self.segment, self.max_steps)
+        room = jax.tree.map(lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype), y0)
         zero = jnp.zeros((), jnp.int32)
         grid = jnp.zeros(self.max_steps + 1, dtype)
         return Tape(ys=room, ks=room, k_end=y0, grid=grid, level=zero, steps=zero)
@@ -494,8 +495,15 @@ def while_room(unfinished, body, state) -> Any:
     return lax.while_loop(unfinished, until_full, state)
 
 
+def segment(max_steps: int) -> int:
+    """sqrt(max_steps), at most 64."""
+    return max(1, min(SEGMENT, math.isqrt(max_steps - 1) + 1))
+
+
 def slots(tape: Tape) -> int:
-    return len(jax.tree.leaves(tape.ys)[0]) - 1
+    """How many states are kept: all, or as many as leaves room for a segment to be rebuilt."""
+    rows, most = len(jax.tree.leaves(tape.ys)[0]) - 1, len(tape.grid) - 1
+    return most if rows >= most else rows - segment(most)
 
 
 def thin(tape: Tape, full) -> Tape:
@@ -513,51 +521,50 @@ def thin(tape: Tape, full) -> Tape:
     return tape._replace(ys=ys, ks=ks, level=tape.level + full.astype(jnp.int32))
 
 
-def backwards(solve, tape: Tape, again, visit, carry, y0):
+def backwards(solve, tape: Tape, again, visit, carry):
     """visit(carry, n, y_n, k_n) for n = steps - 1, ..., 0.
 
-    The states between two rows of the tape are rebuilt, by `again(y, k, s, h)`, which is a step.
+    The states between two rows of the tape are rebuilt, by `again(y, k, s, h)`, which is a step, into
+    its last rows: an array of their own would be as large as the tape for XLA, which copies that.
     """
-    kept = slots(tape)
+    kept, rooms = slots(tape), (tape.ys, tape.ks)
     if kept >= solve.max_steps:
 
         def back(state):
             n, carry = state[0] - 1, state[1]
-            return n, visit(carry, n, *tree.row((tape.ys, tape.ks), n))
+            return n, visit(carry, n, *tree.row(rooms, n))
 
         return lax.while_loop(lambda state: state[0] > 0, back, (tape.steps, carry))[1]
 
-    most = min(solve.segment, 1 << max(0, (-(-solve.max_steps // kept) - 1).bit_length()))
-    length = jnp.where(tape.level == 0, kept, jnp.minimum(1 << tape.level, most))
-    room = jax.tree.map(lambda y: jnp.zeros((most, *y.shape), y.dtype), y0)
+    all_there = tape.level == 0
+    length = jnp.where(all_there, kept, jnp.minimum(1 << tape.level, solve.segment))
+    base = jnp.where(all_there, 0, kept + 1)  # state n is in row n - start + base
 
-    def segment(state):
-        end, carry, room = state
+    def one_segment(state):
+        end, carry, rooms = state
         start = (end - 1) // length * length
 
         def rebuild(state):
-            n, y, k, room = state
-            room = tree.put(jnp.maximum(n - start, 0), (y, k), room)  # before start: written over
+            n, y, k, rooms = state
+            # Before start: written over.
+            rooms = tree.put(jnp.maximum(n - start, 0) + base, (y, k), rooms)
             y, k = again(y, k, tape.grid[n], tape.grid[n + 1] - tape.grid[n])
-            return n + 1, y, k, room
+            return n + 1, y, k, rooms
 
         row = start >> tape.level
-        y, k = tree.row((tape.ys, tape.ks), row)
-        first = jnp.where(tape.level == 0, end - 1, row << tape.level)
-        _, y, k, room = lax.while_loop(lambda st: st[0] < end - 1, rebuild, (first, y, k, room))
-        room = tree.put(jnp.minimum(end - 1 - start, most - 1), (y, k), room)
+        first = jnp.where(all_there, end, row << tape.level)
+        begin = first, *tree.row(rooms, row), rooms
+        rooms = lax.while_loop(lambda st: st[0] < end, rebuild, begin)[3]
 
         def back(state):
             n, carry = state[0] - 1, state[1]
-            rebuilt = tree.row(room, jnp.minimum(n - start, most - 1))
-            here = tree.where(tape.level == 0, tree.row((tape.ys, tape.ks), n), rebuilt)
-            return n, visit(carry, n, *here)
+            return n, visit(carry, n, *tree.row(rooms, n - start + base))
 
         _, carry = lax.while_loop(lambda state: state[0] > start, back, (end, carry))
-        return start, carry, room
+        return start, carry, rooms
 
-    state = (tape.steps, carry, (room, room))
-    return lax.while_loop(lambda state: state[0] > 0, segment, state)[1]
+    state = (tape.steps, carry, rooms)
+    return lax.while_loop(lambda state: state[0] > 0, one_segment, state)[1]
 
 
 def largest(xs):

@@ -144,8 +144,8 @@ def pleiades(y, t):
     """Seven stars in the plane with masses 1 to 7: positions x, y, then velocities."""
     x, y, velocity = jnp.asarray(y[:7]), jnp.asarray(y[7:14]), jnp.asarray(y[14:])
     dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    distance = dx**2 + dy**2 + jnp.eye(7, dtype=x.dtype)
-    pull = jnp.arange(1, 8, dtype=x.dtype).reshape(1, 7) / distance**1.5
+    square = dx * dx + dy * dy + jnp.eye(7, dtype=x.dtype)  # a power takes ten times a root
+    pull = jnp.arange(1, 8, dtype=x.dtype).reshape(1, 7) / (square * jnp.sqrt(square))
     return jnp.concatenate([velocity, jnp.sum(pull * dx, 1), jnp.sum(pull * dy, 1)])
 
 

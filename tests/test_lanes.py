@@ -176,6 +176,28 @@ def test_networks_pytrees_and_ragged_times_work_and_shared_weights_are_summed(
     close(eqx.filter(found, eqx.is_array), summed, tolerance)
 
 
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve"])
+def test_shared_weights_have_no_gradient_if_a_solve_failed_unless_it_is_left_out(adjoint):
+    mlp = MLPField(3, width=16, time=False, dtype="float64", key=jax.random.key(0))
+    rates = jnp.array([0.0, 40.0, 0.5])  # the second one grows beyond all numbers
+
+    def field(y, t, mlp, rate):
+        return mlp(y, t) + rate * y**3
+
+    def loss(mlp, kept):
+        one = lambda rate: solve(
+            field, jnp.ones(3), T, mlp, rate, adjoint=adjoint, max_steps=200, throw=False
+        )
+        solutions = jax.vmap(one)(rates)
+        assert solutions.ys.shape == (3, len(T), 3)
+        return jnp.sum(jnp.where(kept[:, None, None], solutions.ys, 0.0) ** 2)
+
+    arrays = lambda kept: jax.tree.leaves(eqx.filter_grad(loss)(mlp, jnp.array(kept)))
+    assert all(np.all(np.isnan(x)) for x in arrays([True, True, True]))
+    single = [arrays([i == k for i in range(3)]) for k in (0, 2)]
+    close(arrays([True, False, True]), [a + b for a, b in zip(*single)], 1e-6)
+
+
 def test_nested_vmap_partial_vmap_scan_and_map_agree():
     y0s, rhos = problem()
     fn = lambda y0, rho: loss(y0, rho, jnp.asarray(T), 8 / 3)
