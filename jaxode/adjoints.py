@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxode import batching, lanes, lanes_backward, scalars, sensitivities, tree
+from jaxode import batching, lanes, lanes_backward, scalars, sensitivities, stages, tree
 from jaxode.continuous_adjoint import backsolve
 from jaxode.cotangents import (
     Cotangents,
@@ -408,8 +408,10 @@ class Backstep:
         if self.pair.packed:
             both = self.pair.pack(y, y)
             self.fused = scalars.fuse(self.pull, *args, both, self.d_blank)
+        self.loop = False
         if self.fused is None:
             self.pair = Pair(y, packed=False)
+            self.loop = stages.which(table, eqx.combine(f_x, f_rest), y, s).backward
         elif inside:
             self.slope = scalars.fuse(lambda *args: self.step(*args)[2], f_x, y, y, s, s)
 
@@ -425,7 +427,24 @@ class Backstep:
         f_bar, y_bar, k_bar = vjp((*self.pair.open(both), d_bar))
         return f_bar, self.pair.pack(jax.tree.map(jnp.add, y_bar, straight), k_bar)
 
+    def by_stages(self, carry, f_x, y, k, s, h, ss, ys_bar):
+        """The same as a loop over stages."""
+        field = lambda f_x, y, s: eqx.combine(f_x, self.f_rest)(y, s)
+        steps = stages.of_one(self.table, functools.partial(field, f_x))
+        ks, seen = steps.seen(y, k, s, h, self.inside)
+        straight, d_bar = self.blank, None
+        if self.inside:
+            d = steps.coefficients(y, h, ks)
+            carry, straight, d_bar = outputs(carry, d, straight, self.d_blank, s, h, ss, ys_bar)
+            d_bar = jax.tree.map(lambda *d: jnp.stack(d), *d_bar)
+        pull = lambda y, s, w: jax.vjp(lambda f_x, y: field(f_x, y, s), f_x, y)[1](w)
+        y_bar, k_bar, f_bar = steps.back(pull, seen, s, h, carry.pair, carry.f, d_bar)
+        both = jax.tree.map(jnp.add, y_bar, straight), k_bar
+        return Cotangents(both, f_bar, carry.ss, carry.row)
+
     def __call__(self, carry, f_x, y, k, s, h, ss, ys_bar):
+        if self.loop:
+            return self.by_stages(carry, f_x, y, k, s, h, ss, ys_bar)
         straight, d_bar = self.blank, self.d_blank
         d: Any = None
         vjp: Any = None
@@ -454,6 +473,13 @@ def one_step(table, f, y, s):
     if pair.packed:
         packed = lambda *args: pair.pack(*plain(*args))
         fused = scalars.fuse(packed, f, y, y, s, s, cheap=True)
+    if fused is None and stages.which(table, f, y, s).backward:
+
+        def in_a_loop(y, k, s, h):
+            y1, ks = stages.of_one(table, f).step(y, k, s, h)
+            return y1, tree.row(ks, len(table.c) - 1)
+
+        return in_a_loop
     if fused is None:
         return functools.partial(plain, f)
     return lambda *args: pair.open(fused(f, *args))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import scalars, tree
+from jaxode import scalars, stages, tree
 from jaxode.controllers import Controller, first_step
 from jaxode.solution import Status
 from jaxode.step import error, extra_stages, interpolate, step
@@ -22,7 +22,10 @@ from jaxode.step import error, extra_stages, interpolate, step
 SEGMENT = (
     64  # 64 states kept and 64 rebuilt serve 4,096 steps at the price of one more forward pass
 )
-TAPE_BYTES = 32 * 1024  # a tape up to this size keeps every state: it stays in the nearest cache
+KEPT, TAPE_BYTES = (
+    640,
+    256 * 1024,
+)  # while states are small so many are kept, of so many bytes in all
 
 
 class Report(NamedTuple):
@@ -237,7 +240,7 @@ class Integrator(eqx.Module):
     def empty_tape(self, y0, dtype) -> Tape:
         """Room for as many states, or for more while they are small; and for those rebuilt of a segment."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
-        kept = max(self.segment, TAPE_BYTES // max(size, 1))
+        kept = max(self.segment, min(KEPT, TAPE_BYTES // max(size, 1)))
         rows = min(kept + self.segment, self.max_steps)
         room = jax.tree.map(lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype), y0)
         zero = jnp.zeros((), jnp.int32)
@@ -323,10 +326,15 @@ def embedded(table, f, y0, k0, s, fuse=True):
 
         return small, pair
     pair = Pair(y0, packed=False)
+    loop = stages.which(table, f, y0, s).forward
 
     def with_stages(f, both, s, h):
         y, k = both
-        y1, ks = step(table, f, y, k, s, h)
+        if loop:
+            y1, rows = stages.of_one(table, f).step(y, k, s, h)
+            ks = [tree.row(rows, i) for i in range(len(table.c))]
+        else:
+            y1, ks = step(table, f, y, k, s, h)
         return (y1, ks[-1]), y1, error(table, h, ks), Inside(table, f, y, s, h, ks)
 
     return with_stages, pair

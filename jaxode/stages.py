@@ -1,12 +1,21 @@
 """A step as a loop over its stages, with all slopes in one array; and the way back through it.
 
 A stage is then a product of a row of the table with the slopes, and the program has the field once,
-where `step` writes it down for every stage. For many solves at once, whose slopes are wide rows, that
-is the faster form. One solve of a network is not better off: the gradient of an MLP took 20 ms instead
-of 16.5 (64-128-128-64, a batch of 256) and as long to compile, that of a convolutional ODE-Net 80 ms
-instead of 60, and 11 s instead of 15 to compile.
+where `step` writes it down for every stage. For many solves at once that is the faster form. For one
+solve it depends on the field, since XLA on a CPU fuses what is written one after another:
+
+| field, float64 but for the networks | forward, written out / loop | gradient, written out / loop |
+|---|---|---|
+| heat equation on 10,000 points | 129 / 36 ms | 532 / 115 ms |
+| seven stars (sums over pairs) | 1.6 / 2.7 ms | 12.5 / 9.6 ms |
+| MLP 64-128-128-64, a batch of 256 | 4.1 / 4.9 ms | 16.5 / 20 ms |
+| convolutional ODE-Net | | 60 / 80 ms |
+
+A difference of neighbours reads each slope at several places, and XLA computes it again for each of
+them, stage within stage; a matrix product, or a sum, is computed once. `which` finds out.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +23,102 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 from jaxtyping import PyTree
 
-from jaxode import tree
+from jaxode import scalars, tree
+from jaxode.splittings import Splitting
 from jaxode.tableaus import Tableau
+
+MOVES = frozenset("dynamic_slice gather pad rev slice split transpose unstack".split())
+KEEPS = scalars.ELEMENTWISE | {"broadcast_in_dim", "concatenate", "reshape", "squeeze", "stack"}
+PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))
+CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"))
+
+
+class Loops(NamedTuple):
+    """Whether the stages of a step of one solve are to be a loop, and those of its vjp."""
+
+    forward: bool
+    backward: bool
+
+
+def which(table: Tableau | Splitting, f, y, s) -> Loops:
+    """Which form is the faster one for a field: measured on a CPU; elsewhere stages are written out."""
+    if jax.default_backend() != "cpu" or isinstance(table, Splitting):
+        return Loops(False, False)
+    jaxpr = jax.make_jaxpr(lambda f, y, s: f(y, s))(f, y, s).jaxpr
+    states = jaxpr.invars[len(jax.tree.leaves(f)) : -1]
+    whole = lambda v: Read(v, tuple((0, n) for n in v.aval.shape), ())
+    reads = read(jaxpr, {v: frozenset([whole(v)]) for v in states})
+    neighbours = any(a.meets(b) for r in reads for a, b in itertools.combinations(r, 2))
+    return Loops(neighbours, neighbours or not products(jaxpr))
+
+
+class Read(NamedTuple):
+    """A place that is read: a box in an array of the state, and what moved that box about."""
+
+    array: Any
+    box: tuple[tuple[int, int], ...]
+    moves: tuple
+
+    def meets(self, other) -> bool:
+        """Whether the same numbers are in both, at different places."""
+        boxes = zip(self.box, other.box)
+        return self.array is other.array and all(a < d and c < b for (a, b), (c, d) in boxes)
+
+
+def read(jaxpr, reads: dict) -> list[frozenset]:
+    """What of the state each result is made of, as far as XLA would compute that more than once."""
+
+    def of(atom):
+        return frozenset() if isinstance(atom, core.Literal) else reads.get(atom, frozenset())
+
+    for eqn in jaxpr.eqns:
+        inner = called(eqn)
+        found = frozenset().union(*map(of, eqn.invars))
+        if inner is not None:
+            outs = read(inner, dict(zip(inner.invars, map(of, eqn.invars))))
+        elif eqn.primitive.name in KEEPS:
+            outs = [found] * len(eqn.outvars)
+        elif eqn.primitive.name in MOVES:
+            outs = [
+                frozenset(moved(place, eqn, i) for place in found) for i in range(len(eqn.outvars))
+            ]
+        else:  # a sum, a product: XLA computes it once
+            outs = [frozenset()] * len(eqn.outvars)
+        reads.update(zip(eqn.outvars, outs))
+    return list(map(of, jaxpr.outvars))
+
+
+def moved(place: Read, eqn, i: int) -> Read:
+    """Where result i of a slice, or the like, is read from: another box if it is of the state itself."""
+    if eqn.invars[0] is place.array and eqn.primitive.name == "slice":
+        starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+        return place._replace(box=tuple(zip(starts, limits)))
+    if eqn.invars[0] is place.array and eqn.primitive.name == "unstack":
+        box, axis = list(place.box), eqn.params["axis"]
+        box[axis] = (i, i + 1)
+        return place._replace(box=tuple(box))
+    return place._replace(moves=(*place.moves, eqn.outvars[i]))
+
+
+def products(jaxpr) -> bool:
+    """Whether there is a matrix product or a convolution."""
+    return any(
+        eqn.primitive.name in PRODUCTS or any(map(products, core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def called(eqn):
+    """What a call runs, None if it is not a call."""
+    if eqn.primitive.name not in CALLS:
+        return None
+    inner = next(
+        eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params
+    )
+    return getattr(inner, "jaxpr", inner)
 
 
 def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +144,11 @@ def product(weights, ks):
 def room_for(y, count: int):
     """An array for so many states."""
     return jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
+
+
+def of_one(table: Tableau, f) -> "Stages":
+    """The stages of one solve."""
+    return Stages(table, lambda ks, i, y, s: tree.put(i, f(y, s), ks))
 
 
 def alone(h, like):
@@ -77,6 +183,11 @@ class Stages(NamedTuple):
         begin = jnp.asarray(start, jnp.int32), y, ks, seen
         _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, begin)
         return y1, ks, seen
+
+    def step(self, y, k, s, h):
+        """y at the end of a step, and all slopes in rows."""
+        count = len(self.table.c)
+        return self.run(y, tree.put(0, k, room_for(y, count)), s, h, 1, count)[:2]
 
     def seen(self, y, k, s, h, inside: bool):
         """The slopes and the y_i of a step, all in rows: what `back` needs."""

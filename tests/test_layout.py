@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = (
-    "tableaus", "splittings", "tree", "step", "stages", "controllers", "solution", "scalars", "poison", "field",
+    "tableaus", "splittings", "tree", "step", "scalars", "stages", "controllers", "solution", "poison", "field",
     "loop", "batching", "lanes", "lanes_backward", "sensitivities", "cotangents", "continuous_adjoint",
     "adjoints", "signals", "solve", "problems", "nn", "data", "train", "experiments",
 )  # fmt: skip
