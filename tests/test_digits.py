@@ -96,6 +96,7 @@ def test_validation_holds_out_training_images_and_leaves_the_test_images_alone()
         (["digits", "--adjoint", "magic"], "magic"),
         (["digits", "--rtol", "-1"], "--rtol"),
         (["digits", "--colour"], "--colour"),
+        (["digits", "--quick", "--full"], "exclude"),
         (["letters"], "letters"),
         (["mnist", "--quick", "--data", "/nowhere"], "/nowhere"),
     ],

@@ -86,7 +86,10 @@ def command(name: str):
     module = module_of(name)
     from jaxode.experiments.experiment import carry_out
 
-    def callback(out, scale, fresh, **given):
+    def callback(out, quick, full, fresh, **given):
+        if quick and full:
+            raise click.UsageError("--quick and --full exclude each other: give one of them.")
+        scale = "quick" if quick else "full" if full else "default"
         given = {key: value for key, value in given.items() if value is not None}
         try:
             settings = module.Settings.at(scale, **given)
@@ -104,10 +107,9 @@ def command(name: str):
             help="Folder of checkpoints and figures.",
         ),
         click.Option(
-            ["--quick", "scale"], flag_value="quick", default="default",
-            help="Under a minute: does everything work?",
+            ["--quick"], is_flag=True, help="Under a minute: does everything work?",
         ),
-        click.Option(["--full", "scale"], flag_value="full", help="The published size."),
+        click.Option(["--full"], is_flag=True, help="The published size."),
         click.Option(
             ["--fresh"], is_flag=True, help="Start over instead of going on from checkpoints."
         ),
