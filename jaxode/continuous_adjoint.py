@@ -54,7 +54,6 @@ def backsolve(rtol=None, atol=None):
 
     The string "backsolve" is `backsolve()`.
     """
-
     back = batching.batched(solve_backwards, each_back, lanes.able_to)
 
     def backwards(solve, *args):
@@ -64,10 +63,9 @@ def backsolve(rtol=None, atol=None):
         forwards = lambda *args: lanes.solved(size, flags, *args)[0]
 
         def backwards(solve, x, *args):
-            both = flags[0]
-            of_given = alike(both, both.rtol, both.atol), *flags[1:]
+            of_solve = alike(flags[0], flags[0].rtol, flags[0].atol)
             solve = retolerated(solve, rtol, atol)
-            f_bar, *others = all_backwards(size, of_given, solve, x, *args)
+            f_bar, *others = all_backwards(size, (of_solve, *flags[1:]), solve, x, *args)
             own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
             return f_bar, *jax.tree.map(own, tuple(others), only(tuple(others), flags[2:]))
 
