@@ -322,7 +322,7 @@ def draw(results) -> None:
     axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
     axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
     axis.grid(axis="y", color="#dddddd")
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=len(PEERS))
     figure.savefig(HERE / "results.png", dpi=110)
     plt.close(figure)
 

@@ -24,6 +24,7 @@ from jaxode.nn import NeuralODE, classifier
 from jaxode.solve import solve
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
+METHODS = ("bosh3", "dopri5", "tsit5", "dop853")
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
@@ -41,6 +42,7 @@ class Settings(Options):
     adjoint: str = option(
         "replay", "How the ODE-Net is differentiated.", choices=("replay", "backsolve")
     )
+    method: str = option("tsit5", "Of the ODE-Net's solver.", quick="bosh3", choices=METHODS)
     rtol: float = option(
         1e-2, "Tolerance of the ODE-Net's solver, relative and absolute.", low=1e-6, high=1.0
     )
@@ -81,7 +83,9 @@ def network(name: str, task: Task, settings: Settings, key):
     if name != "ode-net":
         return net
     # Replay keeps about 2 sqrt(max_steps) states, and these fields take fewer than ten steps.
-    return eqx.tree_at(lambda net: net.body, net, net.body.with_options(max_steps=256))
+    return eqx.tree_at(
+        lambda net: net.body, net, net.body.with_options(method=settings.method, max_steps=256)
+    )
 
 
 def loss_of(pad: int):
@@ -269,7 +273,7 @@ def at_tolerance(net, x, tolerance, adjoint="replay"):
     body = net.body
     solution = solve(
         body.field, net.features(x), [body.t0, body.t1], rtol=tolerance, atol=tolerance,
-        adjoint=adjoint, max_steps=256,
+        adjoint=adjoint, max_steps=256, method=dict(body.options)["method"],
     )  # fmt: skip
     return solution.ys[-1], net.logits(solution.ys[-1]), solution.stats
 

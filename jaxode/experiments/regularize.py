@@ -40,6 +40,9 @@ class Settings(Options):
     steps: int = option(1200, "Steps of each flow.", quick=100, full=10_000, low=1)
     kinetic: float = option(0.2, "Weight of the kinetic energy (RNODE); half on digits.", low=0.0)
     jacobian: float = option(0.2, "Weight of the Jacobian norm (RNODE); half on digits.", low=0.0)
+    method: str = option(
+        "tsit5", "Of the solver in training.", quick="bosh3", choices=classification.METHODS
+    )
     steer: float = option(
         0.5, "The end time is uniform in 1 plus or minus this.", low=0.0, high=0.99
     )
@@ -83,7 +86,7 @@ def digits_loss(settings, penalty):
         shift_key, end_key, noise_key = jax.random.split(key, 3)
         h = net.features(data.shifted(shift_key, x))
         ts = jnp.stack([jnp.zeros(()), random_end(settings, penalty, end_key)])
-        options = dict(rtol=1e-3, atol=1e-3, **solver_options(penalty))
+        options = dict(method=settings.method, rtol=1e-3, atol=1e-3, **solver_options(penalty))
         extra = 0.0
         if penalty == "RNODE":
             noise = jax.random.rademacher(noise_key, h.shape, h.dtype)
@@ -158,7 +161,7 @@ def flow_loss(settings, penalty):
             noise = jax.random.rademacher(noise_key, batch.shape, batch.dtype)
             rates = [kinetic_energy, JacobianNorm(noise)]
         log_prob, integrals, solution = flow.with_options(
-            **solver_options(penalty)
+            method=settings.method, **solver_options(penalty)
         ).log_prob_and_integrals(batch, rates, end=random_end(settings, penalty, end_key))
         weights = (settings.kinetic, settings.jacobian)
         extra = sum(w * jnp.mean(i) for w, i in zip(weights, integrals))
