@@ -22,10 +22,8 @@ from jaxode.step import error, extra_stages, interpolate, step
 SEGMENT = (
     64  # 64 states kept and 64 rebuilt serve 4,096 steps at the price of one more forward pass
 )
-KEPT, TAPE_BYTES = (
-    640,
-    256 * 1024,
-)  # while states are small so many are kept, of so many bytes in all
+NEAR = 32 * 1024  # bytes: a tape that stays in the nearest cache costs nothing
+KEPT, FAR = 640, 256 * 1024  # up to this many bytes so many states are kept, rather than rebuilt
 
 
 class Report(NamedTuple):
@@ -240,7 +238,8 @@ class Integrator(eqx.Module):
     def empty_tape(self, y0, dtype) -> Tape:
         """Room for as many states, or for more while they are small; and for those rebuilt of a segment."""
         size = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y0))
-        kept = max(self.segment, min(KEPT, TAPE_BYTES // max(size, 1)))
+        size = max(size, 1)
+        kept = max(self.segment, NEAR // size, min(KEPT, FAR // size))
         rows = min(kept + self.segment, self.max_steps)
         room = jax.tree.map(lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype), y0)
         zero = jnp.zeros((), jnp.int32)
@@ -533,7 +532,7 @@ def backwards(solve, tape: Tape, again, visit, carry):
     """visit(carry, n, y_n, k_n) for n = steps - 1, ..., 0.
 
     The states between two rows of the tape are rebuilt, by `again(y, k, s, h)`, which is a step, into
-    its last rows: an array of their own would be as large as the tape for XLA, which copies that.
+    its last rows: so they are read from one place, whether they were kept or not.
     """
     kept, rooms = slots(tape), (tape.ys, tape.ks)
     if kept >= solve.max_steps:
@@ -560,9 +559,11 @@ def backwards(solve, tape: Tape, again, visit, carry):
             return n + 1, y, k, rooms
 
         row = start >> tape.level
-        first = jnp.where(all_there, end, row << tape.level)
+        first = jnp.where(all_there, end - 1, row << tape.level)
         begin = first, *tree.row(rooms, row), rooms
-        rooms = lax.while_loop(lambda st: st[0] < end, rebuild, begin)[3]
+        _, y, k, rooms = lax.while_loop(lambda st: st[0] < end - 1, rebuild, begin)
+        last = jnp.where(all_there, kept, end - 1 - start + base)  # row `kept` is never read
+        rooms = tree.put(last, (y, k), rooms)
 
         def back(state):
             n, carry = state[0] - 1, state[1]
