@@ -27,16 +27,13 @@ from jaxode import batching, lanes, lanes_backward, scalars, sensitivities, stag
 from jaxode.continuous_adjoint import backsolve
 from jaxode.cotangents import (
     Cotangents,
-    dense_cotangent,
-    is_symbolic_zero,
     join,
     no_tangent,
     only,
     outputs,
-    perturbed,
     rows_where,
     slopes,
-    values,
+    with_vjp,
 )
 from jaxode.loop import Pair, assemble, backwards, equal_steps_report
 from jaxode.step import coefficients, heuristics, powers_of, step, step_and_inside
@@ -166,21 +163,6 @@ def replaying(passes: Passes) -> Callable:
     """
     plain_solve, plain_record, plain_pull = passes.plain
 
-    @jax.custom_vjp
-    def solved(solve, f, y0, ss):
-        return passes.solve(solve, f, y0, ss)
-
-    def forward_pass(solve, f, y0, ss):
-        x, rest = perturbed((f, y0, ss))
-        rest = (values(solve), rest)
-        ys, (report, tape) = recorded(x, rest)
-        return (ys, report), (x, rest, tape)
-
-    def backward_pass(residuals, cotangents):
-        x, rest, tape = residuals
-        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
-        return None, *pulled(x, rest, tape, ys_bar)
-
     @jax.custom_jvp
     def recorded(x, rest):
         """The solve, with its tape."""
@@ -225,8 +207,11 @@ def replaying(passes: Passes) -> Callable:
 
         return jax.jvp(ys, (x,), (x_dot,))[1]
 
-    solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
-    return solved
+    def forwards(x, rest):
+        ys, (report, tape) = recorded(x, rest)
+        return ys, report, tape
+
+    return with_vjp(passes.solve, forwards, pulled)
 
 
 def symmetric(operator, v, x):
@@ -328,26 +313,22 @@ def ahead_in_lanes(size, flags, x, of_x, solve, f, y0, ss):
 
 def pull_lanes(size, flags, x, rest, tape, ys_bar):
     """`pull` of all: the solves are done again, a chunk at a time."""
-    each = lambda xs, flags: jax.tree.map(
-        lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape)), xs, flags
-    )
-    x, of_x = each(x, flags[0]), jax.tree.map(lambda _: True, x)
+    x, of_x = batching.spread(size, x, flags[0]), jax.tree.map(lambda _: True, x)
+    ys_bar = batching.spread(size, ys_bar, flags[3])
     given = (flags[1][0], of_x, flags[1][1])
     steps, ahead = tape[0].steps, tape[1]
-    out = pull_all_lanes(size, given, x, rest, (steps, ahead), each(ys_bar, flags[3]))
+    out = pull_all_lanes(size, given, x, rest, (steps, ahead), ys_bar)
     return out, jax.tree.map(lambda _: True, out)
 
 
 def pull_all_lanes(size, given, x, rest, tape, ys_bar):
     """Cotangents of x: of what solves have of their own, each its own; of what they share, the sum."""
-    own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
     steps, ahead = tape
     if ahead is not None:
         found = sensitivities.pulled(size, ahead, ys_bar, x, given[1])
-        return *jax.tree.map(own, found, given[1][:2]), None
+        return *batching.summed(found, given[1][:2]), None
     f_bar, y0_bar, ss_bar = lanes_backward.pulled(size, given, rest[0], x, rest[1], steps, ys_bar)
-    y0_bar = jax.tree.map(own, only(x[1], y0_bar), given[1][1])
-    return f_bar, y0_bar, jax.tree.map(own, ss_bar, given[1][2])
+    return f_bar, *batching.summed((only(x[1], y0_bar), ss_bar), given[1][1:])
 
 
 def of_many(size, flags) -> batching.Solver:

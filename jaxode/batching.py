@@ -137,6 +137,18 @@ def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
     return call
 
 
+def spread(size: int, xs, flags):
+    """xs with an axis of this size everywhere: where there is no flag, the same for all."""
+    one = lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape))
+    return jax.tree.map(one, xs, flags)
+
+
+def summed(xs_bar, flags):
+    """Cotangents of all solves: of what has no axis of its own, the sum."""
+    one = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
+    return jax.tree.map(one, xs_bar, flags)
+
+
 def joined(x, outer: bool, inner: bool, more: int, size: int):
     """x with its axes of sizes `more` and `size`, as far as it has them, as one."""
     if not (outer or inner):

@@ -8,6 +8,7 @@ lanes and steps, never an array for each lane.
 import dataclasses
 import functools
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -18,15 +19,12 @@ from jaxtyping import PyTree
 from jaxode import batching, lanes, tree
 from jaxode.cotangents import (
     Cotangents,
-    dense_cotangent,
-    is_symbolic_zero,
     join,
     only,
     outputs,
-    perturbed,
     rows_where,
     slopes,
-    values,
+    with_vjp,
 )
 from jaxode.lanes import Problems
 from jaxode.loop import State, advance
@@ -55,31 +53,24 @@ def backsolve(rtol=None, atol=None):
     The string "backsolve" is `backsolve()`.
     """
     back = batching.batched(solve_backwards, each_back, lanes.able_to)
-
-    def backwards(solve, *args):
-        return back(retolerated(solve, rtol, atol), *args)
+    of_one = continuous(
+        lanes.solve_batched, lambda solve, *args: back(retolerated(solve, rtol, atol), *args)
+    )
 
     def of_many(size, flags) -> batching.Solver:
         forwards = lambda *args: lanes.solved(size, flags, *args)[0]
-
-        def backwards(solve, x, *args):
-            of_solve = alike(flags[0], flags[0].rtol, flags[0].atol)
-            solve = retolerated(solve, rtol, atol)
-            f_bar, *others = all_backwards(size, (of_solve, *flags[1:]), solve, x, *args)
-            own = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
-            return f_bar, *jax.tree.map(own, tuple(others), only(tuple(others), flags[2:]))
-
+        of_all = alike(flags[0], flags[0].rtol, flags[0].atol), *flags[1:]
+        backwards = lambda solve, *args: all_backwards(
+            size, of_all, retolerated(solve, rtol, atol), *args
+        )
         return batching.Solver(forwards, continuous(forwards, backwards))
 
-    of_one = batching.Solver(lanes.solve_one, continuous(lanes.solve_batched, backwards))
-    return batching.in_lanes(of_one, of_many, lanes.able_to)
+    return batching.in_lanes(batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to)
 
 
 def each_back(size, flags, solve, x, rest, ys, ys_bar):
     """Under a `vmap` outside of the derivative: everyone's gradient is its own."""
-    every = lambda xs, flags: jax.tree.map(
-        lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape)), xs, flags
-    )
+    every = partial(batching.spread, size)
     of_given = eqx.combine(jax.tree.map(lambda _: True, x), flags[2])
     args = every(x, flags[1]), rest, every(ys, flags[3]), every(ys_bar, flags[4])
     out = all_backwards(size, (flags[0], *of_given), solve, *args)
@@ -87,26 +78,17 @@ def each_back(size, flags, solve, x, rest, ys, ys_bar):
 
 
 def continuous(forwards: Callable, backwards: Callable) -> Callable:
-    """The differentiable solve of these two."""
+    """The differentiable solve of these two; of the first nothing is kept but its outputs."""
 
-    @jax.custom_vjp
-    def solved(solve, f, y0, ss):
-        return forwards(solve, f, y0, ss)
-
-    def forward_pass(solve, f, y0, ss):
-        x, rest = perturbed((f, y0, ss))
-        rest = (values(solve), rest)
+    def and_kept(x, rest):
         solve, given = join(x, rest)
         ys, report = forwards(solve, *given)
-        return (ys, report), (x, rest, ys)
+        return ys, report, ys
 
-    def backward_pass(residuals, cotangents):
-        x, (solve, rest), ys = residuals
-        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
-        return None, *backwards(solve, x, rest, ys, ys_bar)
+    def with_solve(x, rest, ys, ys_bar):
+        return backwards(rest[0], x, rest[1], ys, ys_bar)
 
-    solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
-    return solved
+    return with_vjp(forwards, and_kept, with_solve)
 
 
 def retolerated(solve, rtol, atol):
@@ -155,11 +137,11 @@ def solve_backwards(solve, x, rest, ys, ys_bar):
     after, extra = None, None
     if len(ss) > 2:
         extra = met, None if x[2] is None else jnp.zeros_like(ss)
-        after = functools.partial(collect, solve.table, field, ss, ys_bar)
+        after = partial(collect, solve.table, field, ss, ys_bar)
     state, report = advance(solve, field, start, k, ss[-1], after=after, extra=extra)
     out = state.pair[0][1:], k[0], extra and state.extra[1], report.status
     fine, cotangents = ending(x, rest, ys_bar, *out)
-    return jax.tree.map(functools.partial(poisoned, is_asked(ys_bar), fine), cotangents)
+    return jax.tree.map(partial(poisoned, is_asked(ys_bar), fine), cotangents)
 
 
 def beginning(ss, ys, ys_bar):
@@ -242,15 +224,15 @@ def all_backwards(size, flags, solve, x, rest, ys, ys_bar):
         status = solve.report(end, start, k, span[-1]).status
         fine, out = ending(x, rest, ys_bar, last[1:], k[0], end.extra and end.extra[1], status)
         asked = is_asked(ys_bar)
-        return jax.tree.map(functools.partial(poisoned, asked, fine), out), fine | ~asked
+        return jax.tree.map(partial(poisoned, asked, fine), out), fine | ~asked
 
     axis, of_given = problems.coordinates.axis, jax.tree.map(lambda b: 0 if b else None, flags[1:])
     axes = axis, axis, axis, only(x, of_given), only(rest, of_given), 0
     args = problems.own, begin, ends, x, rest, ys_bar
     (own_bar, y0_bar, ss_bar), fine = jax.vmap(result, axes)(*args)
-    total = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)
-    own_bar = jax.tree.map(total, own_bar, only(own_bar, flags[1]))
-    f_bar = jax.tree.map(functools.partial(poisoned, True, jnp.all(fine)), f_bar)
+    others = own_bar, y0_bar, ss_bar
+    own_bar, y0_bar, ss_bar = batching.summed(others, only(others, flags[1:]))
+    f_bar = jax.tree.map(partial(poisoned, True, jnp.all(fine)), f_bar)
     return eqx.combine(own_bar, f_bar), y0_bar, ss_bar
 
 
@@ -259,14 +241,13 @@ def parted(size, f_x, flags):
     shared = [x for x, flag in zip(jax.tree.leaves(f_x), jax.tree.leaves(flags)) if not flag]
     few = sum(x.size for x in shared) <= CARRIED
     f_own, f_sum = eqx.partition(f_x, jax.tree.map(lambda flag: flag or few, flags))
-    spread = lambda x, flag: x if flag else jnp.broadcast_to(x, (size, *x.shape))
-    return jax.tree.map(spread, f_own, only(f_own, flags)), f_sum
+    return batching.spread(size, f_own, only(f_own, flags)), f_sum
 
 
 def queued(size, flags, solve, field, given, ys, ys_bar):
     """The backward solves before their first attempts."""
     (f_own, f_sum, f_rest), ss = field, eqx.combine(*given)[2]
-    each, of_ss = functools.partial(jax.vmap, axis_size=size), 0 if flags[3] else None
+    each, of_ss = partial(jax.vmap, axis_size=size), 0 if flags[3] else None
     y1, a, met = each(beginning, (of_ss, 0, 0))(ss, ys, ys_bar)
     # A solve that is left out is not solved backwards. It may have failed: it starts as another.
     asked = each(is_asked)(ys_bar)
@@ -274,7 +255,7 @@ def queued(size, flags, solve, field, given, ys, ys_bar):
     y1 = jax.tree.map(lambda y: each(jnp.where, (0, 0, None))(asked, y, y[one]), y1)
     end = jnp.where(asked, ss[..., -1], 0)
     start = y1, a, jax.tree.map(jnp.zeros_like, f_own)
-    all_of = functools.partial(jax.tree.map, lambda _: True)
+    all_of = partial(jax.tree.map, lambda _: True)
     of_rest = eqx.combine(only(f_sum, flags[1]), only(f_rest, flags[1]))
     of_field = Reversed(all_of(f_own), of_rest, True)
     field = Reversed(f_own, eqx.combine(f_sum, f_rest), end)
@@ -329,12 +310,11 @@ class Back:
 
     def slopes(self, own, f_sum, y, r):
         """f of all lanes."""
-        one = lambda solve, field, span, y, r: self.field(f_sum, field)(y, field.end - r)
-        return self.problems.each(one)(own, y, r)
 
-    @staticmethod
-    def field(f_sum, field: Reversed):
-        return eqx.combine(f_sum, field.f_x, field.f_rest)
+        def one(solve, field, span, y, r):
+            return eqx.combine(f_sum, field.f_x, field.f_rest)(y, field.end - r)
+
+        return self.problems.each(one)(own, y, r)
 
     @staticmethod
     def pending(solve, field, span, old: State, new: State):

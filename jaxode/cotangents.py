@@ -1,5 +1,7 @@
 """What goes backwards, whichever way: which inputs are differentiated, and the cotangents of outputs."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,31 @@ from jaxode import tree
 from jaxode.step import powers_of
 
 # Which inputs are differentiated.
+
+
+def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callable:
+    """The solve `plain(solve, f, y0, ss) -> (ys, report)`, differentiated by two functions.
+
+    `forwards(x, rest) -> (ys, report, kept)` is given the inputs that are differentiated, and the
+    others; `backwards(x, rest, kept, ys_bar)` returns cotangents of the former.
+    """
+
+    @jax.custom_vjp
+    def solved(solve, f, y0, ss):
+        return plain(solve, f, y0, ss)
+
+    def forward_pass(solve, f, y0, ss):
+        x, rest = perturbed((f, y0, ss))
+        rest = (values(solve), rest)
+        ys, report, kept = forwards(x, rest)
+        return (ys, report), (x, rest, kept)
+
+    def backward_pass(residuals, cotangents):
+        ys_bar = jax.tree.map(dense_cotangent, cotangents[0], is_leaf=is_symbolic_zero)
+        return None, *backwards(*residuals, ys_bar)
+
+    solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
+    return solved
 
 
 def perturbed(inputs):

@@ -33,7 +33,7 @@ from jaxode.tableaus import Tableau
 MOVES = frozenset("dynamic_slice gather pad rev slice split transpose unstack".split())
 KEEPS = scalars.ELEMENTWISE | {"broadcast_in_dim", "concatenate", "reshape", "squeeze", "stack"}
 PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))
-CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"))
+CALLS = scalars.CALLS | {"custom_vjp_call"}
 
 
 class Loops(NamedTuple):
@@ -75,9 +75,9 @@ def read(jaxpr, reads: dict) -> list[frozenset]:
         return frozenset() if isinstance(atom, core.Literal) else reads.get(atom, frozenset())
 
     for eqn in jaxpr.eqns:
-        inner = called(eqn)
         found = frozenset().union(*map(of, eqn.invars))
-        if inner is not None:
+        if eqn.primitive.name in CALLS:
+            inner = scalars.inner(eqn).jaxpr
             outs = read(inner, dict(zip(inner.invars, map(of, eqn.invars))))
         elif eqn.primitive.name in KEEPS:
             outs = [found] * len(eqn.outvars)
@@ -109,16 +109,6 @@ def products(jaxpr) -> bool:
         eqn.primitive.name in PRODUCTS or any(map(products, core.jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
-
-
-def called(eqn):
-    """What a call runs, None if it is not a call."""
-    if eqn.primitive.name not in CALLS:
-        return None
-    inner = next(
-        eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params
-    )
-    return getattr(inner, "jaxpr", inner)
 
 
 def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:

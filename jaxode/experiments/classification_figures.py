@@ -97,6 +97,7 @@ def memory(rows):
         xscale="log", yscale="log", xlabel="tolerance", ylabel="memory of the gradient (MiB)",
         title="Memory of the ODE block against accuracy",
     )  # fmt: skip
+    axis.margins(0.12)  # for the words above the first and the last point
     axis.invert_xaxis()
     axis.legend()
     return figure
