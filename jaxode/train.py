@@ -130,6 +130,7 @@ def fit(
     fresh: bool = False,
     mesh: Mesh | None = None,
     batch_spec: PyTree = None,
+    step: Callable | None = None,
 ) -> tuple[TrainState, list[dict]]:
     """Train until `steps` steps are done, going on from the checkpoint in `folder` if there is one.
 
@@ -151,6 +152,8 @@ def fit(
             writes. A checkpoint does not know how many devices there were.
         batch_spec: how the batch is split, a `PartitionSpec` or a prefix of the batch of them; by
             default the leading axis of every array, over all devices.
+        step: what `train_step` made of the loss, the optimiser, the mesh and `batch_spec`, for a
+            caller who uses it as well; by default it is made here.
 
     Returns:
         The state after the last step, and the metrics of every step, as in metrics.jsonl: its
@@ -164,7 +167,7 @@ def fit(
 
     state, history = resume(folder, state) if folder and not fresh else (state, [])
     began = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
-    step = train_step(loss, optimiser, mesh, batch_spec)
+    step = step or train_step(loss, optimiser, mesh, batch_spec)
     if mesh is not None:
         state = placed(mesh, PartitionSpec(), state)
         whole, specs = batches, specs_of(mesh, batch_spec)

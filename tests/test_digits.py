@@ -50,7 +50,9 @@ def test_rk_net_evaluates_and_transposes_as_often_as_it_steps(ran):
 
 def test_the_second_run_goes_on_from_the_first_and_keeps_its_numbers(ran, monkeypatch):
     out, results = ran
-    monkeypatch.setattr(classification, "cost_of_gradient", lambda *_: {})
+    counted = {name: x for name, x in results.more["networks"]["ode-net"].items()
+               if name in classification.evaluations(None, [{"evaluations": 0}])}  # fmt: skip
+    monkeypatch.setattr(classification, "counter", lambda *_: lambda _: counted)
     monkeypatch.setattr(classification, "tolerances", lambda *_: results.more["tolerances"])
     monkeypatch.setattr(classification, "rows_of", lambda _: results.rows)
     again = carry_out(digits, SMALL, out, progress=False)

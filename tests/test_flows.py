@@ -136,6 +136,25 @@ def test_integrals_are_those_of_the_path():
     np.testing.assert_allclose(norm[-1], 1.0, rtol=1e-6)  # |e^T (-I)|^2 / d
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_rates_share_one_evaluation_and_are_what_they_are_alone(linear):
+    y, times = points(3), []
+    noise = jax.random.rademacher(KEY, y.shape, y.dtype)
+    rates = [kinetic_energy, divergence, Hutchinson(noise), JacobianNorm(noise)]
+    rates = rates if linear else rates[:1]
+
+    def field(y, t):
+        times.append(t)
+        return jnp.sin(y @ jnp.array([[1.0, 2.0], [-0.5, 0.3]])) * t
+
+    both = WithIntegrals(field, rates)
+    dy, found = both((y, both.zeros(y)), 0.7)
+    assert len(times) == 1
+    np.testing.assert_allclose(dy, field(y, 0.7), rtol=1e-6)
+    for rate, one in zip(rates, found):
+        np.testing.assert_allclose(one, rate(field, y, 0.7), rtol=1e-5)
+
+
 @pytest.mark.parametrize("density", [False, True])
 def test_a_planar_flow_has_the_determinant_of_its_jacobian(density):
     flow = PlanarFlow(5, Normal(2), density=density, key=KEY)

@@ -16,6 +16,15 @@ def heat(y, t, k):
     return k * laplace(y) + jnp.sin(y + t)
 
 
+def layers(y, t, k):
+    """Ten of them, of ten numbers each."""
+    x = y.reshape(-1, 10)
+    for i in range(10):
+        weights = jnp.sin(jnp.arange(100, dtype=y.dtype) * (i + 1)).reshape(10, 10)
+        x = x + jnp.tanh(x @ weights) * k / 50
+    return t - x.reshape(y.shape)
+
+
 FIELDS = {
     "differences of neighbours": (lambda y, t: laplace(y[0]), Loops(True, True)),
     "differences of padded arrays": (
@@ -41,16 +50,26 @@ def test_neighbours_make_a_loop_and_a_network_is_written_out(name):
     assert which(methods["tsit5"], field, jnp.ones((2, 99)), jnp.zeros(())) == expected
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dop853", "rk4"])
+def test_a_deep_network_makes_a_loop_unless_its_state_is_large():
+    field = jax.tree_util.Partial(lambda y, t: layers(y, t, 1.0))
+    for size, expected in ((100, True), (101, False)):
+        y = jax.ShapeDtypeStruct((size, 100), jnp.float32)
+        loops = which(methods["tsit5"], field, y, jnp.zeros((), jnp.float32))
+        assert loops == Loops(expected, expected)
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_both_forms_give_the_same_solution_and_gradient(monkeypatch, method, count, dtype):
+@pytest.mark.parametrize(
+    ("method", "field"), [("tsit5", heat), ("dop853", heat), ("rk4", heat), ("bosh3", layers)]
+)
+def test_both_forms_give_the_same_solution_and_gradient(monkeypatch, field, method, count, dtype):
     y0 = jnp.sin(jnp.arange(100, dtype=dtype))
     t = jnp.linspace(0.0, 0.3, count, dtype=dtype)
     tolerance = 1e-6 if dtype == "float64" else 1e-4
     options = {"dt": 0.01} if method == "rk4" else {"rtol": tolerance, "atol": tolerance}
 
     def loss(y0, k, t):
-        ys = odeint(heat, y0, t, k, method=method, **options)
+        ys = odeint(field, y0, t, k, method=method, **options)
         return jnp.sum(jnp.cos(ys) * jnp.arange(1, count + 1, dtype=dtype)[:, None])
 
     def run(loops):

@@ -20,7 +20,7 @@ import optax
 from jaxode import data, train
 from jaxode.experiments.classification_figures import LABELS
 from jaxode.experiments.experiment import Options, option, parameters
-from jaxode.nn import NeuralODE, classifier
+from jaxode.nn import classifier
 from jaxode.solve import solve
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
@@ -34,7 +34,7 @@ class Settings(Options):
 
     epochs: int = option(24, "Passes over the training data.", quick=1, low=1)
     batch: int = option(32, "Images a step.", quick=16, low=1)
-    channels: int = option(24, "Of the feature maps.", quick=4, low=1)
+    channels: int = option(24, "Of the feature maps.", quick=8, low=1)
     hidden: int = option(128, "Width of the MLP.", quick=16, low=1)
     blocks: int = option(6, "Of the ResNet.", quick=1, low=1)
     rate: float = option(1e-2, "Learning rate.", low=0.0)
@@ -119,15 +119,21 @@ def train_and_measure(task: Task, settings: Settings, folder: Path, progress: bo
     task = prepared(task, settings)
     numbers, nets, histories = {}, {}, {}
     for name in LABELS:
-        nets[name], histories[name] = trained(name, task, settings, folder / name, progress)
-        batch = task.images.x[: settings.batch], task.images.y[: settings.batch]
+        nets[name], histories[name], memory = trained(name, task, settings, folder / name, progress)
         numbers[name] = {
             "test error": histories[name][-1]["test error"],
             "parameters": parameters(nets[name]),
             "ms": step_milliseconds(histories[name]),
-            **cost_of_gradient(nets[name], batch, loss_of(task.pad)),
+            "step_bytes": memory,
+            **evaluations(nets[name], histories[name]),
         }
-    return nets, histories, numbers, tolerances(nets["ode-net"], task.test, adjoints)
+    net, x = nets["ode-net"], task.images.x[: settings.batch]
+    counters = {
+        adjoint: counter(net, x, adjoint)
+        for adjoint in dict.fromkeys([settings.adjoint, *adjoints])
+    }
+    numbers["ode-net"] |= counters[settings.adjoint](settings.rtol)
+    return nets, histories, numbers, tolerances(net, task.test, {a: counters[a] for a in adjoints})
 
 
 def rows_of(numbers: dict) -> list[dict]:
@@ -138,7 +144,7 @@ def rows_of(numbers: dict) -> list[dict]:
             "test error": f"{100 * row['test error']:.2f} %",
             "parameters": f"{row['parameters']:,}",
             "ms/step": f"{row['ms']:.1f}",
-            "grad memory": f"{row['gradient_bytes'] / 2**20:.2f} MiB",
+            "step memory": f"{row['step_bytes'] / 2**20:.2f} MiB",
             "forward": str(row["forward_evaluations"]),
             "backward": str(row["backward_vjps"])
             + (f" + {row['rebuilding_evaluations']}" if row["rebuilding_evaluations"] else ""),
@@ -148,13 +154,14 @@ def rows_of(numbers: dict) -> list[dict]:
 
 
 NOTES = (
+    "step memory: temporary memory of the compiled training step;\n"
     "forward: evaluations of the field (or residual blocks); backward: vjps of it, +\n"
     "evaluations that rebuild states between checkpoints."
 )
 
 
 def trained(name, task, settings, folder, progress):
-    """The network after training, and the metrics of its steps."""
+    """The network after training, the metrics of its steps, and a step's temporary bytes."""
     net_key, order_key, shift_key = jax.random.split(jax.random.key(settings.seed), 3)
     net = network(name, task, settings, net_key)
     size = len(task.images.y)
@@ -173,19 +180,23 @@ def trained(name, task, settings, folder, progress):
         parts = [slice(i, i + 500) for i in range(0, len(y), 500)]
         return {"test error": sum(int(wrong(net, x[i], y[i])) for i in parts) / len(y)}
 
+    loss = loss_of(task.pad)
+    step = train.train_step(loss, optimiser)
     state, history = train.fit(
-        loss_of(task.pad),
+        loss,
         optimiser,
         train.start(net, optimiser, shift_key),
         batches,
         steps,
+        step=step,
         folder=folder,
         every=max(1, min(2 * epoch, steps // 4)),
         evaluate=test_error,
         label=LABELS[name],
         progress=progress,
     )
-    return state.model, history
+    program: Any = step.lower(state, batches(0)).compile().compiled  # the one that ran
+    return state.model, history, program.memory_analysis().temp_size_in_bytes
 
 
 def step_milliseconds(history) -> float:
@@ -223,49 +234,14 @@ class Counted(eqx.Module):
         return evaluate(weights, y, t)
 
 
-def cost_of_gradient(net, batch, loss) -> dict:
-    """Temporary memory (bytes) of the compiled gradient, and how often it evaluates the field.
+def evaluations(net, history) -> dict:
+    """What a network differentiated through its steps evaluates: as many vjps as evaluations.
 
-    `forward_evaluations` is what the solve says; the backward ones are counted as the program runs:
-    vector-Jacobian products of the field, and evaluations without one (states that are rebuilt).
-    Residual blocks count as one evaluation each, both ways.
+    A residual block counts as one evaluation. For what an adjoint evaluates see `counter`.
     """
-
-    def compiled_gradient(net, batch):
-        weights, rest = eqx.partition(net, eqx.is_inexact_array)
-        value = lambda weights, batch: loss(eqx.combine(weights, rest), batch, jax.random.key(0))
-        gradient = jax.jit(jax.value_and_grad(value, has_aux=True))
-        program: Any = gradient.lower(weights, batch).compile(QUICK_TO_COMPILE)
-        (_, metrics), _ = jax.block_until_ready(program(weights, batch))
-        return program.memory_analysis().temp_size_in_bytes, int(metrics["evaluations"])
-
-    solved = isinstance(getattr(net, "body", None), NeuralODE)
-    memory, forward = compiled_gradient(net, batch)
-    cost = {"gradient_bytes": memory}
-    if not solved:
-        blocks = len(net.body.blocks) if hasattr(net, "body") else 0
-        return {
-            **cost,
-            "forward_evaluations": blocks,
-            "backward_vjps": blocks,
-            "rebuilding_evaluations": 0,
-        }
-    counts = [0, 0]
-
-    def report(is_vjp, t):
-        counts[int(is_vjp)] += 1
-
-    one = jax.tree.map(lambda x: x[:1], batch)
-    field = lambda net: net.body.field
-    counted = eqx.tree_at(field, net, Counted(net.body.field, report))
-    _, ran = compiled_gradient(counted, one)
-    jax.effects_barrier()
-    return {
-        **cost,
-        "forward_evaluations": forward,
-        "backward_vjps": counts[1],
-        "rebuilding_evaluations": counts[0] - ran,
-    }
+    blocks = getattr(getattr(net, "body", None), "blocks", [])
+    forward = len(blocks) or int(history[-1]["evaluations"])
+    return {"forward_evaluations": forward, "backward_vjps": forward, "rebuilding_evaluations": 0}
 
 
 def at_tolerance(net, x, tolerance, adjoint="replay"):
@@ -278,11 +254,11 @@ def at_tolerance(net, x, tolerance, adjoint="replay"):
     return solution.ys[-1], net.logits(solution.ys[-1]), solution.stats
 
 
-def tolerances(net, test, adjoints=()) -> list[dict]:
+def tolerances(net, test, counters) -> list[dict]:
     """One trained ODE-Net, solved at several tolerances on test images (the paper's figure 3).
 
     `feature error` is the root mean square of the features at t1 minus those at tolerance 1e-6;
-    `backward` counts, for each of some adjoints, the evaluations of a forward and a backward pass.
+    `backward` is what each of the counters says, of a forward and a backward pass.
     """
     x, y = test.x[:500], test.y[:500]
     program = eqx.filter_jit(at_tolerance)
@@ -290,7 +266,6 @@ def tolerances(net, test, adjoints=()) -> list[dict]:
         program(net, x, jnp.asarray(tolerance, jnp.float32))
     )
     exact = solved(1e-6)[0]
-    backward = {adjoint: backward_counter(net, x[:1], adjoint) for adjoint in adjoints}
     rows = []
     for tolerance in TOLERANCES:
         seconds = []
@@ -305,14 +280,18 @@ def tolerances(net, test, adjoints=()) -> list[dict]:
                 "feature error": float(jnp.sqrt(jnp.mean((features - exact) ** 2))),
                 "seconds": min(seconds),
                 "test error": float(np.mean(np.argmax(np.asarray(logits), -1) != y)),
-                "backward": {adjoint: count(tolerance) for adjoint, count in backward.items()},
+                "backward": {adjoint: count(tolerance) for adjoint, count in counters.items()},
             }
         )
     return rows
 
 
-def backward_counter(net, x, adjoint):
-    """A function tolerance -> (evaluations in the forward solve, vjps in the backward pass)."""
+def counter(net, x, adjoint):
+    """A function tolerance -> how often a gradient evaluates the field, counted as it runs.
+
+    Forward, what the solve says; backward, vector-Jacobian products, and evaluations without one
+    (of states that are rebuilt).
+    """
     counts = [0, 0]
 
     def report(is_vjp, t):
@@ -331,7 +310,11 @@ def backward_counter(net, x, adjoint):
         counts[:] = 0, 0
         _, forward = jax.block_until_ready(gradient(weights, jnp.asarray(tolerance, jnp.float32)))
         jax.effects_barrier()
-        return int(forward), counts[1]
+        return {
+            "forward_evaluations": int(forward),
+            "backward_vjps": counts[1],
+            "rebuilding_evaluations": counts[0] - int(forward),
+        }
 
     return count
 
@@ -343,21 +326,25 @@ def gradient_memory(net, x, accuracies=(1e-1, 1e-5)) -> list[dict]:
     """
     features = net.features(jnp.asarray(x))
     weights, rest = eqx.partition(net.body, eqx.is_inexact_array)
-    rows = []
-    for tolerance in accuracies:
-        options = dict(rtol=tolerance, atol=tolerance)
-        stats = eqx.filter_jit(net.body.with_options(**options).solve)(features).stats
-        steps = int(stats.accepted + stats.rejected)
-        row: dict[str, Any] = {"tolerance": tolerance, "steps": steps}
-        for adjoint in ("backsolve", "replay", "direct"):
 
-            def value(weights, features, adjoint=adjoint, options=options, steps=steps):
-                body = eqx.combine(weights, rest)
-                solved = body.with_options(**options, adjoint=adjoint, max_steps=steps)
-                return jnp.sum(solved(features) ** 2)
+    @jax.jit
+    def steps_at(tolerance):
+        stats = net.body.with_options(rtol=tolerance, atol=tolerance).solve(features).stats
+        return stats.accepted + stats.rejected
 
-            gradient = jax.jit(jax.grad(value, (0, 1))).lower(weights, features)
-            program: Any = gradient.compile(QUICK_TO_COMPILE)
-            row[adjoint] = program.memory_analysis().temp_size_in_bytes
-        rows.append(row)
+    def memory(tolerance, steps, adjoint):
+        options = dict(rtol=tolerance, atol=tolerance, adjoint=adjoint, max_steps=steps)
+
+        def value(weights, features):
+            body = eqx.combine(weights, rest).with_options(**options)
+            return jnp.sum(body(features) ** 2)
+
+        gradient = jax.jit(jax.grad(value, (0, 1))).lower(weights, features)
+        program: Any = gradient.compile(QUICK_TO_COMPILE)
+        return program.memory_analysis().temp_size_in_bytes
+
+    rows = [{"tolerance": rtol, "steps": int(steps_at(rtol))} for rtol in accuracies]
+    for row in rows:
+        sizes = {a: memory(*row.values(), a) for a in ("backsolve", "replay", "direct")}
+        row.update(sizes)
     return rows

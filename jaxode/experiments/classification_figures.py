@@ -64,7 +64,10 @@ def figure_3(sweep, history):
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     error_and_time(axes[0], sweep)
     for adjoint in sweep[0]["backward"]:
-        forward, backward = zip(*(row["backward"][adjoint] for row in sweep))
+        counts = [row["backward"][adjoint] for row in sweep]
+        forward, backward = (
+            [c[k] for c in counts] for k in ("forward_evaluations", "backward_vjps")
+        )
         axes[1, 0].plot(forward, backward, "o-", label=f'"{adjoint}"')
     top = max(row["evaluations"] for row in sweep)
     axes[1, 0].plot([0, top], [0, top], ":", color="#999999", label="as many as forward")

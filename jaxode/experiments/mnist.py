@@ -28,7 +28,7 @@ class Settings(classification.Settings):
 
     epochs: int = option(8, "Passes over the training data.", quick=1, full=160, low=1)
     batch: int = option(32, "Images a step.", quick=16, full=128, low=1)
-    channels: int = option(16, "Of the feature maps.", quick=4, full=64, low=1)
+    channels: int = option(16, "Of the feature maps.", quick=8, full=64, low=1)
     hidden: int = option(300, "Width of the MLP.", quick=16, low=1)
     rate: float = option(1e-2, "Learning rate.", full=0.1, low=0.0)
     samples: int = option(8000, "Images to train on; 0: all.", quick=64, full=0, low=0)

@@ -95,8 +95,8 @@ class ContinuousFlow(eqx.Module):
         `end` is where data are: 1, or a random number near it in training (STEER: Ghosh et al. 2020,
         arXiv 2006.10711).
         """
-        z, (change, *integrals), solution = self.solved(x, (end, 0.0), rates, context, key)
-        return self.base.log_prob(z) - change, [-i for i in integrals], solution
+        z, (trace, *integrals), solution = self.solved(x, (end, 0.0), rates, context, key)
+        return self.base.log_prob(z) + trace, [-i for i in integrals], solution
 
     def sample(self, key: PRNGKeyArray, n: int, *, context=None) -> Float[Array, "n d"]:
         """n samples."""
@@ -106,12 +106,13 @@ class ContinuousFlow(eqx.Module):
         """n samples and their log-densities, by one solve."""
         base_key, noise_key = jax.random.split(key)
         z = self.base.sample(base_key, n)
-        x, (change,), _ = self.solved(z, (0.0, 1.0), (), context, None if exact else noise_key)
-        return x, self.base.log_prob(z) + change
+        x, (trace,), _ = self.solved(z, (0.0, 1.0), (), context, None if exact else noise_key)
+        return x, self.base.log_prob(z) - trace
 
     def solved(self, z, ts, rates, context, key):
+        """Where z is at the end of ts, the integrals of tr df/dz and of the rates, and the solution."""
         trace = divergence if key is None else Hutchinson(self.noise(key, z))
-        field = WithIntegrals(self.given(context), [negative(trace), *rates])
+        field = WithIntegrals(self.given(context), [trace, *rates])
         ts = jnp.stack([jnp.asarray(t, z.dtype) for t in ts])
         solution = solve(field, (z, field.zeros(z)), ts, **dict(self.options))
         z, integrals = jax.tree.map(lambda y: y[-1], solution.ys)
@@ -134,10 +135,6 @@ class Given(eqx.Module):
 
     def __call__(self, z, t):
         return self.field(z, t, self.context)
-
-
-def negative(rate):
-    return lambda field, z, t: -rate(field, z, t)
 
 
 class PlanarField(eqx.Module):

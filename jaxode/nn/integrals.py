@@ -5,6 +5,7 @@ A rate is a function `rate(field, y, t)` that gives one number for each sample o
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,8 +16,7 @@ from jaxtyping import Array, Float, PyTree
 class WithIntegrals(eqx.Module):
     """The field of (y, r): dy/dt = f(y, t), dr_i/dt = rate_i(f, y, t).
 
-    Costs no evaluation of f that the rates do not make themselves: XLA computes once what they
-    share.
+    At each (y, t) f is evaluated once, for itself and for all rates, and linearised at most once.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxode import odeint
@@ -33,11 +33,49 @@ class WithIntegrals(eqx.Module):
 
     def __call__(self, state: PyTree, t) -> PyTree:
         y, _ = state
-        return self.field(y, t), [rate(self.field, y, t) for rate in self.rates]
+        if any(linearises(rate, self.field) for rate in self.rates):
+            here = Here(self.field, y, t, *linearised(self.field, y, t))
+        else:
+            here = Here(self.field, y, t, self.field(y, t), None)
+        return here.value, [rate(here, y, t) for rate in self.rates]
 
     def zeros(self, y0: Float[Array, "n ..."]) -> list[Float[Array, " n"]]:
         """The integrals at the start."""
         return [jnp.zeros(len(y0), y0.dtype) for _ in self.rates]
+
+
+class Here(NamedTuple):
+    """A field, with what it is at one (y, t): its value there, and perhaps v -> (df/dy) v."""
+
+    field: Callable
+    y: Array
+    t: Any
+    value: Array
+    push: Callable | None
+
+    def __call__(self, y, t):
+        return self.value if self.is_at(y, t) else self.field(y, t)
+
+    def is_at(self, y, t) -> bool:
+        return y is self.y and t is self.t
+
+
+def linearises(rate: Callable, field: Callable) -> bool:
+    """Whether a rate multiplies with df/dy."""
+    exact = rate is divergence and not hasattr(field, "divergence")
+    return exact or isinstance(rate, (Hutchinson, JacobianNorm))
+
+
+def linearised(field: Callable, y, t) -> tuple[Array, Callable]:
+    """f(y, t), and the function v -> (df/dy) v."""
+    if isinstance(field, Here) and field.is_at(y, t) and field.push:
+        return field.value, field.push
+    return jax.linearize(lambda y: field(y, t), y)
+
+
+def pulled(field: Callable, y, t, v) -> Array:
+    """v^T df/dy."""
+    return jax.linear_transpose(linearised(field, y, t)[1], y)(v)[0]
 
 
 def of_sample(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
@@ -67,8 +105,7 @@ class JacobianNorm(eqx.Module):
     noise: Float[Array, "n ..."]
 
     def __call__(self, field, y, t) -> Float[Array, " n"]:
-        _, pull = jax.vjp(lambda y: field(y, t), y)
-        return mean_of_sample(pull(self.noise)[0] ** 2)
+        return mean_of_sample(pulled(field, y, t, self.noise) ** 2)
 
 
 def divergence(field, y: Float[Array, "n d"], t) -> Float[Array, " n"]:
@@ -76,13 +113,13 @@ def divergence(field, y: Float[Array, "n d"], t) -> Float[Array, " n"]:
 
     A field that knows a cheaper form has it as a method `divergence(y, t)`.
     """
-    if hasattr(field, "divergence"):
-        return field.divergence(y, t)
-    d = y.shape[-1]
+    own = getattr(field.field if isinstance(field, Here) else field, "divergence", None)
+    if own is not None:
+        return own(y, t)
+    d, push = y.shape[-1], linearised(field, y, t)[1]
 
     def entry(i):
-        direction = jnp.broadcast_to(jnp.eye(d, dtype=y.dtype)[i], y.shape)
-        return jax.jvp(lambda y: field(y, t), (y,), (direction,))[1][:, i]
+        return push(jnp.broadcast_to(jnp.eye(d, dtype=y.dtype)[i], y.shape))[:, i]
 
     return functools.reduce(jnp.add, map(entry, range(d)))
 
@@ -97,5 +134,4 @@ class Hutchinson(eqx.Module):
     noise: Float[Array, "n ..."]
 
     def __call__(self, field, y, t) -> Float[Array, " n"]:
-        _, pull = jax.vjp(lambda y: field(y, t), y)
-        return of_sample(pull(self.noise)[0] * self.noise)
+        return of_sample(pulled(field, y, t, self.noise) * self.noise)
