@@ -56,6 +56,9 @@ class Here(NamedTuple):
     def __call__(self, y, t):
         return self.value if self.is_at(y, t) else self.field(y, t)
 
+    def __getattr__(self, name: str):
+        return getattr(self.field, name)
+
     def is_at(self, y, t) -> bool:
         return y is self.y and t is self.t
 
@@ -113,9 +116,8 @@ def divergence(field, y: Float[Array, "n d"], t) -> Float[Array, " n"]:
 
     A field that knows a cheaper form has it as a method `divergence(y, t)`.
     """
-    own = getattr(field.field if isinstance(field, Here) else field, "divergence", None)
-    if own is not None:
-        return own(y, t)
+    if hasattr(field, "divergence"):
+        return field.divergence(y, t)
     d, push = y.shape[-1], linearised(field, y, t)[1]
 
     def entry(i):
