@@ -48,6 +48,15 @@ def test_rk_net_evaluates_and_transposes_as_often_as_it_steps(ran):
     assert row["rebuilding_evaluations"] == 0
 
 
+def test_the_memory_of_backsolve_is_constant_and_that_of_direct_is_not():
+    task = digits.task()
+    net = classification.network("ode-net", task, SMALL, jax.random.key(0))
+    loose, tight = classification.gradient_memory(net, task.images.x[:4], (1e-1, 1e-4))
+    assert tight["steps"] > 2 * loose["steps"]
+    assert tight["backsolve"] == loose["backsolve"] < loose["replay"]
+    assert tight["direct"] / loose["direct"] > tight["replay"] / loose["replay"] > 1
+
+
 def test_the_second_run_goes_on_from_the_first_and_keeps_its_numbers(ran, monkeypatch):
     out, results = ran
     counted = {name: x for name, x in results.more["networks"]["ode-net"].items()

@@ -37,7 +37,8 @@ class Settings(Options):
     channels: int = option(24, "Of the feature maps.", quick=8, low=1)
     hidden: int = option(128, "Width of the MLP.", quick=16, low=1)
     blocks: int = option(6, "Of the ResNet.", quick=1, low=1)
-    rate: float = option(1e-2, "Learning rate.", low=0.0)
+    rate: float = option(1e-2, "Learning rate of the convolutional networks.", low=0.0)
+    mlp_rate: float = option(1e-2, "That of the MLP.", low=0.0)
     samples: int = option(0, "Images to train on; 0: all.", quick=64, low=0)
     adjoint: str = option(
         "replay", "How the ODE-Net is differentiated.", choices=("replay", "backsolve")
@@ -60,7 +61,7 @@ class Task:
     strides: tuple[int, ...]
     pad: int  # how far training images are moved at random, in pixels
     groups: int | None
-    optimiser: Callable  # (settings, steps, steps of an epoch) -> optax optimiser
+    optimiser: Callable  # (settings, rate, steps, steps of an epoch) -> optax optimiser
     size: tuple[int, int, int]
 
 
@@ -167,7 +168,8 @@ def trained(name, task, settings, folder, progress):
     size = len(task.images.y)
     epoch = size // settings.batch
     steps = settings.epochs * epoch
-    optimiser = task.optimiser(settings, steps, epoch)
+    rate = settings.mlp_rate if name == "mlp" else settings.rate
+    optimiser = task.optimiser(settings, rate, steps, epoch)
 
     def batches(step):
         i = data.batch_indices(order_key, size, settings.batch, step)
@@ -302,7 +304,7 @@ def counter(net, x, adjoint):
 
     def value(weights, tolerance):
         _, logits, stats = at_tolerance(eqx.combine(weights, rest), x, tolerance, adjoint)
-        return jnp.sum(jax.nn.log_softmax(logits)[:, 0]), stats.evaluations
+        return jnp.mean(jax.nn.log_softmax(logits)[:, 0]), stats.evaluations
 
     gradient = jax.jit(jax.grad(value, has_aux=True), compiler_options=QUICK_TO_COMPILE)
 
@@ -327,11 +329,6 @@ def gradient_memory(net, x, accuracies=(1e-1, 1e-5)) -> list[dict]:
     features = net.features(jnp.asarray(x))
     weights, rest = eqx.partition(net.body, eqx.is_inexact_array)
 
-    @jax.jit
-    def steps_at(tolerance):
-        stats = net.body.with_options(rtol=tolerance, atol=tolerance).solve(features).stats
-        return stats.accepted + stats.rejected
-
     def memory(tolerance, steps, adjoint):
         options = dict(rtol=tolerance, atol=tolerance, adjoint=adjoint, max_steps=steps)
 
@@ -343,8 +340,11 @@ def gradient_memory(net, x, accuracies=(1e-1, 1e-5)) -> list[dict]:
         program: Any = gradient.compile(QUICK_TO_COMPILE)
         return program.memory_analysis().temp_size_in_bytes
 
-    rows = [{"tolerance": rtol, "steps": int(steps_at(rtol))} for rtol in accuracies]
-    for row in rows:
-        sizes = {a: memory(*row.values(), a) for a in ("backsolve", "replay", "direct")}
-        row.update(sizes)
+    solved = eqx.filter_jit(at_tolerance)
+    rows = []
+    for tolerance in accuracies:
+        stats = solved(net, x, jnp.asarray(tolerance, jnp.float32))[2]
+        steps = int(stats.accepted + stats.rejected)
+        sizes = {a: memory(tolerance, steps, a) for a in ("backsolve", "replay", "direct")}
+        rows.append({"tolerance": tolerance, "steps": steps, **sizes})
     return rows

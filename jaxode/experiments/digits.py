@@ -25,10 +25,10 @@ def task() -> classification.Task:
     return classification.Task(images, test, (1, 2), 1, 1, optimiser, (8, 8, 1))
 
 
-def optimiser(settings, steps, epoch):
+def optimiser(settings, rate, steps, epoch):
     """Adam, its rate warmed up for an epoch and then falling as a cosine."""
     rate = optax.warmup_cosine_decay_schedule(
-        settings.rate / 10, settings.rate, max(1, min(epoch, steps // 4)), steps
+        rate / 10, rate, max(1, min(epoch, steps // 4)), steps
     )
     return optax.adam(rate)
 

@@ -30,7 +30,8 @@ class Settings(classification.Settings):
     batch: int = option(32, "Images a step.", quick=16, full=128, low=1)
     channels: int = option(16, "Of the feature maps.", quick=8, full=64, low=1)
     hidden: int = option(300, "Width of the MLP.", quick=16, low=1)
-    rate: float = option(1e-2, "Learning rate.", full=0.1, low=0.0)
+    rate: float = option(2e-2, "Learning rate of the convolutional networks.", full=0.1, low=0.0)
+    mlp_rate: float = option(1e-2, "That of the MLP.", full=0.1, low=0.0)
     samples: int = option(8000, "Images to train on; 0: all.", quick=64, full=0, low=0)
     rtol: float = option(
         1e-2, "Tolerance of the solver, relative and absolute.", full=1e-3, low=1e-6, high=1.0
@@ -52,15 +53,13 @@ def task(settings: Settings) -> classification.Task:
     )
 
 
-def optimiser(settings, steps, epoch):
+def optimiser(settings, rate, steps, epoch):
     """Adam with a cosine; or as published: SGD, its rate a tenth after 60, 100 and 140 of 160 epochs."""
     if settings.optimiser == "adam":
         warm = max(1, min(epoch // 4, steps // 4))
-        return optax.adam(
-            optax.warmup_cosine_decay_schedule(settings.rate / 10, settings.rate, warm, steps)
-        )
+        return optax.adam(optax.warmup_cosine_decay_schedule(rate / 10, rate, warm, steps))
     falls = {int(steps * part / 160): 0.1 for part in (60, 100, 140)}
-    return optax.sgd(optax.piecewise_constant_schedule(settings.rate, falls), momentum=0.9)
+    return optax.sgd(optax.piecewise_constant_schedule(rate, falls), momentum=0.9)
 
 
 def run(settings: Settings, folder: Path, progress: bool) -> Results:
