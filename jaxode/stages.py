@@ -37,7 +37,6 @@ from jaxode.tableaus import Tableau
 MOVES = frozenset("dynamic_slice gather pad rev slice split transpose unstack".split())
 KEEPS = scalars.ELEMENTWISE | {"broadcast_in_dim", "concatenate", "reshape", "squeeze", "stack"}
 PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))
-SUMS = frozenset("reduce_" + name for name in "and or max min prod sum".split())
 MANY, SMALL = 10, 10_000  # kernels of a field, and numbers of a state
 CALLS = scalars.CALLS | {"custom_vjp_call"}
 
@@ -58,9 +57,8 @@ def which(table: Tableau | Splitting, f, y, s) -> Loops:
     whole = lambda v: Read(v, tuple((0, n) for n in v.aval.shape), ())
     reads = read(jaxpr, {v: frozenset([whole(v)]) for v in states})
     neighbours = any(a.meets(b) for r in reads for a, b in itertools.combinations(r, 2))
-    many = (
-        count(jaxpr, PRODUCTS | SUMS) >= MANY and sum(x.size for x in jax.tree.leaves(y)) <= SMALL
-    )
+    small = sum(x.size for x in jax.tree.leaves(y)) <= SMALL
+    many = small and count(jaxpr, PRODUCTS | scalars.REDUCTIONS.keys()) >= MANY
     forward = neighbours or many
     return Loops(forward, forward or not count(jaxpr, PRODUCTS))
 

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxode.experiments import classification, command_line, digits
 from jaxode.experiments.experiment import carry_out, option
+from jaxode.nn import MLPField, NeuralODE
 
 SMALL = digits.Settings.at("quick")
 
@@ -46,6 +48,25 @@ def test_rk_net_evaluates_and_transposes_as_often_as_it_steps(ran):
     row = ran[1].more["networks"]["rk-net"]
     assert (row["forward_evaluations"], row["backward_vjps"]) == (9, 9)
     assert row["rebuilding_evaluations"] == 0
+
+
+def test_direct_makes_a_vjp_of_each_evaluation():
+    counts = [0, 0]
+
+    def report(is_vjp, t):
+        counts[int(is_vjp)] += 1
+
+    field = classification.Counted(MLPField(2, width=4, key=jax.random.key(0)), report)
+    net = NeuralODE(field, method="rk4", dt=0.5, adjoint="direct")  # as RK-Net has it
+    weights, rest = eqx.partition(net, eqx.is_inexact_array)
+
+    @jax.jit
+    def gradient(weights, y):
+        return jax.grad(lambda w, y: jnp.sum(eqx.combine(w, rest)(y) ** 2), (0, 1))(weights, y)
+
+    jax.block_until_ready(gradient(weights, jnp.ones((3, 2))))
+    jax.effects_barrier()
+    assert counts == [9, 9]
 
 
 def test_the_memory_of_backsolve_is_constant_and_that_of_direct_is_not():
