@@ -149,6 +149,7 @@ def fitted(
     optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps, last))
     if clip:
         optimiser = optax.chain(optax.clip_by_global_norm(clip), optimiser)
+    optimiser = optax.flatten(optimiser)  # one vector of all weights: less to compile
     state, history = train.fit(
         loss, optimiser, train.start(model, optimiser, jax.random.key(seed)), batches, steps,
         folder=folder, every=max(1, steps // parts), evaluate=evaluate, label=label, progress=progress,

@@ -5,6 +5,7 @@ real table (cell nuclei, with scikit-learn) against a Gaussian mixture.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import equinox as eqx
@@ -17,7 +18,9 @@ from jaxode import data
 from jaxode.experiments.experiment import Options, Results, fitted, option, parameters, save
 from jaxode.nn import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
 
+SAMPLES = 20_000  # that a flow is measured by, and drawn with
 LIMIT = 5.0  # half the width of the square on which densities are drawn and summed
+TIMES = np.linspace(0, 1, 6, dtype=np.float32)  # of the film
 CLOUDS = {
     "circles": data.circles,
     "moons": data.moons,
@@ -35,6 +38,7 @@ class Settings(Options):
     table_steps: int = option(600, "Steps on the table.", quick=60, full=3000, low=1)
     batch: int = option(512, "Samples a step.", quick=256, low=2)
     sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8", words=int)
+    targets: str = option("ring,wave", "Of ring, wave.", quick="ring", words=("ring", "wave"))
     clouds: str = option(
         "circles,moons",
         "Of " + ", ".join(CLOUDS),
@@ -72,10 +76,11 @@ def grid(n=200):
     return jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2), (2 * LIMIT / (n - 1)) ** 2
 
 
-def log_constant(log_density) -> float:
+@functools.partial(jax.jit, static_argnums=0)
+def log_constant(log_density):
     """The logarithm of the integral over the square."""
     points, area = grid(400)
-    return float(jax.scipy.special.logsumexp(log_density(points)) + jnp.log(area))
+    return jax.scipy.special.logsumexp(log_density(points)) + jnp.log(area)
 
 
 def kl_loss(target, constant):
@@ -108,6 +113,19 @@ def tight(flow):
     return flow.with_options(rtol=1e-5, atol=1e-5) if isinstance(flow, ContinuousFlow) else flow
 
 
+@eqx.filter_jit
+def drawn(flow, key):
+    """Samples, and their log-densities."""
+    return tight(flow).sample_and_log_prob(key, SAMPLES)
+
+
+@eqx.filter_jit
+def measured(flow, held):
+    """The mean log-density of held-out samples, and the densities on the grid."""
+    log_prob = tight(flow).log_prob(jnp.concatenate([held, grid()[0]]))
+    return jnp.mean(log_prob[: len(held)]), jnp.exp(log_prob[len(held) :])
+
+
 def continuous(width, key, settings):
     """A planar CNF."""
     field = PlanarField(2, width=width, key=key)
@@ -116,9 +134,10 @@ def continuous(width, key, settings):
 
 
 def fits_by_kl(settings, folder, progress):
-    """KL to each target, for each size and both kinds of flow, and the flows."""
-    found, flows = [], {}
-    for target, log_density in TARGETS.items():
+    """KL to each target, for each size and both kinds of flow, and samples of the flows."""
+    found, samples = [], {}
+    for target in settings.listed("targets"):
+        log_density = TARGETS[target]
         constant = log_constant(log_density)
         loss = kl_loss(log_density, constant)
         for size in map(int, settings.listed("sizes")):
@@ -133,24 +152,24 @@ def fits_by_kl(settings, folder, progress):
                     flow, loss, lambda step: settings.batch, settings.kl_steps, rate=5e-3,
                     folder=folder / name, label=name, **common(settings, progress),
                 )  # fmt: skip
-                x, log_prob = tight(flow).sample_and_log_prob(jax.random.key(99), 5000)
+                x, log_prob = drawn(flow, jax.random.key(99))
                 row[kind] = float(jnp.mean(log_prob - log_density(x)) + constant)
-                flows[target, kind, size] = flow
+                samples[target, kind, size] = x
             found.append(row)
-    return found, flows
+    return found, samples
 
 
 def fits_by_likelihood(settings, folder, progress):
-    """Held-out log-likelihood of each cloud, and the flows."""
-    found, flows = [], {}
+    """Held-out log-likelihood of each cloud, and what the figures show: samples, densities, paths."""
+    found, shown = [], []
     for cloud in settings.listed("clouds"):
-        held = CLOUDS[cloud](jax.random.key(1234), 5000)
+        held = CLOUDS[cloud](jax.random.key(1234), SAMPLES)
         key = jax.random.key(settings.seed)
         wide = continuous(settings.width, key, settings)
         small = wide.with_field(ConcatSquash(2, width=16, depth=2, key=key))
         depth = -(-parameters(small) // 5)  # 5 numbers a layer: as many as the small CNF has
         deep = PlanarFlow(depth, Normal(2), density=True, key=key)
-        row = {"cloud": cloud}
+        row, densities = {"cloud": cloud}, {}
         for kind, (flow, rate) in {
             "CNF": (wide, 1e-2), "small CNF": (small, 3e-2), "NF": (deep, 3e-2),
         }.items():  # fmt: skip
@@ -161,18 +180,18 @@ def fits_by_likelihood(settings, folder, progress):
                 settings.steps, rate=rate, folder=folder / name, label=name,
                 **common(settings, progress),
             )  # fmt: skip
-            row[kind] = {
-                "log-likelihood": float(jnp.mean(tight(flow).log_prob(held))),
-                "parameters": parameters(flow),
-            }
-            flows[cloud, kind] = flow
-        exact = tight(flows[cloud, "CNF"])
-        points, area = grid()
-        row["total"] = float(jnp.sum(jnp.exp(exact.log_prob(points))) * area)
-        back = exact.forward(exact.inverse(held[:1000]))
-        row["round trip"] = float(jnp.max(jnp.abs(back - held[:1000])))
+            likelihood, densities[kind] = measured(flow, held)
+            row[kind] = {"log-likelihood": float(likelihood), "parameters": parameters(flow)}
+            if kind == "CNF":
+                wide = tight(flow)
+        row["total"] = float(jnp.sum(densities["CNF"]) * grid()[1])
+        back = wide.transport(held, TIMES[::-1]).ys
+        there = wide.transport(back[-1], TIMES).ys
+        row["round trip"] = float(jnp.max(jnp.abs(there[-1] - held)))
+        path = wide.transport(wide.base.sample(jax.random.key(9), SAMPLES), TIMES).ys
         found.append(row)
-    return found, flows
+        shown.append((held, densities, path))
+    return found, shown
 
 
 def table_fit(settings, folder, progress):
@@ -188,8 +207,12 @@ def table_fit(settings, folder, progress):
     volume = np.linalg.slogdet(whiten)[1]
     field = ConcatSquash(rows.shape[1], width=32, depth=2, key=jax.random.key(settings.seed))
     flow = ContinuousFlow(field, Normal(rows.shape[1]), rtol=1e-3, atol=1e-3, max_steps=1024)
-    nats = eqx.filter_jit(lambda flow, x: -jnp.mean(tight(flow).log_prob(x)) - volume)
-    scores = lambda flow: {"validation": nats(flow, validation), "test": nats(flow, test)}
+
+    @eqx.filter_jit
+    def scores(flow):
+        nats = -tight(flow).log_prob(jnp.concatenate([validation, test])) - volume
+        cut = len(validation)
+        return {"validation": jnp.mean(nats[:cut]), "test": jnp.mean(nats[cut:])}
 
     def batches(step):
         rng = np.random.default_rng([settings.seed, step])
@@ -219,12 +242,12 @@ def table_fit(settings, folder, progress):
 
 def run(settings: Settings, folder: Path, progress: bool) -> Results:
     """All fits, the table and the figures."""
-    by_kl, kl_flows = fits_by_kl(settings, folder, progress)
-    by_likelihood, flows = fits_by_likelihood(settings, folder, progress)
+    by_kl, samples = fits_by_kl(settings, folder, progress)
+    by_likelihood, shown = fits_by_likelihood(settings, folder, progress)
     nuclei = table_fit(settings, folder, progress)
-    save(figure_4(by_kl, kl_flows, settings), folder / "figure_4.png")
-    save(figure_5(by_likelihood, flows), folder / "figure_5.png")
-    save(film(by_likelihood, flows), folder / "film.png")
+    save(figure_4(by_kl, samples, settings), folder / "figure_4.png")
+    save(figure_5(by_likelihood, shown), folder / "figure_5.png")
+    save(film(by_likelihood, shown), folder / "film.png")
     rows = [
         {"fit": f"KL, {r['target']}, M = K = {r['size']}", "CNF": f"{r['CNF']:.3f}", "NF": f"{r['NF']:.3f}"}
         for r in by_kl
@@ -260,7 +283,7 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         f"{kind} {first[kind]['parameters']:,}" for kind in ("CNF", "small CNF", "NF")
     )
     notes = (
-        "KL in nats to the normalised target (less is better, 0 is best); log-likelihood of 5,000\n"
+        "KL in nats to the normalised target (less is better, 0 is best); log-likelihood of 20,000\n"
         "held-out samples in nats (more is better); nats of held-out rows (less is better).\n"
         f"Parameters in the fits by likelihood: {sizes}."
     )
@@ -292,48 +315,44 @@ def histogram(axis, x):
     blank(axis)
 
 
-def figure_4(found, flows, settings):
+def figure_4(found, samples, settings):
     """Targets, and samples of each fit."""
-    sizes = list(map(int, settings.listed("sizes")))
+    targets, sizes = settings.listed("targets"), list(map(int, settings.listed("sizes")))
     count = 1 + 2 * len(sizes)
-    figure, axes = plt.subplots(len(TARGETS), count, figsize=(2.2 * count, 2.5 * len(TARGETS)))
-    for row, (target, log_density) in zip(axes, TARGETS.items()):
-        show(row[0], jnp.exp(log_density(grid()[0])))
+    figure, axes = plt.subplots(
+        len(targets), count, figsize=(2.2 * count, 2.5 * len(targets)), squeeze=False
+    )
+    for row, target in zip(axes, targets):
+        show(row[0], jnp.exp(TARGETS[target](grid()[0])))
         row[0].set_title("target")
-        for j, (kind, size) in enumerate((k, s) for k in ("NF", "CNF") for s in sizes):
-            x, _ = flows[target, kind, size].sample_and_log_prob(jax.random.key(7), 40_000)
-            histogram(row[1 + j], np.asarray(x))
+        for axis, (kind, size) in zip(row[1:], [(k, s) for k in ("NF", "CNF") for s in sizes]):
+            histogram(axis, np.asarray(samples[target, kind, size]))
             value = next(r[kind] for r in found if (r["target"], r["size"]) == (target, size))
-            row[1 + j].set_title(
-                f"{kind} {'K' if kind == 'NF' else 'M'} = {size}\nKL {value:.2f}", fontsize=11
-            )
+            letter = "K" if kind == "NF" else "M"
+            axis.set_title(f"{kind} {letter} = {size}\nKL {value:.2f}", fontsize=11)
     return figure
 
 
-def figure_5(found, flows):
+def figure_5(found, shown):
     """Data, and the densities learnt by likelihood."""
     figure, axes = plt.subplots(len(found), 4, figsize=(10, 2.7 * len(found)), squeeze=False)
-    points, _ = grid()
-    for row, result in zip(axes, found):
-        cloud = result["cloud"]
-        histogram(row[0], np.asarray(CLOUDS[cloud](jax.random.key(8), 40_000)))
-        row[0].set_title(cloud)
+    for row, result, (held, densities, _) in zip(axes, found, shown):
+        histogram(row[0], np.asarray(held))
+        row[0].set_title(result["cloud"])
         for axis, kind in zip(row[1:], ("NF", "small CNF", "CNF")):
-            show(axis, jnp.exp(flows[cloud, kind].log_prob(points)))
+            show(axis, densities[kind])
             axis.set_title(f"{kind}: {result[kind]['log-likelihood']:.2f}", fontsize=12)
     return figure
 
 
-def film(found, flows, frames=6):
+def film(found, shown):
     """Samples on their way from the base to the data."""
+    frames = len(TIMES)
     figure, axes = plt.subplots(
         len(found), frames, figsize=(2.1 * frames, 2.4 * len(found)), squeeze=False
     )
-    for row, result in zip(axes, found):
-        flow = flows[result["cloud"], "CNF"]
-        ts = np.linspace(0, 1, frames, dtype=np.float32)
-        path = flow.transport(flow.base.sample(jax.random.key(9), 20_000), ts).ys
-        for axis, t, x in zip(row, ts, np.asarray(path)):
+    for row, (_, _, path) in zip(axes, shown):
+        for axis, t, x in zip(row, TIMES, np.asarray(path)):
             histogram(axis, x)
             axis.set_title(f"t = {t:.1f}")
     return figure
