@@ -72,7 +72,8 @@ def test_direct_makes_a_vjp_of_each_evaluation():
 def test_the_memory_of_backsolve_is_constant_and_that_of_direct_is_not():
     task = digits.task()
     net = classification.network("ode-net", task, SMALL, jax.random.key(0))
-    loose, tight = classification.gradient_memory(net, task.images.x[:4], (1e-1, 1e-4))
+    sweep = classification.tolerances(net, task.test, (1e-1, 1e-4), {})
+    loose, tight = classification.gradient_memory(net, task.images.x[:4], sweep)
     assert tight["steps"] > 2 * loose["steps"]
     assert tight["backsolve"] == loose["backsolve"] < loose["replay"]
     assert tight["direct"] / loose["direct"] > tight["replay"] / loose["replay"] > 1

@@ -24,6 +24,7 @@ from jaxode.nn import classifier
 from jaxode.solve import solve
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
+ADJOINTS = ("direct", "replay", "backsolve")
 METHODS = ("bosh3", "dopri5", "tsit5", "dop853")
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
@@ -40,6 +41,14 @@ class Settings(Options):
     rate: float = option(1e-2, "Learning rate of the convolutional networks.", low=0.0)
     mlp_rate: float = option(1e-2, "That of the MLP.", low=0.0)
     samples: int = option(0, "Images to train on; 0: all.", quick=64, low=0)
+    tests: int = option(0, "Images to test on; 0: all.", quick=500, low=0)
+    tightest: float = option(
+        1e-5,
+        "Of the tolerances that the trained ODE-Net is solved at.",
+        quick=1e-2,
+        low=1e-5,
+        high=1e-2,
+    )
     adjoint: str = option(
         "replay", "How the ODE-Net is differentiated.", choices=("replay", "backsolve")
     )
@@ -112,6 +121,7 @@ def prepared(task: Task, settings: Settings) -> Task:
         test = data.Images(images.x[held], images.y[held])
         images = data.Images(images.x[order[len(held) :]], images.y[order[len(held) :]])
     images = data.Images(*(part[: settings.samples or None] for part in images))
+    test = data.Images(*(part[: settings.tests or None] for part in test))
     return dataclasses.replace(task, images=images, test=test)
 
 
@@ -134,7 +144,9 @@ def train_and_measure(task: Task, settings: Settings, folder: Path, progress: bo
         for adjoint in dict.fromkeys([settings.adjoint, *adjoints])
     }
     numbers["ode-net"] |= counters[settings.adjoint](settings.rtol)
-    return nets, histories, numbers, tolerances(net, task.test, {a: counters[a] for a in adjoints})
+    accuracies = [tolerance for tolerance in TOLERANCES if tolerance >= settings.tightest]
+    sweep = tolerances(net, task.test, accuracies, {a: counters[a] for a in adjoints})
+    return nets, histories, numbers, sweep
 
 
 def rows_of(numbers: dict) -> list[dict]:
@@ -169,7 +181,7 @@ def trained(name, task, settings, folder, progress):
     epoch = size // settings.batch
     steps = settings.epochs * epoch
     rate = settings.mlp_rate if name == "mlp" else settings.rate
-    optimiser = task.optimiser(settings, rate, steps, epoch)
+    optimiser = optax.flatten(task.optimiser(settings, rate, steps, epoch))  # less to compile
 
     def batches(step):
         i = data.batch_indices(order_key, size, settings.batch, step)
@@ -182,22 +194,14 @@ def trained(name, task, settings, folder, progress):
         parts = [slice(i, i + 500) for i in range(0, len(y), 500)]
         return {"test error": sum(int(wrong(net, x[i], y[i])) for i in parts) / len(y)}
 
-    loss = loss_of(task.pad)
-    step = train.train_step(loss, optimiser)
+    loss, state = loss_of(task.pad), train.start(net, optimiser, shift_key)
+    step = train.train_step(loss, optimiser).lower(state, batches(0)).compile()
     state, history = train.fit(
-        loss,
-        optimiser,
-        train.start(net, optimiser, shift_key),
-        batches,
-        steps,
-        step=step,
-        folder=folder,
-        every=max(1, min(2 * epoch, steps // 4)),
-        evaluate=test_error,
-        label=LABELS[name],
+        loss, optimiser, state, batches, steps, step=step, folder=folder,
+        every=max(1, min(2 * epoch, steps // 4)), evaluate=test_error, label=LABELS[name],
         progress=progress,
-    )
-    program: Any = step.lower(state, batches(0)).compile().compiled  # the one that ran
+    )  # fmt: skip
+    program: Any = step.compiled
     return state.model, history, program.memory_analysis().temp_size_in_bytes
 
 
@@ -256,7 +260,7 @@ def at_tolerance(net, x, tolerance, adjoint="replay"):
     return solution.ys[-1], net.logits(solution.ys[-1]), solution.stats
 
 
-def tolerances(net, test, counters) -> list[dict]:
+def tolerances(net, test, accuracies, counters) -> list[dict]:
     """One trained ODE-Net, solved at several tolerances on test images (the paper's figure 3).
 
     `feature error` is the root mean square of the features at t1 minus those at tolerance 1e-6;
@@ -269,7 +273,7 @@ def tolerances(net, test, counters) -> list[dict]:
     )
     exact = solved(1e-6)[0]
     rows = []
-    for tolerance in TOLERANCES:
+    for tolerance in accuracies:
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
@@ -279,6 +283,7 @@ def tolerances(net, test, counters) -> list[dict]:
             {
                 "tolerance": tolerance,
                 "evaluations": int(stats.evaluations),
+                "steps": int(stats.accepted + stats.rejected),
                 "feature error": float(jnp.sqrt(jnp.mean((features - exact) ** 2))),
                 "seconds": min(seconds),
                 "test error": float(np.mean(np.argmax(np.asarray(logits), -1) != y)),
@@ -321,10 +326,10 @@ def counter(net, x, adjoint):
     return count
 
 
-def gradient_memory(net, x, accuracies=(1e-1, 1e-5)) -> list[dict]:
+def gradient_memory(net, x, sweep, adjoints=ADJOINTS) -> list[dict]:
     """Temporary bytes of the compiled gradient of the ODE block against accuracy, for each adjoint.
 
-    `max_steps` is what each tolerance needs, for that is what room is made for.
+    `max_steps` is what each tolerance of the sweep needs, for that is what room is made for.
     """
     features = net.features(jnp.asarray(x))
     weights, rest = eqx.partition(net.body, eqx.is_inexact_array)
@@ -340,11 +345,8 @@ def gradient_memory(net, x, accuracies=(1e-1, 1e-5)) -> list[dict]:
         program: Any = gradient.compile(QUICK_TO_COMPILE)
         return program.memory_analysis().temp_size_in_bytes
 
-    solved = eqx.filter_jit(at_tolerance)
     rows = []
-    for tolerance in accuracies:
-        stats = solved(net, x, jnp.asarray(tolerance, jnp.float32))[2]
-        steps = int(stats.accepted + stats.rejected)
-        sizes = {a: memory(tolerance, steps, a) for a in ("backsolve", "replay", "direct")}
-        rows.append({"tolerance": tolerance, "steps": steps, **sizes})
+    for row in sweep:
+        asked = {"tolerance": row["tolerance"], "steps": row["steps"]}
+        rows.append(asked | {a: memory(**asked, adjoint=a) for a in adjoints})
     return rows

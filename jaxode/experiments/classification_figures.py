@@ -85,13 +85,14 @@ def figure_3(sweep, history):
 def memory(rows):
     """Temporary memory of the gradient against accuracy."""
     figure, axis = plt.subplots(figsize=(6.5, 4.5))
-    for adjoint in ("direct", "replay", "backsolve"):
+    adjoints = [name for name in rows[0] if name not in ("tolerance", "steps")]
+    for adjoint in adjoints:
         axis.plot(
             [row["tolerance"] for row in rows], [row[adjoint] / 2**20 for row in rows], "o-",
             label=f'"{adjoint}"',
         )  # fmt: skip
     for row in rows:
-        top = max(row[a] for a in ("direct", "replay", "backsolve")) / 2**20
+        top = max(row[adjoint] for adjoint in adjoints) / 2**20
         axis.annotate(
             f"{row['steps']} steps", (row["tolerance"], top), xytext=(0, 6), fontsize=10,
             textcoords="offset points", ha="center",
