@@ -61,6 +61,32 @@ class Solver(NamedTuple):
     differentiable: Callable
 
 
+class Program:
+    """A function of leaves, traced when it is asked for: of what is differentiated, or batched, it never is.
+
+    `shape` is the structure of its results, as soon as anything has found them.
+    """
+
+    def __init__(self, fn: Callable, structure):
+        self.fn, self.structure = fn, structure
+        self.shape: Any = None
+        self.jaxpr: Any = None
+
+    def traced(self, avals):
+        """Its jaxpr."""
+        if self.jaxpr is None:
+            of_leaves = lambda *leaves: self.flat(
+                self.fn(*jax.tree.unflatten(self.structure, leaves))
+            )
+            self.jaxpr = jax.make_jaxpr(of_leaves)(*avals)
+        return self.jaxpr
+
+    def flat(self, out):
+        """Results as leaves."""
+        leaves, self.shape = jax.tree.flatten(out)
+        return leaves
+
+
 def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
     """`one`, which `jax.vmap` turns into the solver `many(size, flags)`.
 
@@ -72,22 +98,20 @@ def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
     primitive.multiple_results = True
 
     def run(*leaves, program, **_):
-        return core.jaxpr_as_fun(program)(*leaves)
+        jaxpr = program.traced(list(map(jax.typeof, leaves)))
+        return core.jaxpr_as_fun(jaxpr)(*leaves)
 
     def bind(leaves, structure, size, flags):
-        args = jax.tree.unflatten(structure, leaves)
-        program, shape = jax.make_jaxpr(solver(structure, size, flags).plain, return_shape=True)(
-            *args
-        )
+        program = Program(solver(structure, size, flags).plain, structure)
         outs = primitive.bind(
             *leaves, program=program, structure=structure, size=size, flags=tuple(flags)
         )
-        return outs, jax.tree.structure(shape)
+        return outs, program.shape
 
     def solver(structure, size, flags) -> Solver:
         return many(size, jax.tree.unflatten(structure, flags)) if size else one
 
-    def jvp(primals, tangents, *, structure, size, flags, **_):
+    def jvp(primals, tangents, *, program, structure, size, flags):
         moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
 
         def of_moving(*xs):
@@ -95,7 +119,7 @@ def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
             for i, x in zip(moving, xs):
                 leaves[i] = x
             fn = solver(structure, size, flags).differentiable
-            return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
+            return program.flat(fn(*jax.tree.unflatten(structure, leaves)))
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
         outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
@@ -103,27 +127,30 @@ def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
         zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
         return outs, [zero(x) if still(x_dot) else x_dot for x, x_dot in zip(outs, outs_dot)]
 
-    def batch(leaves, axes, *, structure, size, flags, **_):
+    def batch(leaves, axes, *, program, structure, size, flags):
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
         given = jax.tree.unflatten(structure, leaves)
         if not size and not able(jax.tree.unflatten(structure, new), *given):
             lanes = jax.tree.unflatten(structure, [0 if b else None for b in new])
-            outs = jax.tree.leaves(jax.vmap(one.differentiable, lanes)(*given))
+            outs = program.flat(jax.vmap(one.differentiable, lanes)(*given))
             return outs, [0] * len(outs)
         if not size:
-            outs, _ = bind(leaves, structure, more, new)
+            outs, program.shape = bind(leaves, structure, more, new)
             return outs, [0] * len(outs)
         both = [a or b for a, b in zip(new, flags)]
         leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
-        outs, _ = bind(leaves, structure, more * size, both)
+        outs, program.shape = bind(leaves, structure, more * size, both)
         return [x.reshape(more, size, *x.shape[1:]) for x in outs], [0] * len(outs)
 
     primitive.def_impl(run)
-    primitive.def_effectful_abstract_eval(
-        lambda *_, program, **__: (program.out_avals, program.effects)
-    )
+
+    @primitive.def_effectful_abstract_eval
+    def abstract(*avals, program, **_):
+        jaxpr = program.traced(avals)
+        return jaxpr.out_avals, jaxpr.effects
+
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
@@ -274,37 +275,63 @@ def from_queue(problems: Problems, width: int, queue, once, rows):
 
         A result takes the place of its problem in the queue.
         """
-        lanes, who, head, packed, idle = carry
-        place = head - 1 + jnp.cumsum(idle, dtype=jnp.int32)
-        next_one = jnp.where(idle, jnp.minimum(place, size), size)
+        lanes, who, head, packed, _ = carry
+        idle = ~unfinished(problems, *lanes) & (who < size)
+        next_one = jnp.where(idle, jnp.minimum(head - 1 + counted(idle), size), size)
         old, _ = together.pack(lanes)
         new = together.where(next_one < size, together.take(packed, next_one), old)
         packed = together.put(packed, jnp.where(idle, who, size), old)
         who = jnp.where(idle, next_one, who)
-        return together.open(new, structure), who, place[-1] + 1, packed, jnp.zeros_like(idle)
+        return together.open(new, structure), who, head, packed, jnp.array(False)
 
     def several(carry):
-        lanes, who, rows, head, packed = carry
-        busy = lambda c: (c[0] < ROUND) & jnp.any(unfinished(problems, *c[1][0]))
-        _, (lanes, who, rows) = lax.while_loop(
-            busy, lambda c: (c[0] + 1, once(c[1])), (jnp.zeros((), jnp.int32), (lanes, who, rows))
+        """Some attempts, and new problems if enough lanes are done; `live` lanes have one at all."""
+        lanes, who, rows, head, live, packed = carry
+
+        def attempts(carry):
+            n, _, (lanes, who, rows) = carry
+            lanes, who, rows = once((lanes, who, rows))
+            busy = jnp.sum(unfinished(problems, *lanes), dtype=jnp.int32)
+            return n + 1, busy, (lanes, who, rows)
+
+        _, busy, (lanes, who, rows) = lax.while_loop(
+            lambda c: (c[0] < ROUND) & (c[1] > 0), attempts, (0 * live, live, (lanes, who, rows))
         )
-        idle = ~unfinished(problems, *lanes) & (who < size)
-        enough = 16 * jnp.sum(idle, dtype=jnp.int32) >= width
-        ready = enough | jnp.all(idle | (who >= size))
-        lanes, who, head, packed, _ = lax.while_loop(
-            lambda c: ready & jnp.any(c[-1]), refill, (lanes, who, head, packed, idle)
+        done = live - busy
+        ready = (16 * done >= width) | (busy == 0)
+        lanes, who, _, packed, _ = lax.while_loop(
+            lambda c: c[-1], refill, (lanes, who, head, packed, ready)
         )
-        return lanes, who, rows, head, packed
+        taken = jnp.clip(size - head, 0, done)
+        head, live = head + jnp.where(ready, done, 0), live + jnp.where(ready, taken - done, 0)
+        return lanes, who, rows, head, live, packed
 
     lanes = together.open(together.part(packed, 0, width), structure)
-    carry = lanes, jnp.arange(width, dtype=jnp.int32), rows, jnp.asarray(width, jnp.int32), packed
-    carry = lax.while_loop(lambda carry: jnp.any(carry[1] < size), several, carry)
-    return together.open(carry[4], structure)[1], carry[2]
+    all_ = jnp.asarray(width, jnp.int32)
+    carry = lanes, jnp.arange(width, dtype=jnp.int32), rows, all_, all_, packed
+    carry = lax.while_loop(lambda carry: carry[4] > 0, several, carry)
+    return together.open(carry[5], structure)[1], carry[2]
+
+
+def counted(flags):
+    """How many of the flags are set, up to each: by two products, where XLA makes a cumsum of six kernels."""
+    length = math.gcd(len(flags), 16)
+    rows = flags.reshape(-1, length).astype(jnp.float32)
+    times = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    within = times(rows, np.triu(np.ones((length, length), np.float32)))
+    before = times(np.tril(np.ones((len(rows), len(rows)), np.float32), -1), within[:, -1:])
+    return (within + before).reshape(-1).astype(jnp.int32)
+
+
+def bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
 
 
 class Packing:
-    """What lanes have of their own as one array for each dtype, so that it is moved all at once."""
+    """What lanes have of their own as one array for each dtype, so that it is moved all at once.
+
+    Numbers of float32 are moved as the bits that they are, together with those of int32.
+    """
 
     def __init__(self, axis: int):
         self.axis = axis
@@ -316,7 +343,8 @@ class Packing:
         flat = (-1, lanes) if self.axis else (lanes, -1)
         groups = {}
         for leaf in leaves:
-            groups.setdefault(leaf.dtype, []).append(leaf.reshape(flat))
+            leaf = bits(leaf.reshape(flat))
+            groups.setdefault(leaf.dtype, []).append(leaf)
         shapes = [(leaf.dtype, leaf.shape) for leaf in leaves]
         other = self.axis + 1
         return [jnp.concatenate(group, other) for group in groups.values()], (structure, shapes)
@@ -324,14 +352,16 @@ class Packing:
     def open(self, packed, structure):
         """And back."""
         structure, shapes = structure
-        arrays = dict(zip(dict(shapes), packed))
+        arrays = {array.dtype: array for array in packed}
         lanes, at, leaves = self.lanes(packed), dict.fromkeys(arrays, 0), []
         for dtype, shape in shapes:
+            moved = jnp.dtype(jnp.int32) if dtype == jnp.float32 else dtype
             inner = shape[:-1] if self.axis else shape[1:]
-            end = at[dtype] + math.prod(inner)
-            leaf = lax.slice_in_dim(arrays[dtype], at[dtype], end, axis=self.axis + 1)
+            end = at[moved] + math.prod(inner)
+            leaf = lax.slice_in_dim(arrays[moved], at[moved], end, axis=self.axis + 1)
+            leaf = leaf if moved == dtype else lax.bitcast_convert_type(leaf, dtype)
             leaves.append(leaf.reshape((*inner, lanes) if self.axis else (lanes, *inner)))
-            at[dtype] = end
+            at[moved] = end
         return jax.tree.unflatten(structure, leaves)
 
     def lanes(self, packed) -> int:
