@@ -370,7 +370,7 @@ of_one = replaying(
     )
 )
 replay_in_lanes = batching.in_lanes(
-    batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to
+    batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to, lanes.like_results
 )
 
 

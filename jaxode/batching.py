@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 from jax.extend import core
 from jax.extend.core import Primitive
@@ -87,8 +88,9 @@ class Program:
         return leaves
 
 
-def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
-    """`one`, which `jax.vmap` turns into the solver `many(size, flags)`.
+def in_lanes(one: Solver, many: Callable, able: Callable, like: Callable) -> Callable:
+    """`one`, which `jax.vmap` turns into the solver `many(size, flags)`; `like(*args)` are zeros like
+    its results, and its effects.
 
     Unlike `batched` it is seen before any derivative is taken, if the `vmap` is inside of the
     derivative: then `many` knows what the solves share, and its cotangents may be sums. A primitive,
@@ -147,9 +149,24 @@ def in_lanes(one: Solver, many: Callable, able: Callable) -> Callable:
     primitive.def_impl(run)
 
     @primitive.def_effectful_abstract_eval
-    def abstract(*avals, program, **_):
-        jaxpr = program.traced(avals)
-        return jaxpr.out_avals, jaxpr.effects
+    def abstract(*avals, program, structure, size, flags):
+        effects: Any = None
+
+        def zeros(*args):
+            nonlocal effects
+            out, effects = like(*args)
+            return out
+
+        def results(*leaves):
+            axes = jax.tree.unflatten(structure, [0 if flag else None for flag in flags])
+            all_zeros = jax.vmap(zeros, axes, axis_size=size) if size else zeros
+            return program.flat(all_zeros(*jax.tree.unflatten(structure, leaves)))
+
+        plain = lambda a: a == ShapedArray(a.shape, a.dtype, weak_type=a.weak_type)
+        if not all(map(plain, avals)):  # inside of `shard_map`: what varies has to be found out
+            jaxpr = program.traced(avals)
+            return jaxpr.out_avals, jaxpr.effects
+        return jax.make_jaxpr(results)(*avals).out_avals, effects
 
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     ad.primitive_jvps[primitive] = jvp

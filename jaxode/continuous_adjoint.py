@@ -65,7 +65,9 @@ def backsolve(rtol=None, atol=None):
         )
         return batching.Solver(forwards, continuous(forwards, backwards))
 
-    return batching.in_lanes(batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to)
+    return batching.in_lanes(
+        batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to, lanes.like_results
+    )
 
 
 def each_back(size, flags, solve, x, rest, ys, ys_bar):

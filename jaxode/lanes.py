@@ -24,6 +24,7 @@ from jaxode import batching, scalars, tree
 from jaxode.loop import (
     Integrator,
     Pair,
+    Report,
     State,
     assemble,
 )
@@ -440,6 +441,14 @@ def write_rows(problems: Problems, own, old: State, new: State, h, ks, who, rows
 
 def solve_one(solve: Integrator, f, y0, ss):
     return solve(f, y0, ss)
+
+
+def like_results(solve: Integrator, f, y0, ss):
+    """Zeros like what `solve_one` returns, found without tracing it; and the effects of the field."""
+    ys = jax.tree.map(lambda y: jnp.zeros((len(ss), *y.shape), y.dtype), y0)
+    count = jnp.zeros((), jnp.int32)
+    report = Report(count, jnp.zeros((), ss.dtype), count, count, count)
+    return (ys, report), f.trace.jaxpr.effects
 
 
 def able_to(flags, solve: Integrator, *_) -> bool:
