@@ -6,6 +6,7 @@ gradients with respect to t0 and t1 are those of two more parameters of the fiel
 their full relative precision when t0 is large, because what is added up is s and not t.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -77,10 +78,20 @@ class Trace:
         return any(self.jaxpr.outvars[i] in reached for i in outputs)
 
     def __call__(self, leaves, y, t):
-        count = len(self.jaxpr.constvars)
-        closed = core.ClosedJaxpr(self.jaxpr, leaves[:count])
-        out = core.jaxpr_as_fun(closed)(*leaves[count:], *jax.tree.leaves(y), t)
+        out = self.call(leaves, jax.tree.leaves(y), t)
         return jax.tree.unflatten(self.out_tree, out)
+
+    @functools.cached_property
+    def call(self):
+        """The jaxpr as a function, which JAX traces, and differentiates, once for all its calls."""
+
+        @jax.jit
+        def func(leaves, y, t):
+            count = len(self.jaxpr.constvars)
+            closed = core.ClosedJaxpr(self.jaxpr, leaves[:count])
+            return core.jaxpr_as_fun(closed)(*leaves[count:], *y, t)
+
+        return func
 
     def __hash__(self):
         return hash(self.key)
