@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxode.experiments.experiment import Options, Results, fitted, option, save
+from jaxode.experiments.experiment import Options, Results, fitted, option, running_mean, save
 from jaxode.nn import Augmented, MLPField, NeuralODE
 from jaxode.nn.fields import affine
 
@@ -140,7 +140,7 @@ def figure(found, models):
         axes[1, i].set(title=f"disc in a ring at t = 1, {name}")
     for axis, task in zip(axes[:, 2], TASKS):
         for name in ("plain", "augmented"):
-            axis.plot(found[f"{task}, {name}"]["evaluations"], label=name)
+            axis.plot(running_mean(found[f"{task}, {name}"]["evaluations"]), label=name)
         axis.set(xlabel="training step", ylabel="evaluations", title=task, ylim=(0, None))
         axis.legend()
     return plt_figure

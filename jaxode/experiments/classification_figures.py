@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from jaxode.experiments.experiment import running_mean
+
 COLOURS = {"mlp": "#999999", "resnet": "#E69F00", "rk-net": "#56B4E9", "ode-net": "#0072B2"}
 LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-Net"}
 
@@ -20,10 +22,8 @@ def training(curves):
     left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     left.minorticks_off()
     left.legend()
-    history = curves["ode-net"]
-    right.plot(
-        [r["step"] for r in history], [r["evaluations"] for r in history], color=COLOURS["ode-net"]
-    )
+    cost = running_mean([r["evaluations"] for r in curves["ode-net"]])
+    right.plot([r["step"] for r in curves["ode-net"]], cost, color=COLOURS["ode-net"])
     right.set(
         xlabel="training step", ylabel="evaluations of the field", ylim=(0, None),
         title="ODE-Net: cost of a forward solve",
@@ -74,7 +74,8 @@ def figure_3(sweep, history):
     axes[1, 0].set(ylabel="backward evaluations (vjps)", title="(c) backward and forward")
     axes[1, 0].legend()
     axes[1, 0].set_xlabel("forward evaluations")
-    axes[1, 1].plot([r["step"] for r in history], [r["evaluations"] for r in history])
+    cost = running_mean([r["evaluations"] for r in history])
+    axes[1, 1].plot([r["step"] for r in history], cost)
     axes[1, 1].set(
         xlabel="training step", ylabel="forward evaluations", ylim=(0, None),
         title="(d) cost over training",

@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 
 from jaxode import train
@@ -160,6 +161,19 @@ def fitted(
 def parameters(model) -> int:
     """The number of weights."""
     return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+
+
+def running_mean(values) -> np.ndarray:
+    """The mean of the last fiftieth of a curve, at each point: fewer at its begin.
+
+    >>> running_mean([1.0, 3.0])
+    array([1., 3.])
+    """
+    width = max(1, len(values) // 50)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - width, 0)
+    return (total[end] - total[begin]) / (end - begin)
 
 
 def save(figure, path: Path) -> None:

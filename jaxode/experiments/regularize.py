@@ -17,7 +17,7 @@ import optax
 
 from jaxode import data, solve, train
 from jaxode.experiments import classification, digits
-from jaxode.experiments.experiment import Options, Results, fitted, option, save
+from jaxode.experiments.experiment import Options, Results, fitted, option, running_mean, save
 from jaxode.nn import (
     ConcatSquash,
     ContinuousFlow,
@@ -247,9 +247,7 @@ def figure(found, settings):
     for row, (kind, label) in zip(axes, (("digits", "test error (%)"), ("flow", "nats"))):
         for penalty in settings.listed("penalties"):
             result = found[f"{kind}, {penalty}"]
-            width = max(1, len(result["curve"]) // 50)
-            smooth = np.convolve(result["curve"], np.ones(width) / width, "valid")
-            (line,) = row[0].plot(smooth, label=penalty)
+            (line,) = row[0].plot(running_mean(result["curve"]), label=penalty)
             scale = 100 if kind == "digits" else 1
             row[1].plot(
                 result["evaluations"], scale * result["quality"], "o", ms=10, color=line.get_color()
