@@ -34,8 +34,8 @@ class Settings(Options):
     """How long, how wide, and which."""
 
     kl_steps: int = option(600, "Steps of each fit by KL.", quick=30, full=10_000, low=1)
-    steps: int = option(1500, "Steps of each fit by likelihood.", quick=250, full=10_000, low=1)
-    table_steps: int = option(600, "Steps on the table.", quick=60, full=3000, low=1)
+    steps: int = option(1500, "Steps of each fit by likelihood.", quick=120, full=10_000, low=1)
+    table_steps: int = option(600, "Steps on the table.", quick=30, full=3000, low=1)
     batch: int = option(512, "Samples a step.", quick=256, low=2)
     sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8", words=int)
     targets: str = option("ring,wave", "Of ring, wave.", quick="ring", words=("ring", "wave"))
