@@ -127,9 +127,10 @@ def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product(weights, ks):
-    """sum_i w_i k_i over the leading axis; weights that are missing are 0."""
+    """sum_i w_i k_i over the leading axis, in float32 or better; weights that are missing are 0."""
 
     def leaf(k):
+        k = tree.wide(k)
         w = jnp.asarray(weights, k.dtype)
         w = jnp.pad(w, (0, len(k) - len(w)))
         return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
@@ -161,7 +162,7 @@ class Stages(NamedTuple):
 
     def moved(self, y, h, k):
         """y + h k."""
-        return jax.tree.map(lambda y, k: y + self.spread(h, y) * k, y, k)
+        return jax.tree.map(lambda y, k: tree.moved(y, self.spread(h, k) * k), y, k)
 
     def run(self, y, ks, s, h, start: int, stop: int, seen=None):
         """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
@@ -230,5 +231,5 @@ class Stages(NamedTuple):
 
         state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, room_for(zero, total)
         first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
-        y_bar: PyTree = product(np.ones(total), ys_bar)
+        y_bar: PyTree = self.moved(zero, np.float32(1), product(np.ones(total), ys_bar))
         return y_bar, slope_bar(first, ys_bar), f_bar

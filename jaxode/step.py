@@ -92,7 +92,7 @@ def interpolate(table: Tableau, y: PyTree, ks, h, theta) -> PyTree:
     ]
     used = [any(column) for column in zip(*table.dense)]
     terms = [(w, k) for w, k, u in zip(weights, ks, used) if u]
-    return jax.tree.map(lax.add, y, tree.weighted_sum(h, terms))
+    return jax.tree.map(tree.moved, y, tree.wide_sum(h, terms))
 
 
 def powers_of(theta, count: int) -> list:

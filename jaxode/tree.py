@@ -16,20 +16,37 @@ def combine(y: PyTree, h, weights, ks) -> PyTree:
     terms = [(w, k) for w, k in zip(weights, ks) if not (isinstance(w, float) and w == 0.0)]
     if not terms:
         return y
-    return jax.tree.map(lax.add, y, weighted_sum(h, terms))
+    return jax.tree.map(moved, y, wide_sum(h, terms))
+
+
+def moved(y: Array, step: Array) -> Array:
+    """y + step, a step as wide as `wide`, in the dtype of y."""
+    return lax.convert_element_type(lax.add(wide(y), step), y.dtype)
 
 
 def weighted_sum(h, terms) -> PyTree:
     """h sum_i w_i k_i, for pairs (w_i, k_i)."""
+    narrow = lambda x, k: lax.convert_element_type(x, k.dtype)
+    return jax.tree.map(narrow, wide_sum(h, terms), terms[0][1])
+
+
+def wide_sum(h, terms) -> PyTree:
+    """The same, in float32 or better."""
     weights, ks = zip(*terms)
 
     def leaf(*k):
-        total = scale(weights[0], k[0])
+        total = scale(weights[0], wide(k[0]))
         for w, k_i in zip(weights[1:], k[1:]):
-            total = lax.add(total, scale(w, k_i))
+            total = lax.add(total, scale(w, wide(k_i)))
         return scale(h, total)
 
     return jax.tree.map(leaf, *ks)
+
+
+def wide(x: Array) -> Array:
+    """float16 and bfloat16 as float32: the weights of a step cancel, and would leave their roundings."""
+    half = x.dtype.itemsize == 2
+    return lax.convert_element_type(x, jnp.float32) if half else x
 
 
 def scale(w, x: Array) -> Array:

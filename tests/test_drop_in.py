@@ -54,6 +54,14 @@ def case(request):
     return CASES[request.param]
 
 
+def test_float32_is_as_accurate_as_with_jax(case):
+    f, y0, t, args = case
+    args = [jnp.asarray(a, jnp.float32) for a in (y0, t, *args)]
+    values = odeint(partial(f, jnp), *args)
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, jax_odeint(partial(f, jnp), *args), rtol=1e-5, atol=1e-5)
+
+
 def test_values_agree_with_scipy(case):
     f, y0, t, args = case
     expected = scipy.integrate.odeint(partial(f, np), np.array(y0), t, args, rtol=1e-9, atol=1e-9)
