@@ -133,7 +133,7 @@ def replay(solve, f, y0, ss):
     another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
     one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
     `jax.vmap` both passes are loops over lanes (`jaxode.lanes`), and nothing is recorded; where each
-    solve has at most three numbers to be differentiated, these derivatives are carried along
+    solve has at most four numbers to be differentiated, these derivatives are carried along
     (`jaxode.sensitivities`): the same numbers for half the time.
     """
     return replay_in_lanes(solve, f, y0, ss)

@@ -1,11 +1,14 @@
 """A batch of solves as one loop: what `jax.vmap` of a solve becomes.
 
 `vmap` of a `while_loop` runs every solve until the slowest is done, and streams the whole batch
-through memory at every stage. Here a few hundred solves at a time, the lanes, share a loop, each
-with its own time, step size and status; their states stay in the nearest caches, and when a lane
-is done the next problem of the queue takes its place. The stages of a step are a loop as well, with
-all slopes in one array: a stage is then a product with a row of the table, which XLA neither fuses
-nor computes twice.
+through memory at every stage. Here some hundred solves at a time, the lanes, share a loop, each with
+its own time, step size and status; their states stay in the nearest caches, and when a lane is done
+the next problem of the queue takes its place.
+
+On a CPU a whole attempt of a small system is one kernel (`scalars.of_lanes`): 8,192 Lorenz systems
+took 64 ms, and 118 ms stage by stage, which is how all others are stepped: the stages of a step are
+a loop, with all slopes in one array, so that a stage is a product with a row of the table, which XLA
+neither fuses nor computes twice.
 """
 
 import math
@@ -30,8 +33,9 @@ from jaxode.loop import (
 )
 from jaxode.splittings import Splitting
 from jaxode.stages import Stages, product, room_for
+from jaxode.step import error, step
 
-CACHE = 64 * 1024  # bytes that the slopes of all lanes may take
+CACHE = 128 * 1024  # bytes that the slopes of all lanes may take
 ROUND = 8  # attempts between two looks at which lanes are done
 
 
@@ -131,6 +135,15 @@ class Problems(NamedTuple):
         """f of every lane."""
         return self.each(lambda solve, f, ss, y, s: self.coordinates.field(f, y, s))(own, y, s)
 
+    def in_one_kernel(self, fn: Callable, own, *args):
+        """fn(solve, f, end, ...) of every lane in one kernel, and where that is valid; else None."""
+        if not self.coordinates.small or jax.default_backend() != "cpu":
+            return None
+        given = self.each(lambda solve, f, ss, *args: (solve, f, last(ss), *args))
+        all_args = given(own, *args)
+        many = scalars.of_lanes(fn, *jax.tree.map(lambda x: x[..., 0], all_args))
+        return None if many is None else many(*all_args)
+
     def stages(self, own) -> Stages:
         """The steps of all lanes."""
         slopes = lambda ks, i, y, s: self.with_slopes(ks, i, own, y, s)
@@ -161,26 +174,61 @@ def prepared(size: int, flags, solve, f, y0, ss) -> tuple[Problems, PyTree]:
     return Problems(own, shared, coordinates, solve.table), y0
 
 
-def lanes_at_once(table, coordinates: Coordinates, size: int) -> int:
+def lanes_at_once(table, coordinates: Coordinates, size: int, copies: int = 1) -> int:
     """On a CPU as many as fit into a cache with their slopes; else all, since wide is fast there."""
     if jax.default_backend() != "cpu":
         return size
-    one = len(table.c) * sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
+    one = (
+        copies
+        * len(table.c)
+        * sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
+    )
     return min(size, 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1)))
 
 
 # A step of all lanes.
 
 
-def attempt(problems: Problems, own, state: State, more: int = 0):
+def attempt(problems: Problems, own, state: State, inside: bool = False):
     """One attempt of every lane that is not done: its state after it, step sizes and slopes.
 
-    With room for the slopes of so many more stages.
+    The slopes with room for those of the further stages, if the solution inside is wanted.
     """
+    more = inside * len(problems.table.extra_c)
+    one = partial(attempt_of_one, problems.coordinates, problems.table, inside)
+    found = problems.in_one_kernel(one, own, state._replace(extra=None))
+    if found is None:
+        return attempt_by_stages(problems, own, state, more)
+    (new, h, ks), valid = found
+    if inside:
+        ks = jnp.concatenate([jnp.stack(ks), room_for(ks[0], more)])
+    return new._replace(extra=state.extra, h=jnp.where(valid, new.h, jnp.nan)), h, ks
+
+
+def attempt_of_one(coordinates: Coordinates, table, slopes: bool, solve, f, end, state: State):
+    """An attempt of one lane: its state after it, the step size, and the slopes if these are wanted."""
+    s1, h, go = next_step(solve, end, state)
+    y, k = map(coordinates.open, state.pair)
+    y1, ks = step(table, f, y, k, state.s, h)
+    pair1 = coordinates.pack(y1), coordinates.pack(ks[-1])
+    new = solve.decided(
+        state, s1, h, (state.pair, pair1), (y, y1), lambda: ks[-1], error(table, h, ks), go
+    )
+    return new, h, list(map(coordinates.pack, ks)) if slopes else None
+
+
+def next_step(solve: Integrator, end, state: State):
+    """Where the next attempt ends, its size, and whether there is one: if not, its size is 0."""
+    go = solve.unfinished(state, end)
+    s1, h = solve.next_end(state, end)
+    return jnp.where(go, s1, state.s), jnp.where(go, h, 0), go
+
+
+def attempt_by_stages(problems: Problems, own, state: State, more: int):
+    """The same of all lanes, stage by stage: any system, on any device."""
     table, count, steps = problems.table, len(problems.table.c), problems.stages(own)
-    go = unfinished(problems, own, state)
-    s1, h = problems.each(lambda solve, f, ss, state: solve.next_end(state, last(ss)))(own, state)
-    s1, h = jnp.where(go, s1, state.s), jnp.where(go, h, 0)
+    going = lambda solve, f, ss, state: next_step(solve, last(ss), state)
+    s1, h, go = problems.each(going)(own, state)
     y, k = state.pair
     ks = tree.put(0, k, room_for(y, count + more))  # zeros: 0 times an old NaN would be NaN
     y1, ks, _ = steps.run(y, ks, state.s, h, 1, count)
@@ -207,17 +255,25 @@ def last(ss):
 
 
 def started(problems: Problems, own, y0, extra=None) -> State:
-    """Solves before their first attempts."""
-    lanes = jax.tree.leaves(y0)[0].shape[problems.coordinates.axis]
-    s = jnp.zeros(lanes, eqx.combine(own, problems.shared)[2].dtype)
-    k0 = problems.slopes(own, y0, s)
+    """Solves before their first attempts; `extra(ss)` is what each carries besides."""
+    open = problems.coordinates.open
 
-    def one(solve, f, ss, y, k):
-        open = problems.coordinates.open
-        state = solve.beginning(f, open(y), open(k), last(ss))
-        return state._replace(pair=(y, k), extra=extra and extra(ss))
+    def one(solve, f, end, y, k=None):
+        k = problems.coordinates.field(f, y, jnp.zeros_like(end)) if k is None else k
+        return solve.beginning(f, open(y), open(k), end)._replace(pair=(y, k))
 
-    return problems.each(one)(own, y0, k0)
+    if (found := problems.in_one_kernel(one, own, y0)) is not None:
+        state, valid = found
+        state = state._replace(h=jnp.where(valid, state.h, jnp.nan))
+    else:
+        lanes = jax.tree.leaves(y0)[0].shape[problems.coordinates.axis]
+        s = jnp.zeros(lanes, eqx.combine(own, problems.shared)[2].dtype)
+        k0 = problems.slopes(own, y0, s)
+        begin = lambda solve, f, ss, y, k: one(solve, f, last(ss), y, k)
+        state = problems.each(begin)(own, y0, k0)
+    if extra is None:
+        return state
+    return state._replace(extra=problems.each(lambda solve, f, ss, s: extra(ss))(own, state.s))
 
 
 # Forward.
@@ -226,14 +282,14 @@ def started(problems: Problems, own, y0, extra=None) -> State:
 def solved(size: int, flags, solve: Integrator, f, y0, ss):
     """`Integrator.__call__` of all: their solutions, and their reports."""
     problems, y0 = prepared(size, flags, solve, f, y0, ss)
-    table, axis, inside = problems.table, problems.coordinates.axis, ss.shape[-1] > 2
+    axis, inside = problems.coordinates.axis, ss.shape[-1] > 2
     before = lambda ss: (jnp.sum(ss <= 0, dtype=jnp.int32), jnp.zeros((), jnp.int32))
     queue = problems.own, started(problems, problems.own, y0, before if inside else None)
     rows = empty_rows(problems, size, ss.shape[-1]) if inside else None
 
     def once(carry):
         (own, state), who, rows = carry
-        new, h, ks = attempt(problems, own, state, inside * len(table.extra_c))
+        new, h, ks = attempt(problems, own, state, inside)
         if inside:
             new, rows = write_rows(problems, own, state, new, h, ks, who, rows)
         return (own, new), who, rows
@@ -268,50 +324,60 @@ def run(problems: Problems, size: int, queue, once, rows):
 def from_queue(problems: Problems, width: int, queue, once, rows):
     """The same with fewer lanes than problems."""
     together = Packing(problems.coordinates.axis)
-    packed, structure = together.pack(queue)
-    size = together.lanes(packed)
+    if problems.coordinates.small:  # rows of one array for each dtype, between attempts too
+        by_dtype = Packing(problems.coordinates.axis, mixed=False)
+        queue, form = by_dtype.pack(queue)
+        view, hold = lambda held: by_dtype.open(held, form), lambda lanes: by_dtype.pack(lanes)[0]
+    else:
+        view = hold = lambda lanes: lanes
+    waiting, structure = together.pack(queue)
+    size = together.lanes(waiting)
 
     def refill(carry):
-        """Lanes that are done give their results, and take new problems.
-
-        A result takes the place of its problem in the queue.
-        """
-        lanes, who, head, packed, _ = carry
-        idle = ~unfinished(problems, *lanes) & (who < size)
+        """Lanes that are done give their results, and take new problems."""
+        held, who, head, done, _ = carry
+        idle = ~unfinished(problems, *view(held)) & (who < size)
         next_one = jnp.where(idle, jnp.minimum(head - 1 + counted(idle), size), size)
-        old, _ = together.pack(lanes)
-        new = together.where(next_one < size, together.take(packed, next_one), old)
-        packed = together.put(packed, jnp.where(idle, who, size), old)
+        old, _ = together.pack(held)
+        new = together.where(next_one < size, together.take(waiting, next_one), old)
+        done = together.put(done, jnp.where(idle, who, size), old)
         who = jnp.where(idle, next_one, who)
-        return together.open(new, structure), who, head, packed, jnp.array(False)
+        return together.open(new, structure), who, head, done, jnp.array(False)
 
     def several(carry):
         """Some attempts, and new problems if enough lanes are done; `live` lanes have one at all."""
-        lanes, who, rows, head, live, packed = carry
+        held, who, rows, head, live, ends = carry
 
         def attempts(carry):
-            n, _, (lanes, who, rows) = carry
-            lanes, who, rows = once((lanes, who, rows))
+            n, _, (held, who, rows) = carry
+            lanes, who, rows = once((view(held), who, rows))
             busy = jnp.sum(unfinished(problems, *lanes), dtype=jnp.int32)
-            return n + 1, busy, (lanes, who, rows)
+            return n + 1, busy, (hold(lanes), who, rows)
 
-        _, busy, (lanes, who, rows) = lax.while_loop(
-            lambda c: (c[0] < ROUND) & (c[1] > 0), attempts, (0 * live, live, (lanes, who, rows))
+        _, busy, (held, who, rows) = lax.while_loop(
+            lambda c: (c[0] < ROUND) & (c[1] > 0), attempts, (0 * live, live, (held, who, rows))
         )
         done = live - busy
         ready = (16 * done >= width) | (busy == 0)
-        lanes, who, _, packed, _ = lax.while_loop(
-            lambda c: c[-1], refill, (lanes, who, head, packed, ready)
+        held, who, _, ends, _ = lax.while_loop(
+            lambda c: c[-1], refill, (held, who, head, ends, ready)
         )
         taken = jnp.clip(size - head, 0, done)
         head, live = head + jnp.where(ready, done, 0), live + jnp.where(ready, taken - done, 0)
-        return lanes, who, rows, head, live, packed
+        return held, who, rows, head, live, ends
 
-    lanes = together.open(together.part(packed, 0, width), structure)
+    held = together.open(together.part(waiting, 0, width), structure)
     all_ = jnp.asarray(width, jnp.int32)
-    carry = lanes, jnp.arange(width, dtype=jnp.int32), rows, all_, all_, packed
+    carry = (
+        held,
+        jnp.arange(width, dtype=jnp.int32),
+        rows,
+        all_,
+        all_,
+        jax.tree.map(jnp.zeros_like, waiting),
+    )
     carry = lax.while_loop(lambda carry: carry[4] > 0, several, carry)
-    return together.open(carry[5], structure)[1], carry[2]
+    return view(together.open(carry[5], structure))[1], carry[2]
 
 
 def counted(flags):
@@ -334,17 +400,17 @@ class Packing:
     Numbers of float32 are moved as the bits that they are, together with those of int32.
     """
 
-    def __init__(self, axis: int):
-        self.axis = axis
+    def __init__(self, axis: int, mixed: bool = True):
+        self.axis, self.mixed = axis, mixed
 
     def pack(self, xs):
         """The arrays, and what `open` needs."""
         leaves, structure = jax.tree.flatten(xs)
-        lanes = leaves[0].shape[self.axis]
-        flat = (-1, lanes) if self.axis else (lanes, -1)
         groups = {}
         for leaf in leaves:
-            leaf = bits(leaf.reshape(flat))
+            lanes = leaf.shape[self.axis]
+            leaf = leaf.reshape((-1, lanes) if self.axis else (lanes, -1))
+            leaf = bits(leaf) if self.mixed else leaf
             groups.setdefault(leaf.dtype, []).append(leaf)
         shapes = [(leaf.dtype, leaf.shape) for leaf in leaves]
         other = self.axis + 1
@@ -354,13 +420,14 @@ class Packing:
         """And back."""
         structure, shapes = structure
         arrays = {array.dtype: array for array in packed}
-        lanes, at, leaves = self.lanes(packed), dict.fromkeys(arrays, 0), []
+        at, leaves = dict.fromkeys(arrays, 0), []
         for dtype, shape in shapes:
-            moved = jnp.dtype(jnp.int32) if dtype == jnp.float32 else dtype
+            moved = jnp.dtype(jnp.int32) if dtype == jnp.float32 and self.mixed else dtype
             inner = shape[:-1] if self.axis else shape[1:]
             end = at[moved] + math.prod(inner)
             leaf = lax.slice_in_dim(arrays[moved], at[moved], end, axis=self.axis + 1)
             leaf = leaf if moved == dtype else lax.bitcast_convert_type(leaf, dtype)
+            lanes = leaf.shape[self.axis]
             leaves.append(leaf.reshape((*inner, lanes) if self.axis else (lanes, *inner)))
             at[moved] = end
         return jax.tree.unflatten(structure, leaves)

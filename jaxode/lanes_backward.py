@@ -21,7 +21,7 @@ from jaxode import lanes, tree
 from jaxode.lanes import Packing, Problems, attempt, prepared, started, unfinished
 from jaxode.loop import Integrator, State
 from jaxode.stages import room_for
-from jaxode.step import powers_of
+from jaxode.step import powers_of, step_and_inside
 from jaxode.tree import put, row
 
 TAPE = 4 * 2**20  # bytes for a tape, where sqrt(max_steps) states need no more
@@ -44,7 +44,7 @@ def pulled(size: int, flags, solve: Integrator, x, rest, steps, ys_bar):
     given = eqx.combine(x, rest)
     problems, y0 = prepared(size, (flags[0], *eqx.combine(of_x, of_rest)), solve, *given)
     coordinates, dtype = problems.coordinates, given[2].dtype
-    axis, width = coordinates.axis, lanes.lanes_at_once(problems.table, coordinates, size)
+    axis, width = coordinates.axis, lanes.lanes_at_once(problems.table, coordinates, size, copies=2)
     chunks, together = -(-size // width), Packing(axis)
     order = jnp.argsort(steps).astype(jnp.int32)  # the solves of a chunk are about equally long
     ys_bar = jax.vmap(jax.vmap(coordinates.pack), 0, axis)(ys_bar)
@@ -225,6 +225,50 @@ class Gradient:
 
     def step(self, own, carry: Carry, y, k, s, h, w) -> Carry:
         """The vjp of one step of every lane, with the outputs inside it."""
+        found = self.step_in_one_kernel(own, carry, y, k, s, h, w)
+        return self.step_by_stages(own, carry, y, k, s, h, w) if found is None else found
+
+    def step_in_one_kernel(self, own, carry: Carry, y, k, s, h, w):
+        """The same, of a small system on a CPU; None of any other."""
+        problems = self.problems
+        if not problems.coordinates.small:
+            return None
+        pack, open = problems.coordinates.pack, problems.coordinates.open
+
+        def forwards(f_rest, s, h, f_x, y, k):
+            f = eqx.combine(f_x, f_rest)
+            y1, k1, d = step_and_inside(self.table, f, open(y), open(k), s, h, self.inside)
+            return pack(y1), pack(k1), list(map(pack, d))
+
+        def back(solve, f, end, y, k, s, h, ends, f_bar, straight, d_bar):
+            f_x, f_rest = eqx.partition(f, self.mask)
+            _, vjp = jax.vjp(partial(forwards, f_rest, s, h), f_x, y, k)
+            f_more, y_bar, k_bar = vjp((*ends, d_bar))
+            return jax.tree.map(jnp.add, f_bar, f_more), y_bar + straight, k_bar
+
+        def inside(solve, f, end, y, k, s, h):
+            return forwards(f, s, h, None, y, k)[2]
+
+        row_, ss_bar, straight, d_bar = carry.row, carry.ss, jnp.zeros_like(y), []
+        if self.inside:
+            d = [y] * len(self.table.dense)
+            if self.of_ss:
+                found = problems.in_one_kernel(inside, own, y, k, s, h)
+                if found is None:
+                    return None
+                d, valid = found
+                d[0] = jnp.where(valid, d[0], jnp.nan)
+            row_, ss_bar, straight, d_bar = self.outputs(own, carry, d, s, h, w)
+        ends = carry.y, carry.k
+        rest = ends, carry.f, straight, list(d_bar)
+        found = problems.in_one_kernel(back, own, y, k, s, h, *rest)
+        if found is None:
+            return None
+        (f_bar, y_bar, k_bar), valid = found
+        return Carry(jnp.where(valid, y_bar, jnp.nan), k_bar, f_bar, row_, ss_bar)
+
+    def step_by_stages(self, own, carry: Carry, y, k, s, h, w) -> Carry:
+        """The same, of any system."""
         steps = self.problems.stages(own)
         ks, seen = steps.seen(y, k, s, h, self.inside)
         straight, d_bar, row_, ss_bar = None, None, carry.row, carry.ss

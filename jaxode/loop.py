@@ -400,7 +400,7 @@ class Inside:
 def waited(state: State):
     """Attempts since the last output was passed."""
     assert state.mark is not None
-    return (state.attempts - state.mark).astype(jnp.result_type(float))
+    return (state.attempts - state.mark).astype(state.s.dtype)
 
 
 def fraction(s, end):

@@ -9,7 +9,9 @@ selects, which XLA does fuse. Lorenz, dopri5, float64, two CPU cores: a step too
 400 ns, and the step of a gradient 50 ns instead of 5 us.
 
 Only arithmetic that stays small is rewritten (`LIMIT` scalar operations); anything else, and
-anything under `jax.vmap`, where arrays are already wide, runs as it was written.
+anything under `jax.vmap`, where arrays are already wide, runs as it was written. `of_lanes(fn)` is
+the same for many lanes: each scalar is then an array of all lanes, and all results come from one
+kernel.
 """
 
 import functools
@@ -107,6 +109,66 @@ def components(fn, *examples):
     return apart
 
 
+def of_lanes(fn, *examples):
+    """`fn` of one lane as a function of many, lanes along the last axis of every argument and result.
+
+    All of it is one kernel, however many results there are: XLA gives each of several arrays a kernel
+    of its own, which computes again what they have in common, but not so the several results of one
+    reduction. So this is a reduction, of two equal rows x, that makes fn(x) of (anything, x). That is
+    what comes out if XLA combines the rows in turn, as it does on a CPU. A mark goes along that shows
+    whether it did: with the results comes where they are valid. None if `fn` is not small enough.
+    """
+    apart = components(fn, *examples)
+    shapes = jax.eval_shape(fn, *examples)
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves((examples, shapes))}
+    if apart is None or sum(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes) > 1:
+        return None  # XLA reduces no arrays of different precisions together
+
+    def many(*args):
+        xs = [part for x in jax.tree.leaves(args) for part in rows(x)]
+        wanted = [leaf.dtype for leaf in jax.tree.leaves(shapes) for _ in range(leaf.size)]
+        places, slots = matched([x.dtype for x in xs], wanted)
+        missing = [jnp.zeros_like(xs[0], dtype) for dtype in slots[len(xs) :]]
+        operands = (*xs, *missing, jnp.ones_like(xs[0], jnp.int32))
+
+        def last(_, row):
+            *x, mark = row
+            out = list(x)
+            for place, value in zip(places, apart(x[: len(xs)])):
+                out[place] = value
+            return (*out, jnp.where(mark == 1, np.int32(2), np.int32(3)))
+
+        begin = tuple(np.zeros((), x.dtype) for x in operands)
+        twice = tuple(jnp.broadcast_to(x, (2, *x.shape)) for x in operands)
+        out = lax.reduce(twice, begin, last, (0,))
+        # A result that nothing uses crashes StableHLO's canonicalisation of reductions (jaxlib 0.10).
+        *out, mark = lax.optimization_barrier(out)
+        out = iter([out[place] for place in places])
+        together = lambda n: jnp.stack([next(out) for _ in range(n)])
+        leaf = lambda shape: together(shape.size).reshape(*shape.shape, -1)
+        return jax.tree.map(leaf, shapes), mark == 2
+
+    return many
+
+
+def rows(x) -> list:
+    """The scalars of one lane, each with its lanes."""
+    return list(x.reshape(-1, x.shape[-1]))
+
+
+def matched(given, wanted) -> tuple[list, list]:
+    """A place for each wanted dtype among those given, and all of these: more where there are too few."""
+    slots, free, places = list(given), {}, []
+    for i, dtype in enumerate(given):
+        free.setdefault(dtype, []).append(i)
+    for dtype in wanted:
+        if not free.get(dtype):
+            free.setdefault(dtype, []).append(len(slots))
+            slots.append(dtype)
+        places.append(free[dtype].pop(0))
+    return places, slots
+
+
 def is_number(x) -> bool:
     """Whether x is an array of floats, complex numbers, integers or booleans (and not of keys)."""
     return jnp.issubdtype(jnp.result_type(x), jnp.number) or jnp.result_type(x) == jnp.bool
@@ -121,7 +183,7 @@ def cost(jaxpr) -> float:
             total += eqn.outvars[0].aval.size
         elif name in CALLS:
             total += cost(inner(eqn).jaxpr)
-        elif name in ("reduce_sum", "reduce_max", "reduce_min"):
+        elif name in REDUCTIONS:
             total += eqn.invars[0].aval.size
         elif name not in STRUCTURAL:
             return math.inf
@@ -159,6 +221,9 @@ def evaluate(jaxpr, consts, args):
             outs = evaluate(call.jaxpr, [take_apart(c) for c in call.consts], xs)
         elif name in REDUCTIONS:
             outs = [reduction(eqn, xs[0])]
+        elif name == "split":
+            cuts = np.cumsum(eqn.params["sizes"])[:-1]
+            outs = np.split(xs[0], cuts, axis=eqn.params["axis"])
         elif name == "unstack":
             outs = [_take(xs[0], i, **eqn.params) for i in range(len(eqn.outvars))]
         else:
@@ -187,7 +252,12 @@ def is_zero(x) -> bool:
     return isinstance(x, np.generic) and x == 0
 
 
-REDUCTIONS = {"reduce_sum": lax.add, "reduce_max": lax.max, "reduce_min": lax.min}
+REDUCTIONS = {
+    "reduce_and": lax.bitwise_and,
+    "reduce_max": lax.max,
+    "reduce_min": lax.min,
+    "reduce_sum": lax.add,
+}
 
 
 def reduction(eqn, x):
@@ -275,7 +345,8 @@ STRUCTURAL = {
     "transpose": lambda x, *, permutation: np.transpose(x, permutation),
     "rev": lambda x, *, dimensions: np.flip(x, dimensions),
     "concatenate": lambda *xs, dimension: np.concatenate(xs, dimension),
-    "unstack": None,  # several results: see `evaluate`
+    "split": None,  # several results: see `evaluate`
     "stack": lambda *xs, axis: np.stack(xs, axis),
+    "unstack": None,
     "stop_gradient": lambda x, **_: x,
 }

@@ -227,7 +227,7 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
         atol=atol,
         hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
-        mxstep=mxstep if static.bounded else None,
+        mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         heuristics=static.heuristics,
     )
     ys, report = static.adjoint(integrator, field, y0, ss)

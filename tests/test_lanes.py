@@ -116,7 +116,7 @@ def test_statistics_are_those_of_single_solves(dtype):
 @pytest.mark.parametrize("few, adjoint", [(0, "replay"), (3, "replay"), (0, "backsolve")])
 def test_more_problems_than_lanes_are_all_solved_and_uneven_ones_too(monkeypatch, few, adjoint):
     monkeypatch.setattr(sensitivities, "FEW", few)
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size: min(size, 16))
+    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 16))
     size = 75
     rates = jnp.where(jnp.arange(size) % 10 == 3, 60.0, 1.0) * jnp.linspace(0.5, 2.0, size)
 
@@ -152,7 +152,7 @@ class Network(eqx.Module):
 def test_networks_pytrees_and_ragged_times_work_and_shared_weights_are_summed(
     monkeypatch, order, adjoint, tolerance
 ):
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size: min(size, 3))
+    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 3))
     field = Network(MLPField(5, width=8, dtype="float64", key=jax.random.key(0)), jnp.array(1.5))
     keys = jax.random.split(jax.random.key(1))
     y0s = {"a": jax.random.normal(keys[0], (LANES, 5)), "b": jnp.ones((LANES, 2, 3))}
@@ -245,7 +245,7 @@ def test_one_failed_lane_is_nan_for_itself_alone(adjoint):
 
 
 def test_a_derivative_that_is_nan_for_a_while_does_not_spoil_the_lanes_next_problem(monkeypatch):
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size: min(size, 2))
+    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 2))
     field = lambda y, t, p: jnp.where(p > 0, jnp.nan, -1.0) * y
     ys = jax.vmap(lambda p: odeint(field, jnp.ones(2), [0.0, 1.0], p, rtol=1e-8, atol=1e-8)[-1])(
         jnp.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
