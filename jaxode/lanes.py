@@ -183,7 +183,8 @@ def lanes_at_once(table, coordinates: Coordinates, size: int, copies: int = 1) -
         * len(table.c)
         * sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
     )
-    return min(size, 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1)))
+    width = 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1))
+    return min(size, width - width // 32)  # rows of 4,096 bytes would share the lines of a cache
 
 
 # A step of all lanes.
