@@ -369,7 +369,7 @@ of_one = replaying(
         (lanes.solve_one, record_one, pull),
     )
 )
-replay_in_lanes = batching.in_lanes(
+replay_in_lanes = batching.InLanes(
     batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to, lanes.like_results
 )
 

@@ -63,65 +63,90 @@ class Solver(NamedTuple):
 
 
 class Program:
-    """A function of leaves, traced when it is asked for: of what is differentiated, or batched, it never is.
-
-    `shape` is the structure of its results, as soon as anything has found them.
-    """
+    """A function of leaves, traced when it is asked for: of what is differentiated, or batched, it never is."""
 
     def __init__(self, fn: Callable, structure):
         self.fn, self.structure = fn, structure
-        self.shape: Any = None
         self.jaxpr: Any = None
 
     def traced(self, avals):
         """Its jaxpr."""
         if self.jaxpr is None:
-            of_leaves = lambda *leaves: self.flat(
+            fn = lambda *leaves: jax.tree.leaves(
                 self.fn(*jax.tree.unflatten(self.structure, leaves))
             )
-            self.jaxpr = jax.make_jaxpr(of_leaves)(*avals)
+            self.jaxpr = jax.make_jaxpr(fn)(*avals)
         return self.jaxpr
 
-    def flat(self, out):
-        """Results as leaves."""
-        leaves, self.shape = jax.tree.flatten(out)
-        return leaves
 
-
-def in_lanes(one: Solver, many: Callable, able: Callable, like: Callable) -> Callable:
+class InLanes:
     """`one`, which `jax.vmap` turns into the solver `many(size, flags)`; `like(*args)` are zeros like
     its results, and its effects.
 
     Unlike `batched` it is seen before any derivative is taken, if the `vmap` is inside of the
     derivative: then `many` knows what the solves share, and its cotangents may be sums. A primitive,
-    because that is the only thing in JAX with rules of its own for both.
+    because that is the only thing in JAX with rules of its own for both. Its operands are the leaves
+    of the arguments, of this structure; `size` is 0 for one solve.
     """
-    primitive = Primitive("solve")
-    primitive.multiple_results = True
 
-    def run(*leaves, program, **_):
+    def __init__(self, one: Solver, many: Callable, able: Callable, like: Callable):
+        self.one, self.many, self.able, self.like = one, many, able, like
+        self.primitive = Primitive("solve")
+        self.primitive.multiple_results = True
+        self.primitive.def_impl(self.run)
+        self.primitive.def_effectful_abstract_eval(self.abstract)
+        mlir.register_lowering(self.primitive, mlir.lower_fun(self.run, multiple_results=True))
+        ad.primitive_jvps[self.primitive] = self.jvp
+        batching.primitive_batchers[self.primitive] = self.batch
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args)
+        leaves = list(map(jnp.asarray, leaves))
+        outs = self.bind(leaves, structure, 0, [False] * len(leaves))
+        results = jax.eval_shape(lambda *leaves: self.zeros(structure, leaves), *leaves)
+        return jax.tree.unflatten(jax.tree.structure(results), outs)
+
+    def bind(self, leaves, structure, size, flags):
+        program = Program(self.solver(structure, size, flags).plain, structure)
+        params = dict(program=program, structure=structure, size=size, flags=tuple(flags))
+        return self.primitive.bind(*leaves, **params)
+
+    def solver(self, structure, size, flags) -> Solver:
+        return self.many(size, jax.tree.unflatten(structure, flags)) if size else self.one
+
+    def zeros(self, structure, leaves):
+        """Like the results of one solve."""
+        return self.like(*jax.tree.unflatten(structure, leaves))[0]
+
+    def run(self, *leaves, program, **_):
         jaxpr = program.traced(list(map(jax.typeof, leaves)))
         return core.jaxpr_as_fun(jaxpr)(*leaves)
 
-    def bind(leaves, structure, size, flags):
-        program = Program(solver(structure, size, flags).plain, structure)
-        outs = primitive.bind(
-            *leaves, program=program, structure=structure, size=size, flags=tuple(flags)
-        )
-        return outs, program.shape
+    def abstract(self, *avals, program, structure, size, flags):
+        plain = lambda a: a == ShapedArray(a.shape, a.dtype, weak_type=a.weak_type)
+        if not all(map(plain, avals)):  # inside of `shard_map`: what varies has to be found out
+            jaxpr = program.traced(avals)
+            return jaxpr.out_avals, jaxpr.effects
+        effects: Any = None
 
-    def solver(structure, size, flags) -> Solver:
-        return many(size, jax.tree.unflatten(structure, flags)) if size else one
+        def zeros(*leaves):
+            nonlocal effects
+            out, effects = self.like(*jax.tree.unflatten(structure, leaves))
+            return jax.tree.leaves(out)
 
-    def jvp(primals, tangents, *, program, structure, size, flags):
+        axes = [0 if flag else None for flag in flags]
+        results = jax.vmap(zeros, axes, axis_size=size) if size else zeros
+        return jax.make_jaxpr(results)(*avals).out_avals, effects
+
+    def jvp(self, primals, tangents, *, structure, size, flags, **_):
         moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
 
         def of_moving(*xs):
             leaves = list(primals)
             for i, x in zip(moving, xs):
                 leaves[i] = x
-            fn = solver(structure, size, flags).differentiable
-            return program.flat(fn(*jax.tree.unflatten(structure, leaves)))
+            fn = self.solver(structure, size, flags).differentiable
+            return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
         outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
@@ -129,56 +154,23 @@ def in_lanes(one: Solver, many: Callable, able: Callable, like: Callable) -> Cal
         zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
         return outs, [zero(x) if still(x_dot) else x_dot for x, x_dot in zip(outs, outs_dot)]
 
-    def batch(leaves, axes, *, program, structure, size, flags):
+    def batch(self, leaves, axes, *, structure, size, flags, **_):
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
-        given = jax.tree.unflatten(structure, leaves)
-        if not size and not able(jax.tree.unflatten(structure, new), *given):
-            lanes = jax.tree.unflatten(structure, [0 if b else None for b in new])
-            outs = program.flat(jax.vmap(one.differentiable, lanes)(*given))
-            return outs, [0] * len(outs)
-        if not size:
-            outs, program.shape = bind(leaves, structure, more, new)
-            return outs, [0] * len(outs)
-        both = [a or b for a, b in zip(new, flags)]
-        leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
-        outs, program.shape = bind(leaves, structure, more * size, both)
-        return [x.reshape(more, size, *x.shape[1:]) for x in outs], [0] * len(outs)
-
-    primitive.def_impl(run)
-
-    @primitive.def_effectful_abstract_eval
-    def abstract(*avals, program, structure, size, flags):
-        effects: Any = None
-
-        def zeros(*args):
-            nonlocal effects
-            out, effects = like(*args)
-            return out
-
-        def results(*leaves):
-            axes = jax.tree.unflatten(structure, [0 if flag else None for flag in flags])
-            all_zeros = jax.vmap(zeros, axes, axis_size=size) if size else zeros
-            return program.flat(all_zeros(*jax.tree.unflatten(structure, leaves)))
-
-        plain = lambda a: a == ShapedArray(a.shape, a.dtype, weak_type=a.weak_type)
-        if not all(map(plain, avals)):  # inside of `shard_map`: what varies has to be found out
-            jaxpr = program.traced(avals)
-            return jaxpr.out_avals, jaxpr.effects
-        return jax.make_jaxpr(results)(*avals).out_avals, effects
-
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-
-    def call(*args):
-        leaves, structure = jax.tree.flatten(args)
-        leaves = list(map(jnp.asarray, leaves))
-        outs, shape = bind(leaves, structure, 0, [False] * len(leaves))
-        return jax.tree.unflatten(shape, outs)
-
-    return call
+        if size:
+            both = [a or b for a, b in zip(new, flags)]
+            leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
+            outs = self.bind(leaves, structure, more * size, both)
+            outs = [x.reshape(more, size, *x.shape[1:]) for x in outs]
+        else:
+            given, given_flags = (jax.tree.unflatten(structure, of) for of in (leaves, new))
+            if self.able(given_flags, *given):
+                outs = self.bind(leaves, structure, more, new)
+            else:
+                lanes = jax.tree.unflatten(structure, [0 if flag else None for flag in new])
+                outs = jax.tree.leaves(jax.vmap(self.one.differentiable, lanes)(*given))
+        return outs, [0] * len(outs)
 
 
 def spread(size: int, xs, flags):

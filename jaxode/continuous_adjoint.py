@@ -65,7 +65,7 @@ def backsolve(rtol=None, atol=None):
         )
         return batching.Solver(forwards, continuous(forwards, backwards))
 
-    return batching.in_lanes(
+    return batching.InLanes(
         batching.Solver(lanes.solve_one, of_one), of_many, lanes.able_to, lanes.like_results
     )
 

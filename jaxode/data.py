@@ -164,7 +164,10 @@ def idx(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     return np.frombuffer(raw[start:], kinds[raw[2]]).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnames="n")
+samples = functools.partial(jax.jit, static_argnames="n")
+
+
+@samples
 def circles(key, n: int):
     """Two circles of radius 1 and 2 with noise 0.08: samples of shape (n, 2)."""
     angle_key, which_key, noise_key = jax.random.split(key, 3)
@@ -174,7 +177,7 @@ def circles(key, n: int):
     return points + 0.08 * jax.random.normal(noise_key, (n, 2))
 
 
-@functools.partial(jax.jit, static_argnames="n")
+@samples
 def moons(key, n: int):
     """Two interleaving half circles with noise 0.1: samples of shape (n, 2)."""
     angle_key, which_key, noise_key = jax.random.split(key, 3)
@@ -187,7 +190,7 @@ def moons(key, n: int):
     return 1.5 * (points + 0.1 * jax.random.normal(noise_key, (n, 2)))
 
 
-@functools.partial(jax.jit, static_argnames="n")
+@samples
 def pinwheel(key, n: int):
     """Five twisted arms: samples of shape (n, 2)."""
     arm_key, noise_key = jax.random.split(key)
@@ -199,7 +202,7 @@ def pinwheel(key, n: int):
     return 2 * jnp.stack([x, y], 1)
 
 
-@functools.partial(jax.jit, static_argnames="n")
+@samples
 def checkerboard(key, n: int):
     """Eight squares of a 4 x 4 board: samples of shape (n, 2), uniform, in [-4, 4] x [-4, 4] / 2."""
     place_key, square_key = jax.random.split(key)

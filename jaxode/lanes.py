@@ -178,11 +178,8 @@ def lanes_at_once(table, coordinates: Coordinates, size: int, copies: int = 1) -
     """On a CPU as many as fit into a cache with their slopes; else all, since wide is fast there."""
     if jax.default_backend() != "cpu":
         return size
-    one = (
-        copies
-        * len(table.c)
-        * sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
-    )
+    state = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
+    one = copies * len(table.c) * state
     width = 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1))
     return min(size, width - width // 32)  # rows of 4,096 bytes would share the lines of a cache
 
@@ -334,51 +331,42 @@ def from_queue(problems: Problems, width: int, queue, once, rows):
     waiting, structure = together.pack(queue)
     size = together.lanes(waiting)
 
-    def refill(carry):
+    def refill(head, carry):
         """Lanes that are done give their results, and take new problems."""
-        held, who, head, done, _ = carry
+        held, who, ends, _ = carry
         idle = ~unfinished(problems, *view(held)) & (who < size)
         next_one = jnp.where(idle, jnp.minimum(head - 1 + counted(idle), size), size)
         old, _ = together.pack(held)
         new = together.where(next_one < size, together.take(waiting, next_one), old)
-        done = together.put(done, jnp.where(idle, who, size), old)
+        ends = together.put(ends, jnp.where(idle, who, size), old)
         who = jnp.where(idle, next_one, who)
-        return together.open(new, structure), who, head, done, jnp.array(False)
+        return together.open(new, structure), who, ends, jnp.array(False)
+
+    def attempts(carry):
+        n, _, (held, who, rows) = carry
+        lanes, who, rows = once((view(held), who, rows))
+        busy = jnp.sum(unfinished(problems, *lanes), dtype=jnp.int32)
+        return n + 1, busy, (hold(lanes), who, rows)
 
     def several(carry):
         """Some attempts, and new problems if enough lanes are done; `live` lanes have one at all."""
         held, who, rows, head, live, ends = carry
-
-        def attempts(carry):
-            n, _, (held, who, rows) = carry
-            lanes, who, rows = once((view(held), who, rows))
-            busy = jnp.sum(unfinished(problems, *lanes), dtype=jnp.int32)
-            return n + 1, busy, (hold(lanes), who, rows)
-
-        _, busy, (held, who, rows) = lax.while_loop(
-            lambda c: (c[0] < ROUND) & (c[1] > 0), attempts, (0 * live, live, (held, who, rows))
-        )
+        some = lambda carry: (carry[0] < ROUND) & (carry[1] > 0)
+        begin = 0 * live, live, (held, who, rows)
+        _, busy, (held, who, rows) = lax.while_loop(some, attempts, begin)
         done = live - busy
         ready = (16 * done >= width) | (busy == 0)
-        held, who, _, ends, _ = lax.while_loop(
-            lambda c: c[-1], refill, (held, who, head, ends, ready)
-        )
+        begin = held, who, ends, ready
+        held, who, ends, _ = lax.while_loop(lambda carry: carry[-1], partial(refill, head), begin)
         taken = jnp.clip(size - head, 0, done)
         head, live = head + jnp.where(ready, done, 0), live + jnp.where(ready, taken - done, 0)
         return held, who, rows, head, live, ends
 
-    held = together.open(together.part(waiting, 0, width), structure)
-    all_ = jnp.asarray(width, jnp.int32)
-    carry = (
-        held,
-        jnp.arange(width, dtype=jnp.int32),
-        rows,
-        all_,
-        all_,
-        jax.tree.map(jnp.zeros_like, waiting),
-    )
-    carry = lax.while_loop(lambda carry: carry[4] > 0, several, carry)
-    return view(together.open(carry[5], structure))[1], carry[2]
+    held, who = together.open(together.part(waiting, 0, width), structure), jnp.arange(width)
+    ends, all_ = jax.tree.map(jnp.zeros_like, waiting), jnp.asarray(width, jnp.int32)
+    carry = held, who.astype(jnp.int32), rows, all_, all_, ends
+    *_, rows, _, _, ends = lax.while_loop(lambda carry: carry[4] > 0, several, carry)
+    return view(together.open(ends, structure))[1], rows
 
 
 def counted(flags):
@@ -391,28 +379,27 @@ def counted(flags):
     return (within + before).reshape(-1).astype(jnp.int32)
 
 
-def bits(x):
-    return lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
-
-
 class Packing:
     """What lanes have of their own as one array for each dtype, so that it is moved all at once.
 
-    Numbers of float32 are moved as the bits that they are, together with those of int32.
+    If `mixed`, numbers of float32 are the bits that they are, together with those of int32.
     """
 
     def __init__(self, axis: int, mixed: bool = True):
         self.axis, self.mixed = axis, mixed
+
+    def stored(self, dtype):
+        """The dtype of the array that such numbers are in."""
+        return jnp.dtype(jnp.int32) if self.mixed and dtype == jnp.float32 else dtype
 
     def pack(self, xs):
         """The arrays, and what `open` needs."""
         leaves, structure = jax.tree.flatten(xs)
         groups = {}
         for leaf in leaves:
-            lanes = leaf.shape[self.axis]
+            lanes, dtype = leaf.shape[self.axis], self.stored(leaf.dtype)
             leaf = leaf.reshape((-1, lanes) if self.axis else (lanes, -1))
-            leaf = bits(leaf) if self.mixed else leaf
-            groups.setdefault(leaf.dtype, []).append(leaf)
+            groups.setdefault(dtype, []).append(as_bits(leaf, dtype))
         shapes = [(leaf.dtype, leaf.shape) for leaf in leaves]
         other = self.axis + 1
         return [jnp.concatenate(group, other) for group in groups.values()], (structure, shapes)
@@ -421,16 +408,14 @@ class Packing:
         """And back."""
         structure, shapes = structure
         arrays = {array.dtype: array for array in packed}
-        at, leaves = dict.fromkeys(arrays, 0), []
+        lanes, at, leaves = self.lanes(packed), dict.fromkeys(arrays, 0), []
         for dtype, shape in shapes:
-            moved = jnp.dtype(jnp.int32) if dtype == jnp.float32 and self.mixed else dtype
-            inner = shape[:-1] if self.axis else shape[1:]
-            end = at[moved] + math.prod(inner)
-            leaf = lax.slice_in_dim(arrays[moved], at[moved], end, axis=self.axis + 1)
-            leaf = leaf if moved == dtype else lax.bitcast_convert_type(leaf, dtype)
-            lanes = leaf.shape[self.axis]
+            stored, inner = self.stored(dtype), shape[:-1] if self.axis else shape[1:]
+            end = at[stored] + math.prod(inner)
+            leaf = lax.slice_in_dim(arrays[stored], at[stored], end, axis=self.axis + 1)
+            leaf = as_bits(leaf, dtype)
             leaves.append(leaf.reshape((*inner, lanes) if self.axis else (lanes, *inner)))
-            at[moved] = end
+            at[stored] = end
         return jax.tree.unflatten(structure, leaves)
 
     def lanes(self, packed) -> int:
@@ -458,6 +443,11 @@ class Packing:
     def where(self, chosen, packed, others):
         chosen = chosen[None, :] if self.axis else chosen[:, None]
         return [jnp.where(chosen, x, y) for x, y in zip(packed, others)]
+
+
+def as_bits(x, dtype):
+    """The same bits, as numbers of another dtype."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def empty_rows(problems: Problems, size: int, count: int):
