@@ -200,7 +200,15 @@ def attempt(problems: Problems, own, state: State, inside: bool = False):
     (new, h, ks), valid = found
     if inside:
         ks = jnp.concatenate([jnp.stack(ks), room_for(ks[0], more)])
-    return new._replace(extra=state.extra, h=jnp.where(valid, new.h, jnp.nan)), h, ks
+    return seen(problems, own, new, valid)._replace(extra=state.extra), h, ks
+
+
+def seen(problems: Problems, own, state: State, valid) -> State:
+    """States that fail where they are not valid: NaN is the time, or y if steps have one size."""
+    spoil = lambda x: jnp.where(valid, x, jnp.nan)
+    if eqx.combine(own, problems.shared)[0].steps is None:
+        return state._replace(s=spoil(state.s))
+    return state._replace(pair=(spoil(state.pair[0]), state.pair[1]))
 
 
 def attempt_of_one(coordinates: Coordinates, table, slopes: bool, solve, f, end, state: State):
@@ -261,8 +269,7 @@ def started(problems: Problems, own, y0, extra=None) -> State:
         return solve.beginning(f, open(y), open(k), end)._replace(pair=(y, k))
 
     if (found := problems.in_one_kernel(one, own, y0)) is not None:
-        state, valid = found
-        state = state._replace(h=jnp.where(valid, state.h, jnp.nan))
+        state = seen(problems, own, *found)
     else:
         lanes = jax.tree.leaves(y0)[0].shape[problems.coordinates.axis]
         s = jnp.zeros(lanes, eqx.combine(own, problems.shared)[2].dtype)

@@ -235,19 +235,19 @@ class Gradient:
             return None
         pack, open = problems.coordinates.pack, problems.coordinates.open
 
-        def forwards(f_rest, s, h, f_x, y, k):
-            f = eqx.combine(f_x, f_rest)
+        def forwards(f, y, k, s, h):
             y1, k1, d = step_and_inside(self.table, f, open(y), open(k), s, h, self.inside)
             return pack(y1), pack(k1), list(map(pack, d))
 
         def back(solve, f, end, y, k, s, h, ends, f_bar, straight, d_bar):
             f_x, f_rest = eqx.partition(f, self.mask)
-            _, vjp = jax.vjp(partial(forwards, f_rest, s, h), f_x, y, k)
+            of_x = lambda f_x, y, k: forwards(eqx.combine(f_x, f_rest), y, k, s, h)
+            _, vjp = jax.vjp(of_x, f_x, y, k)
             f_more, y_bar, k_bar = vjp((*ends, d_bar))
             return jax.tree.map(jnp.add, f_bar, f_more), y_bar + straight, k_bar
 
-        def inside(solve, f, end, y, k, s, h):
-            return forwards(f, s, h, None, y, k)[2]
+        def inside(solve, f, end, *step):
+            return forwards(f, *step)[2]
 
         row_, ss_bar, straight, d_bar = carry.row, carry.ss, jnp.zeros_like(y), []
         if self.inside:

@@ -92,10 +92,16 @@ def components(fn, *examples):
     None if it is not small enough. Under `jax.vmap` every scalar is an array of its own, and nothing
     is sliced or stacked; nor is it in a derivative of this.
     """
+    found = small(fn, *examples)
+    return None if found is None else found[0]
+
+
+def small(fn, *examples):
+    """The same, and the results as shapes and dtypes."""
     leaves = jax.tree.leaves(examples)
     if sum(jnp.size(leaf) for leaf in leaves) > INPUTS or not all(map(is_number, leaves)):
         return None
-    closed = jax.make_jaxpr(fn)(*examples)
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*examples)
     if sum(jnp.size(c) for c in closed.consts) > INPUTS or not cost(closed.jaxpr) <= LIMIT:
         return None
 
@@ -106,7 +112,7 @@ def components(fn, *examples):
         parts = zip(outs, closed.jaxpr.outvars)
         return [jnp.asarray(x, v.aval.dtype) for o, v in parts for x in o.reshape(-1)]
 
-    return apart
+    return apart, shapes
 
 
 def of_lanes(fn, *examples):
@@ -118,10 +124,11 @@ def of_lanes(fn, *examples):
     what comes out if XLA combines the rows in turn, as it does on a CPU. A mark goes along that shows
     whether it did: with the results comes where they are valid. None if `fn` is not small enough.
     """
-    apart = components(fn, *examples)
-    shapes = jax.eval_shape(fn, *examples)
+    if (found := small(fn, *examples)) is None:
+        return None
+    apart, shapes = found
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves((examples, shapes))}
-    if apart is None or sum(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes) > 1:
+    if sum(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes) > 1:
         return None  # XLA reduces no arrays of different precisions together
 
     def many(*args):
@@ -144,9 +151,7 @@ def of_lanes(fn, *examples):
         # A result that nothing uses crashes StableHLO's canonicalisation of reductions (jaxlib 0.10).
         *out, mark = lax.optimization_barrier(out)
         out = iter([out[place] for place in places])
-        together = lambda n: jnp.stack([next(out) for _ in range(n)])
-        leaf = lambda shape: together(shape.size).reshape(*shape.shape, -1)
-        return jax.tree.map(leaf, shapes), mark == 2
+        return jax.tree.map(lambda x: put_in_rows(x, out, mark.shape), shapes), mark == 2
 
     return many
 
@@ -154,6 +159,16 @@ def of_lanes(fn, *examples):
 def rows(x) -> list:
     """The scalars of one lane, each with its lanes."""
     return list(x.reshape(-1, x.shape[-1]))
+
+
+def put_in_rows(like, scalars, lanes):
+    """The next of these scalars, each with its lanes, as an array."""
+    found = [next(scalars) for _ in range(like.size)]
+    return (
+        jnp.stack(found).reshape(*like.shape, *lanes)
+        if found
+        else jnp.zeros((*like.shape, *lanes), like.dtype)
+    )
 
 
 def matched(given, wanted) -> tuple[list, list]:

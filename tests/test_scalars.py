@@ -24,6 +24,7 @@ FUNCTIONS = {
     "reductions": lambda a, b: (jnp.sum(jnp.stack([a, b])), jnp.all(jnp.stack([a > 0, b > 0]))),
     "derivatives": jax.grad(lambda a, b: jnp.sum(jnp.split(jnp.sin(a * jnp.stack([b, a])), 2)[1])),
     "a constant": lambda a, b: (a, jnp.asarray(2.5, a.dtype)),
+    "nothing": lambda a, b: (a, jnp.zeros((2, 0), a.dtype)),
 }
 
 
@@ -53,8 +54,9 @@ def field(y, t, rate):
     return jnp.stack([10 * (b - a), a * (rate - c) - b, a * b - 8 / 3 * c])
 
 
-def many(rates):
-    return jax.vmap(lambda r: solve(field, jnp.ones(3), [0.0, 1.0], r, rtol=1e-6, atol=1e-6))(rates)
+def many(rates, **options):
+    one = lambda r: solve(field, jnp.ones(3), [0.0, 1.0], r, rtol=1e-6, atol=1e-6, **options)
+    return jax.vmap(one)(rates)
 
 
 def test_an_attempt_of_all_lanes_is_one_kernel():
@@ -68,7 +70,10 @@ def test_an_attempt_of_all_lanes_is_one_kernel():
 
 
 @pytest.mark.parametrize("size", [4, 3000])
-def test_a_reduction_in_another_order_gives_nan_and_no_wrong_number(monkeypatch, size):
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "rk4", "dt": 0.01}], ids=["adaptive", "equal steps"]
+)
+def test_a_reduction_in_another_order_gives_nan_and_no_wrong_number(monkeypatch, size, options):
     def reduce(operands, begin, combine, axes):
         if not isinstance(operands, tuple):
             return original(operands, begin, combine, axes)
@@ -80,12 +85,14 @@ def test_a_reduction_in_another_order_gives_nan_and_no_wrong_number(monkeypatch,
 
     original = lax.reduce
     rates = jnp.linspace(0.0, 20.0, size)
-    good = many(rates)
+    good = many(rates, **options)
     jax.clear_caches()
     monkeypatch.setattr(lax, "reduce", reduce)
-    bad = many(rates)
+    bad = many(rates, **options)
     assert np.all(good.status == 0) and np.all(bad.status != 0)
     assert np.all(np.isnan(bad.ys[:, -1]))
-    gradient = jax.vmap(jax.grad(lambda r: odeint(field, jnp.ones(3), [0.0, 1.0], r)[-1].sum()))
-    assert np.all(np.isnan(gradient(rates)))
+    end = lambda r, y0: odeint(field, y0, [0.0, 1.0], r, **options)[-1].sum()
+    by_sensitivities, by_going_back = jax.grad(end), jax.grad(end, (0, 1))
+    assert np.all(np.isnan(jax.vmap(by_sensitivities, (0, None))(rates, jnp.ones(3))))
+    assert np.all(np.isnan(jax.vmap(by_going_back, (0, None))(rates, jnp.ones(3))[0]))
     jax.clear_caches()
