@@ -181,7 +181,10 @@ def lanes_at_once(table, coordinates: Coordinates, size: int, copies: int = 1) -
     state = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(coordinates.y0))
     one = copies * len(table.c) * state
     width = 1 << max(5, min(10, (CACHE // max(one, 1)).bit_length() - 1))
-    return min(size, width - width // 32)  # rows of 4,096 bytes would share the lines of a cache
+    if size <= width:
+        return size
+    # Rows of 4,096 bytes would share the lines of a cache.
+    return width - width // 32 if coordinates.small else width
 
 
 # A step of all lanes.
