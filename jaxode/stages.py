@@ -231,5 +231,6 @@ class Stages(NamedTuple):
 
         state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, room_for(zero, total)
         first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
-        y_bar: PyTree = self.moved(zero, np.float32(1), product(np.ones(total), ys_bar))
+        narrow = lambda x, like: lax.convert_element_type(x, like.dtype)
+        y_bar: PyTree = jax.tree.map(narrow, product(np.ones(total), ys_bar), zero)
         return y_bar, slope_bar(first, ys_bar), f_bar
