@@ -158,7 +158,10 @@ class InLanes:
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
-        if size:
+        if not size and more == 1:  # a batch of one is one solve
+            one = [x[0] if flag else x for x, flag in zip(leaves, new)]
+            outs = [x[None] for x in self.bind(one, structure, 0, flags)]
+        elif size:
             both = [a or b for a, b in zip(new, flags)]
             leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, new, flags)]
             outs = self.bind(leaves, structure, more * size, both)
