@@ -103,7 +103,7 @@ class InLanes:
         leaves, structure = jax.tree.flatten(args)
         leaves = list(map(jnp.asarray, leaves))
         outs = self.bind(leaves, structure, 0, [False] * len(leaves))
-        results = jax.eval_shape(lambda *leaves: self.zeros(structure, leaves), *leaves)
+        results = jax.eval_shape(lambda *args: self.like(*args)[0], *args)
         return jax.tree.unflatten(jax.tree.structure(results), outs)
 
     def bind(self, leaves, structure, size, flags):
@@ -113,10 +113,6 @@ class InLanes:
 
     def solver(self, structure, size, flags) -> Solver:
         return self.many(size, jax.tree.unflatten(structure, flags)) if size else self.one
-
-    def zeros(self, structure, leaves):
-        """Like the results of one solve."""
-        return self.like(*jax.tree.unflatten(structure, leaves))[0]
 
     def run(self, *leaves, program, **_):
         jaxpr = program.traced(list(map(jax.typeof, leaves)))

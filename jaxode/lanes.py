@@ -135,14 +135,17 @@ class Problems(NamedTuple):
         """f of every lane."""
         return self.each(lambda solve, f, ss, y, s: self.coordinates.field(f, y, s))(own, y, s)
 
-    def in_one_kernel(self, fn: Callable, own, *args):
-        """fn(solve, f, end, ...) of every lane in one kernel, and where that is valid; else None."""
+    def kernel(self, fn: Callable, own, *examples):
+        """(own, ...) -> fn(solve, f, end, ...) of every lane, and where that is valid, in one kernel.
+
+        None if it is not small, or not on a CPU.
+        """
         if not self.coordinates.small or jax.default_backend() != "cpu":
             return None
         given = self.each(lambda solve, f, ss, *args: (solve, f, last(ss), *args))
-        all_args = given(own, *args)
-        many = scalars.of_lanes(fn, *jax.tree.map(lambda x: x[..., 0], all_args))
-        return None if many is None else many(*all_args)
+        first = jax.tree.map(lambda x: x[..., 0], given(own, *examples))
+        many = scalars.of_lanes(fn, *first)
+        return None if many is None else lambda own, *args: many(*given(own, *args))
 
     def stages(self, own) -> Stages:
         """The steps of all lanes."""
@@ -197,16 +200,17 @@ def attempt(problems: Problems, own, state: State, inside: bool = False):
     """
     more = inside * len(problems.table.extra_c)
     one = partial(attempt_of_one, problems.coordinates, problems.table, inside)
-    found = problems.in_one_kernel(one, own, state._replace(extra=None))
-    if found is None:
+    alone = state._replace(extra=None)
+    kernel = problems.kernel(one, own, alone)
+    if kernel is None:
         return attempt_by_stages(problems, own, state, more)
-    (new, h, ks), valid = found
+    (new, h, ks), valid = kernel(own, alone)
     if inside:
         ks = jnp.concatenate([jnp.stack(ks), room_for(ks[0], more)])
-    return seen(problems, own, new, valid)._replace(extra=state.extra), h, ks
+    return spoiled(problems, own, new, valid)._replace(extra=state.extra), h, ks
 
 
-def seen(problems: Problems, own, state: State, valid) -> State:
+def spoiled(problems: Problems, own, state: State, valid) -> State:
     """States that fail where they are not valid: NaN is the time, or y if steps have one size."""
     spoil = lambda x: jnp.where(valid, x, jnp.nan)
     if eqx.combine(own, problems.shared)[0].steps is None:
@@ -271,8 +275,8 @@ def started(problems: Problems, own, y0, extra=None) -> State:
         k = problems.coordinates.field(f, y, jnp.zeros_like(end)) if k is None else k
         return solve.beginning(f, open(y), open(k), end)._replace(pair=(y, k))
 
-    if (found := problems.in_one_kernel(one, own, y0)) is not None:
-        state = seen(problems, own, *found)
+    if (kernel := problems.kernel(one, own, y0)) is not None:
+        state = spoiled(problems, own, *kernel(own, y0))
     else:
         lanes = jax.tree.leaves(y0)[0].shape[problems.coordinates.axis]
         s = jnp.zeros(lanes, eqx.combine(own, problems.shared)[2].dtype)
@@ -372,9 +376,9 @@ def from_queue(problems: Problems, width: int, queue, once, rows):
         head, live = head + jnp.where(ready, done, 0), live + jnp.where(ready, taken - done, 0)
         return held, who, rows, head, live, ends
 
-    held, who = together.open(together.part(waiting, 0, width), structure), jnp.arange(width)
-    ends, all_ = jax.tree.map(jnp.zeros_like, waiting), jnp.asarray(width, jnp.int32)
-    carry = held, who.astype(jnp.int32), rows, all_, all_, ends
+    held = together.open(together.part(waiting, 0, width), structure)
+    who, all_ = jnp.arange(width, dtype=jnp.int32), jnp.asarray(width, jnp.int32)
+    carry = held, who, rows, all_, all_, jax.tree.map(jnp.zeros_like, waiting)
     *_, rows, _, _, ends = lax.while_loop(lambda carry: carry[4] > 0, several, carry)
     return view(together.open(ends, structure))[1], rows
 

@@ -230,42 +230,41 @@ class Gradient:
 
     def step_in_one_kernel(self, own, carry: Carry, y, k, s, h, w):
         """The same, of a small system on a CPU; None of any other."""
-        problems = self.problems
+        problems, step, ends = self.problems, (y, k, s, h), (carry.y, carry.k)
         if not problems.coordinates.small:
             return None
-        pack, open = problems.coordinates.pack, problems.coordinates.open
-
-        def forwards(f, y, k, s, h):
-            y1, k1, d = step_and_inside(self.table, f, open(y), open(k), s, h, self.inside)
-            return pack(y1), pack(k1), list(map(pack, d))
-
-        def back(solve, f, end, y, k, s, h, ends, f_bar, straight, d_bar):
-            f_x, f_rest = eqx.partition(f, self.mask)
-            of_x = lambda f_x, y, k: forwards(eqx.combine(f_x, f_rest), y, k, s, h)
-            _, vjp = jax.vjp(of_x, f_x, y, k)
-            f_more, y_bar, k_bar = vjp((*ends, d_bar))
-            return jax.tree.map(jnp.add, f_bar, f_more), y_bar + straight, k_bar
-
-        def inside(solve, f, end, *step):
-            return forwards(f, *step)[2]
-
-        row_, ss_bar, straight, d_bar = carry.row, carry.ss, jnp.zeros_like(y), []
+        straight, d_bar = jnp.zeros_like(y), [y] * (self.inside * len(self.table.dense))
+        back = problems.kernel(self.back, own, *step, ends, carry.f, straight, d_bar)
+        slopes = self.inside and self.of_ss  # the derivatives at the outputs are asked for
+        inside = problems.kernel(self.coefficients, own, *step) if slopes else None
+        if back is None or (slopes and inside is None):
+            return None
+        row_, ss_bar = carry.row, carry.ss
         if self.inside:
             d = [y] * len(self.table.dense)
-            if self.of_ss:
-                found = problems.in_one_kernel(inside, own, y, k, s, h)
-                if found is None:
-                    return None
-                d, valid = found
+            if inside is not None:
+                d, valid = inside(own, *step)
                 d[0] = jnp.where(valid, d[0], jnp.nan)
             row_, ss_bar, straight, d_bar = self.outputs(own, carry, d, s, h, w)
-        ends = carry.y, carry.k
-        rest = ends, carry.f, straight, list(d_bar)
-        found = problems.in_one_kernel(back, own, y, k, s, h, *rest)
-        if found is None:
-            return None
-        (f_bar, y_bar, k_bar), valid = found
+        (f_bar, y_bar, k_bar), valid = back(own, *step, ends, carry.f, straight, list(d_bar))
         return Carry(jnp.where(valid, y_bar, jnp.nan), k_bar, f_bar, row_, ss_bar)
+
+    def forwards(self, f, y, k, s, h):
+        """y and k at the end of the step of one small system, and the d_p, packed."""
+        pack, open = self.problems.coordinates.pack, self.problems.coordinates.open
+        y1, k1, d = step_and_inside(self.table, f, open(y), open(k), s, h, self.inside)
+        return pack(y1), pack(k1), list(map(pack, d))
+
+    def coefficients(self, solve, f, end, y, k, s, h):
+        return self.forwards(f, y, k, s, h)[2]
+
+    def back(self, solve, f, end, y, k, s, h, ends, f_bar, straight, d_bar):
+        """The vjp of `forwards`, added to f_bar and to a cotangent of y."""
+        f_x, f_rest = eqx.partition(f, self.mask)
+        of_x = lambda f_x, y, k: self.forwards(eqx.combine(f_x, f_rest), y, k, s, h)
+        _, vjp = jax.vjp(of_x, f_x, y, k)
+        f_more, y_bar, k_bar = vjp((*ends, d_bar))
+        return jax.tree.map(jnp.add, f_bar, f_more), y_bar + straight, k_bar
 
     def step_by_stages(self, own, carry: Carry, y, k, s, h, w) -> Carry:
         """The same, of any system."""

@@ -163,12 +163,9 @@ def rows(x) -> list:
 
 def put_in_rows(like, scalars, lanes):
     """The next of these scalars, each with its lanes, as an array."""
+    shape = (*like.shape, *lanes)
     found = [next(scalars) for _ in range(like.size)]
-    return (
-        jnp.stack(found).reshape(*like.shape, *lanes)
-        if found
-        else jnp.zeros((*like.shape, *lanes), like.dtype)
-    )
+    return jnp.stack(found).reshape(shape) if found else jnp.zeros(shape, like.dtype)
 
 
 def matched(given, wanted) -> tuple[list, list]:
