@@ -14,15 +14,17 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from jaxode import adjoints, tableaus, tree
+from jaxode import outputs, tree
+from jaxode.adjoints import names as adjoints
+from jaxode.adjoints.failed import poisoned
 from jaxode.controllers import Controller
-from jaxode.field import Field, Trace
-from jaxode.loop import Integrator
-from jaxode.poison import poisoned
+from jaxode.kernels.traces import Trace
+from jaxode.methods.method import Method
+from jaxode.methods.names import named as named_method
 from jaxode.signals import piecewise, signals_in
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
-from jaxode.splittings import Splitting, splittings
-from jaxode.tableaus import Tableau
+from jaxode.stepping.field import Field
+from jaxode.stepping.integrator import Integrator
 
 MAX_STEPS = 2**14
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
@@ -37,7 +39,7 @@ def odeint(
     atol=None,
     mxstep=jnp.inf,
     hmax=jnp.inf,
-    method: str | Tableau | Splitting = "tsit5",
+    method: str | Method = "tsit5",
     adjoint: str | Callable = "replay",
     **options,
 ) -> PyTree:
@@ -74,7 +76,7 @@ def solve(
     atol=None,
     mxstep=jnp.inf,
     hmax=jnp.inf,
-    method: str | Tableau | Splitting = "tsit5",
+    method: str | Method = "tsit5",
     adjoint: str | Callable = "replay",
     dt=None,
     controller: Controller | None = None,
@@ -156,28 +158,28 @@ def solve(
             heuristics=heuristics,
         )  # fmt: skip
         return checked(piecewise(between, func, y0, t, args, found), throw)
-    table = named_method(method, y0)
-    steps = number_of_steps(dt, t, table, method, max_steps)
+    name, method = method, named_method(method)
+    method.check(None, y0)
+    steps = number_of_steps(dt, t, method, name, max_steps)
     rtol, atol = tolerances(rtol, atol, y0)
     limits = limit("mxstep", mxstep), limit("hmax", hmax)
     trace, leaves = trace_of(func, y0, t, func_time, args)
-    if isinstance(table, Splitting):
-        separable(trace, y0)
-        if adjoint == "backsolve":
-            raise ValueError("adjoint='backsolve' has no symplectic methods: use 'replay'.")
+    method.check(trace, y0)
+    if adjoint == "backsolve":
+        method.backwards()
     if len(t) == 0:
         return no_times(y0, t)
     unchecked((leaves, y0, t, rtol, atol, limits))
     static = Static(
         trace=trace,
-        table=table,
+        method=method,
         controller=controller_or_default(controller),
         adjoint=named_adjoint(adjoint),
         max_steps=steps if isinstance(steps, int) else whole("max_steps", max_steps),
         steps=steps if isinstance(steps, int) else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
-        heuristics=wants_heuristics(heuristics, adjoint, table),
+        heuristics=wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
     dynamic = (leaves, y0, t, rtol, atol, *limits, None if isinstance(steps, int) else steps)
@@ -198,7 +200,7 @@ class Static:
     """What a compiled solve is specialised to."""
 
     trace: Trace
-    table: Tableau | Splitting
+    method: Method
     controller: Controller
     adjoint: Callable
     max_steps: int
@@ -219,16 +221,17 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
     integrator = Integrator(
-        table=static.table,
+        method=static.method,
         controller=static.controller,
         max_steps=static.max_steps,
+        output=outputs.Times(),
         steps=static.steps if steps is None else jnp.where(valid, steps, 0),
         rtol=rtol,
         atol=atol,
         hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
-        heuristics=static.heuristics,
+        fold=outputs.heuristics if static.heuristics else None,
     )
     ys, report = static.adjoint(integrator, field, y0, ss)
     status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
@@ -240,8 +243,8 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + (t[-1] - t[0]) * report.reached)
     estimates = None
-    if report.heuristics is not None:
-        error, stiffness = report.heuristics  # the latter per unit of [0, 1]
+    if report.folded is not None:
+        error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     return Solution(t, ys, status, stats, reached, estimates)
 
@@ -322,12 +325,12 @@ def valid_times(t):
     return jnp.all(jnp.isfinite(t)) & jnp.all(steps >= 0) & ~back_and_forth
 
 
-def number_of_steps(dt, t, table, method, max_steps):
+def number_of_steps(dt, t, method: Method, name, max_steps):
     """How many steps of equal size; None for adaptive steps."""
     if dt is None:
-        if table.e is None:
+        if method.error_order is None:
             raise ValueError(
-                f"Method {method if isinstance(method, str) else 'of this table'!r} has no error "
+                f"Method {name if isinstance(name, str) else 'of this table'!r} has no error "
                 "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
             )
         return None
@@ -421,40 +424,15 @@ def controller_or_default(controller) -> Any:
     return controller
 
 
-def named_method(method, y0) -> Any:
-    """A Runge-Kutta table, or a symplectic method, for which y0 has to be a pair."""
-    splitting = isinstance(method, Splitting)
-    table: Any = method if splitting else tableaus.named(method, {**tableaus.methods, **splittings})
-    if not isinstance(table, Splitting):
-        return table
-    if not isinstance(y0, tuple | list) or len(y0) != 2:
-        raise TypeError(
-            "A symplectic method needs a state y0 = (q, p), and func(y, t) = (dq/dt, dp/dt); "
-            f"got {jax.tree.structure(y0)}."
-        )
-    return table
-
-
-def wants_heuristics(heuristics, adjoint, table) -> bool:
+def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     """Whether they are wanted; an error if they cannot be had."""
-    if heuristics and adjoint != "direct":
+    if heuristics and adjoint not in ("direct", adjoints.named["direct"]):
         raise ValueError(
             "`heuristics` are differentiated through the steps: pass adjoint='direct'."
         )
-    if heuristics and (table.e is None or table.c[-2] != 1):
+    if heuristics and not method.explains:
         raise ValueError("`heuristics` need a method such as 'tsit5' or 'dopri5'.")
     return bool(heuristics)
-
-
-def separable(trace: Trace, y0) -> None:
-    """Raise if dq/dt depends on q, or dp/dt on p."""
-    q, p = (len(jax.tree.leaves(part)) for part in y0)
-    for name, outs, ins in (("dq/dt", (0, q), (0, q)), ("dp/dt", (q, q + p), (q, q + p))):
-        if trace.depends(range(*outs), range(*ins)):
-            raise ValueError(
-                f"A symplectic method needs a separable problem, but {name} depends on "
-                f"{name[1]}. Use a method such as 'dop853'."
-            )
 
 
 def unchecked(inputs) -> None:

@@ -4,6 +4,8 @@ A state is any pytree of real or complex arrays. Every function here works leaf 
 state is ever flattened into one vector and copied back.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,47 @@ def norm(x: PyTree, scale: PyTree) -> Array:
     return jnp.sqrt(total * (1 / size))
 
 
+def difference(x: PyTree, y: PyTree) -> PyTree:
+    """x - y."""
+    return jax.tree.map(lax.sub, x, y)
+
+
+def length(x: PyTree) -> Array:
+    """The root mean square, differentiable at 0 too."""
+    squares = dot(x, jax.tree.map(jnp.conj, x))
+    size = sum(leaf.size for leaf in jax.tree.leaves(x))
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1) / size), 0)
+
+
+def ratio(x: Array, y: Array) -> Array:
+    """x / y for y > 0, and 0 else; differentiable."""
+    positive = y > 0
+    return jnp.where(positive, x / jnp.where(positive, y, 1), 0)
+
+
+def polynomial(y: PyTree, theta, d: list[PyTree]) -> PyTree:
+    """y + sum_p theta^(p+1) d_p, by Horner's rule."""
+
+    def leaf(y, *d):
+        total = wide(d[-1])
+        for term in d[-2::-1]:
+            total = lax.add(wide(term), scale(theta, total))
+        return moved(y, scale(theta, total))
+
+    return jax.tree.map(leaf, y, *d)
+
+
+def largest(xs):
+    """The maximum of several arrays, entry by entry."""
+    return functools.reduce(jnp.maximum, xs)
+
+
+def size_in_bytes(x: PyTree) -> int:
+    """Of all leaves together; at least 1."""
+    return max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)))
+
+
 def magnitude(x: Array) -> Array:
     """|x| as a real array of at least float32."""
     return lax.convert_element_type(jnp.abs(x), real_dtype(x))
@@ -119,3 +162,8 @@ def put(i, xs: PyTree, rooms: PyTree) -> PyTree:
     """The arrays with xs in row i."""
     write = lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0)
     return jax.tree.map(write, xs, rooms)
+
+
+def rooms(x: PyTree, count: int) -> PyTree:
+    """Arrays of zeros for so many like x."""
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), x)

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import lanes, lanes_backward, odeint, sensitivities, solve
+from jaxode import odeint, solve
+from jaxode.adjoints import replay_in_lanes
+from jaxode.batch import plans
 from jaxode.nn import MLPField
 from jaxode.solution import Status
 
@@ -64,35 +66,6 @@ def test_values_and_all_gradients_agree_with_single_solves(times, options):
     close(jax.jit(jax.vmap(fn))(y0s, rhos), one_by_one(fn, y0s, rhos), tolerance)
 
 
-@pytest.mark.parametrize(
-    "argnums, times, dtype, tolerance",
-    [
-        ((1,), T[[0, -1]], "float64", 1e-9),
-        ((1, 3), T, "float64", 1e-9),
-        ((1, 3), T, "float32", 1e-2),
-        ((0,), T[::-1] / 4, "float64", 1e-9),
-    ],
-    ids=str,
-)
-def test_a_few_derivatives_are_carried_along_and_agree_with_going_back(
-    monkeypatch, argnums, times, dtype, tolerance
-):
-    y0s, rhos = problem(dtype)
-    t, beta = jnp.asarray(times, dtype), jnp.asarray(8 / 3, dtype)
-    jax.clear_caches()
-    solved, whole = [], lanes.solved
-    monkeypatch.setattr(lanes, "solved", lambda *a: (solved.append(type(a[3])), whole(*a))[1])
-    total = lambda y0, rho, beta: loss(y0, rho, t, beta, rtol=1e-5, atol=1e-5)
-    argnums = tuple(min(n, 2) for n in argnums)
-    fn = lambda y0, rho: jax.grad(total, argnums)(y0, rho, beta)
-    many, single = jax.vmap(fn)(y0s, rhos), one_by_one(fn, y0s, rhos)
-    assert solved == [sensitivities.WithSensitivities] and many[0].dtype == dtype
-    close(many, single, tolerance)
-    if argnums == (1, 2):  # beta is shared: its cotangents are summed
-        batch = lambda rhos, beta: jnp.sum(jax.vmap(total, (0, 0, None))(y0s, rhos, beta))
-        close(jax.grad(batch, (0, 1))(rhos, beta), (single[0], single[1].sum()), tolerance)
-
-
 def test_a_derivative_that_is_infinite_leaves_the_solution_alone():
     fn = lambda p: odeint(lambda y, t, p: -jnp.sqrt(p) * y, jnp.array(1.0), [0.0, 1.0], p)[-1]
     values, slopes = jax.vmap(jax.value_and_grad(fn))(jnp.array([0.0, 1.0]))
@@ -113,10 +86,9 @@ def test_statistics_are_those_of_single_solves(dtype):
     assert many.ys.dtype == dtype
 
 
-@pytest.mark.parametrize("few, adjoint", [(0, "replay"), (3, "replay"), (0, "backsolve")])
-def test_more_problems_than_lanes_are_all_solved_and_uneven_ones_too(monkeypatch, few, adjoint):
-    monkeypatch.setattr(sensitivities, "FEW", few)
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 16))
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve"])
+def test_more_problems_than_lanes_are_all_solved_and_uneven_ones_too(monkeypatch, adjoint):
+    monkeypatch.setattr(plans, "lanes_at_once", lambda *_: 16)
     size = 75
     rates = jnp.where(jnp.arange(size) % 10 == 3, 60.0, 1.0) * jnp.linspace(0.5, 2.0, size)
 
@@ -135,7 +107,7 @@ def test_a_tape_that_is_full_is_thinned_and_gradients_stay(monkeypatch):
     total = lambda y0, rho: loss(y0, rho, jnp.asarray(T), 8 / 3, max_steps=4096, rtol=1e-10)
     fn = jax.grad(total, (0, 1))
     expected = one_by_one(fn, y0s, rhos)
-    monkeypatch.setattr(lanes_backward, "TAPE", 2**18)
+    monkeypatch.setattr(replay_in_lanes, "TAPE", 2**18)
     close(jax.vmap(fn)(y0s, rhos), expected)
 
 
@@ -152,7 +124,7 @@ class Network(eqx.Module):
 def test_networks_pytrees_and_ragged_times_work_and_shared_weights_are_summed(
     monkeypatch, order, adjoint, tolerance
 ):
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 3))
+    monkeypatch.setattr(plans, "lanes_at_once", lambda *_: 3)
     field = Network(MLPField(5, width=8, dtype="float64", key=jax.random.key(0)), jnp.array(1.5))
     keys = jax.random.split(jax.random.key(1))
     y0s = {"a": jax.random.normal(keys[0], (LANES, 5)), "b": jnp.ones((LANES, 2, 3))}
@@ -245,7 +217,7 @@ def test_one_failed_lane_is_nan_for_itself_alone(adjoint):
 
 
 def test_a_derivative_that_is_nan_for_a_while_does_not_spoil_the_lanes_next_problem(monkeypatch):
-    monkeypatch.setattr(lanes, "lanes_at_once", lambda table, coordinates, size, **_: min(size, 2))
+    monkeypatch.setattr(plans, "lanes_at_once", lambda *_: 2)
     field = lambda y, t, p: jnp.where(p > 0, jnp.nan, -1.0) * y
     ys = jax.vmap(lambda p: odeint(field, jnp.ones(2), [0.0, 1.0], p, rtol=1e-8, atol=1e-8)[-1])(
         jnp.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])

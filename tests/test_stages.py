@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import odeint, stages
-from jaxode.stages import Loops, which
+from jaxode import odeint
+from jaxode.kernels import forms
+from jaxode.kernels.forms import Loops, which
 from jaxode.tableaus import methods
 
 laplace = lambda u: jnp.roll(u, 1) - 2 * u + jnp.roll(u, -1)
@@ -47,14 +48,14 @@ FIELDS = {
 def test_neighbours_make_a_loop_and_a_network_is_written_out(name):
     field, expected = FIELDS[name]
     field = jax.tree_util.Partial(field)
-    assert which(methods["tsit5"], field, jnp.ones((2, 99)), jnp.zeros(())) == expected
+    assert which(field, jnp.ones((2, 99)), jnp.zeros(())) == expected
 
 
 def test_a_deep_network_makes_a_loop_unless_its_state_is_large():
     field = jax.tree_util.Partial(lambda y, t: layers(y, t, 1.0))
     for size, expected in ((100, True), (101, False)):
         y = jax.ShapeDtypeStruct((size, 100), jnp.float32)
-        loops = which(methods["tsit5"], field, y, jnp.zeros((), jnp.float32))
+        loops = which(field, y, jnp.zeros((), jnp.float32))
         assert loops == Loops(expected, expected)
 
 
@@ -73,7 +74,7 @@ def test_both_forms_give_the_same_solution_and_gradient(monkeypatch, field, meth
         return jnp.sum(jnp.cos(ys) * jnp.arange(1, count + 1, dtype=dtype)[:, None])
 
     def run(loops):
-        monkeypatch.setattr(stages, "which", lambda *_: loops)
+        monkeypatch.setattr(forms, "which", lambda *_: loops)
         jax.clear_caches()
         return jax.value_and_grad(loss, (0, 1, 2))(y0, jnp.asarray(5.0, dtype), t)
 

@@ -1,53 +1,18 @@
-"""The user's function, traced once, and moved to the unit interval.
+"""The user's function as a jaxpr: a value that is equal to another when it does the same.
 
-Every solve is a solve on [0, 1]: with t = t0 + (t1 - t0) s, dy/dt = f(y, t) becomes
-dy/ds = (t1 - t0) f(y, t0 + (t1 - t0) s). Decreasing time is then nothing special (t1 - t0 < 0), the
-gradients with respect to t0 and t1 are those of two more parameters of the field, and steps keep
-their full relative precision when t0 is large, because what is added up is s and not t.
+Here, and not elsewhere, jaxprs are compared. `jax.extend.core` is JAX's public interface to them.
 """
 
 import functools
 import itertools
-from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.extend import core
-from jaxtyping import Array, PyTree
 
-from jaxode import tree
-
-
-class Field(eqx.Module):
-    """The right-hand side on the unit interval: `field(y, s)` is dy/ds, a pytree like y.
-
-    Its arrays (the parameters found in func, in args and in what func closes over; t0 and t1) are
-    leaves, so that a solve can be differentiated with respect to them.
-    """
-
-    trace: "Trace" = eqx.field(static=True)
-    leaves: list[Any]
-    t0: Array
-    t1: Array
-    span: Array  # t1 - t0; 1 if they are equal
-    time_dtype: Any = eqx.field(static=True)
-
-    def time(self, s):
-        """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it."""
-        if not self.trace.uses_time:
-            return self.t0
-        t = self.t0 + self.span * s
-        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
-        # `where`, not `clip`: at a tie the derivative is that of t.
-        return jnp.where(t < low, low, jnp.where(t > high, high, t))
-
-    def __call__(self, y: PyTree, s) -> PyTree:
-        out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
-        return jax.tree.map(lambda k: tree.scale(self.span, k), out)
+RULES = ("custom_jvp_call", "custom_vjp_call")
+ORDERS = 2  # of derivatives that are compared: as many as `replay` has
 
 
 class Trace:
@@ -55,15 +20,16 @@ class Trace:
 
     Two Python functions with the same operations have equal traces, so that a new lambda or a
     rebuilt module does not compile again, and one function that has changed (a global that it reads
-    was rebound) does. Custom derivative rules cannot be compared: where there are any, `origin`
-    (what was traced: its structure and static parts) has to be equal as well.
+    was rebound) does. A custom derivative rule is compared by the derivatives that it gives, up to
+    second ones. Where a rule uses itself there is always a further one: then `origin` (what was
+    traced: its structure and static parts) has to be equal as well.
     """
 
     def __init__(self, closed: core.ClosedJaxpr, out_tree, origin):
         self.jaxpr, self.out_tree = closed.jaxpr, out_tree
-        rules = []
-        key = fingerprint(closed.jaxpr, rules)
-        self.key = (key, out_tree, frozen(origin, rules) if rules else None)
+        unknown = []
+        key = fingerprint(closed.jaxpr, unknown, ORDERS)
+        self.key = (key, out_tree, frozen(origin, unknown, 0) if unknown else None)
         time = closed.jaxpr.invars[-1]
         used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
         self.uses_time = any(x is time for x in used)
@@ -100,8 +66,11 @@ class Trace:
         return isinstance(other, Trace) and self.key == other.key
 
 
-def fingerprint(jaxpr, rules: list) -> tuple:
-    """What a jaxpr does, as nested tuples that can be compared; custom rules are only collected."""
+def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
+    """What a jaxpr does, as nested tuples that can be compared.
+
+    Custom rules whose derivatives of all `orders` cannot be compared are collected in `unknown`.
+    """
     number = itertools.count()
     names = {}
 
@@ -112,40 +81,56 @@ def fingerprint(jaxpr, rules: list) -> tuple:
             names[atom] = next(number)
         return names[atom], str(atom.aval)
 
-    def parameter(eqn, value):
-        plain = isinstance(value, core.ClosedJaxpr | core.Jaxpr | bool | int | str | tuple | list)
-        if eqn.primitive.name.startswith("custom_") and not plain:
-            rules.append(value)
-            return "rule"
-        return frozen(value, rules)
+    def parameters(eqn):
+        if eqn.primitive.name not in RULES:
+            return tuple((k, frozen(v, unknown, orders)) for k, v in sorted(eqn.params.items()))
+        plain = core.ClosedJaxpr | core.Jaxpr | bool | int | str | tuple | list
+        known = {k: v for k, v in eqn.params.items() if isinstance(v, plain)}
+        rule = derivative(jaxpr, eqn, unknown, orders)
+        return rule, tuple((k, frozen(v, unknown, orders)) for k, v in sorted(known.items()))
 
     heads = tuple(map(name, [*jaxpr.constvars, *jaxpr.invars]))
     equations = tuple(
-        (
-            eqn.primitive,
-            tuple(map(name, eqn.invars)),
-            tuple(map(name, eqn.outvars)),
-            tuple((key, parameter(eqn, value)) for key, value in sorted(eqn.params.items())),
-        )
+        (eqn.primitive, tuple(map(name, eqn.invars)), tuple(map(name, eqn.outvars)), parameters(eqn))
         for eqn in jaxpr.eqns
     )
     return heads, equations, tuple(map(name, jaxpr.outvars))
 
 
-def frozen(value, rules: list):
+def derivative(jaxpr, eqn, unknown: list, orders: int):
+    """The fingerprint of the derivative that a custom rule gives: of its vjp, which has all of it."""
+    invars = list({x: None for x in eqn.invars if not isinstance(x, core.Literal)})
+    alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
+    one = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    shapes = lambda xs: [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in xs]
+    try:
+        if not orders:
+            raise TypeError("a rule beyond the orders that are compared")
+        back = jax.make_jaxpr(lambda xs, ys_bar: jax.vjp(one, *xs)[1](ys_bar))
+        closed = back(shapes(invars), shapes(eqn.outvars))
+    except TypeError:  # integers among the results, too: they have no cotangents of their own dtype
+        unknown.append(eqn)
+        return "rule"
+    consts = tuple(frozen(c, unknown, orders - 1) for c in closed.consts)
+    return fingerprint(closed.jaxpr, unknown, orders - 1), consts
+
+
+def frozen(value, unknown: list, orders: int):
     """A parameter of an equation, as something hashable that is equal only to what does the same."""
+    again = functools.partial(frozen, unknown=unknown, orders=orders)
     if isinstance(value, core.ClosedJaxpr):
-        consts = tuple(frozen(c, rules) for c in value.consts)
-        return fingerprint(value.jaxpr, rules), consts
+        return fingerprint(value.jaxpr, unknown, orders), tuple(map(again, value.consts))
     if isinstance(value, core.Jaxpr):
-        return fingerprint(value, rules)
+        return fingerprint(value, unknown, orders)
     if isinstance(value, list | tuple):
-        return type(value), tuple(frozen(item, rules) for item in value)
+        return type(value), tuple(map(again, value))
     if isinstance(value, dict):
-        return tuple((key, frozen(item, rules)) for key, item in sorted(value.items()))
+        return tuple((key, again(item)) for key, item in sorted(value.items()))
     if isinstance(value, np.ndarray | np.generic) or (
         isinstance(value, jax.Array) and not isinstance(value, Tracer)
     ):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return str(value.dtype), again(jax.random.key_data(value))
         return str(value.dtype), value.shape, np.asarray(value).tobytes()
     try:
         hash(value)

@@ -6,6 +6,8 @@ the gradient of a whole batch. So the poison is an operation of its own: NaN whe
 where it is; its own derivative, and its own transpose.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
@@ -13,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.solution import Status
 
 
 def values(x, failed):
@@ -68,3 +71,39 @@ def poisoned_jvp(primals, tangents):
         )
     )
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
+
+
+@jax.custom_jvp
+def held(x: PyTree, failed):
+    """x; but its derivatives are 0 if the solve that it goes into failed.
+
+    Else they would be products with the derivatives of func where it failed, and 0 times NaN spoils
+    what does not depend on them. `poisoned` makes those NaN that somebody asks for.
+    """
+    # Batched whenever its tangent is, which JAX 0.10 takes for granted.
+    return jax.tree.map(lambda x: jnp.where(failed, x, x), x)
+
+
+@held.defjvp
+def held_jvp(primals, tangents):
+    (x, failed), x_dot = primals, tangents[0]
+    still = jax.tree.map(lambda x: jnp.where(failed, jnp.zeros_like(x), x), x_dot)
+    return held(x, failed), still
+
+
+def held_by_status(fn: Callable, x, constants, status):
+    """fn(x, constants), the same for a solve of which only the result tells whether it failed.
+
+    The constants are arrays that are not differentiated.
+    """
+    solve = jax.custom_jvp(fn)
+
+    @solve.defjvp
+    def solve_jvp(primals, tangents):
+        x, constants = primals
+        out, push = jax.linearize(lambda x: fn(x, constants), x)
+        failed = status(out) != Status.SUCCESS.value
+        still = jax.tree.map(lambda x: jnp.where(failed, jnp.zeros_like(x), x), tangents[0])
+        return out, push(still)
+
+    return solve(x, constants)

@@ -1,0 +1,132 @@
+"""Direct: the operations of the solver, once more, in a form that JAX differentiates in any mode."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxode.adjoints.failed import held, held_by_status
+from jaxode.solution import Status
+from jaxode.stepping import checkpoints, loop
+from jaxode.stepping.problems import end_of
+
+
+def forward(integrator, f, y0, ss):
+    """Forward mode: JAX differentiates the loop itself; the choice of step sizes is left out."""
+    return loop.solve(integrator, f, y0, ss)
+
+
+def direct(integrator, f, y0, ss):
+    """Exact derivatives of every order and mode, through the solver's own operations.
+
+    Steps of fixed size run in one `scan`, and keep what each one computed. Adaptive ones are found
+    first, then taken again by a scan over `max_steps` places, each of which keeps a state (what a
+    step computed is computed again in the backward pass).
+    """
+    at, end = lax.stop_gradient(ss), end_of(ss)
+    if isinstance(integrator.steps, int):
+        places = jnp.arange(integrator.steps + 1, dtype=ss.dtype) / integrator.steps
+        grid, n, report = end * places, integrator.step_count(end), None
+    else:
+        _, report, recorded = loop.record(*lax.stop_gradient((integrator, f, y0, ss)))
+        grid, n = recorded.tape.grid, recorded.tape.steps
+    x, rest = eqx.partition((f, y0, ss), eqx.is_inexact_array)
+    arrays, static = eqx.partition((integrator, rest, at, grid, n, report), eqx.is_array)
+
+    def again(x, arrays):
+        integrator, rest, *found = eqx.combine(arrays, static)
+        return taken_again(integrator, *eqx.combine(x, rest), *found)
+
+    if report is None:
+        return held_by_status(again, x, arrays, lambda out: out[1].status)
+    return again(held(x, report.status != Status.SUCCESS.value), arrays)
+
+
+def taken_again(integrator, f, y0, ss, at, grid, n, report):
+    """The solution by a scan over the n steps of a grid, and the report (None: made here)."""
+    method, output, end = integrator.method, integrator.output, at[-1]
+    memory0 = method.start(f, 0 * end, y0)
+    slope0 = method.slope(f, 0 * end, y0, memory0)
+    inside = output.rows(ss) > 0
+
+    def one(pair, ends):
+        y, memory = pair
+        s, s1 = ends
+        step = method.step(f, s, y, memory, s1 - s)
+        kept: dict[str, Any] = {"fine": integrator.finite(step.y, step.slope)}
+        if inside:
+            d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else [step.y]
+            kept["inside"] = y, d
+        if integrator.fold is not None:
+            kept["fold"] = integrator.fold(method, y, s1 - s, step)
+        return (step.y, step.memory), kept
+
+    pair = y0, memory0
+    if report is None:
+        (y1, memory1), kept = lax.scan(one, pair, (grid[:-1], grid[1:]))
+        fine = kept["fine"]
+        report = report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, fine, end)
+    else:
+        width = checkpoints.segment(integrator.max_steps)
+        (y1, memory1), kept = scanned(one, pair, grid, n, width)
+    if integrator.fold is not None:
+        report = report._replace(folded=jax.tree.map(lambda x: jnp.sum(x, 0), kept["fold"]))
+    rows = rows_of(integrator, f, ss, at, grid, n, kept["inside"]) if inside else None
+    slope1 = method.slope(f, end, y1, memory1)
+    return output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report), report
+
+
+def report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, fine, end):
+    """How steps of equal size went, `fine` says which are finite: up to the first that is not."""
+    n = integrator.step_count(end)
+    state = integrator.initial(f, y0, memory0, slope0, end)
+    accepted = jnp.minimum(jnp.sum(jnp.cumprod(fine.astype(jnp.int32)), dtype=jnp.int32), n)
+    stopped = (accepted < n) | (state.h == 0)
+    tried = jnp.where(state.h == 0, 0, jnp.minimum(accepted + 1, n))
+    state = state._replace(
+        s=grid[accepted], ratio=jnp.where(stopped, jnp.nan, 0), accepted=accepted, tried=tried
+    )
+    return integrator.report(state, y0, slope0, end)
+
+
+def scanned(one, start, grid, n, width):
+    """A scan of `one` over the first n steps of a grid, whose derivatives take each step again.
+
+    It goes by blocks of `width` places: those beyond n cost nothing.
+    """
+    one = jax.checkpoint(one)
+    blank = jax.eval_shape(one, start, (grid[0], grid[1]))[1]
+    zeros = lambda *lead: jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), blank)
+
+    def maybe(state, place):
+        i, ends = place
+        return lax.cond(i < n, lambda: one(state, ends), lambda: (state, zeros()))
+
+    def maybe_several(state, block):
+        several = lambda: lax.scan(maybe, state, block)
+        return lax.cond(block[0][0] < n, several, lambda: (state, zeros(width)))
+
+    places = -(-(len(grid) - 1) // width) * width
+    pad = jnp.zeros(places + 1 - len(grid), grid.dtype)
+    grid = jnp.concatenate([grid, pad])
+    xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:])
+    blocks = jax.tree.map(lambda x: x.reshape(-1, width), xs)
+    end, steps = lax.scan(maybe_several, start, blocks)
+    return end, jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
+
+
+def rows_of(integrator, f, ss, at, grid, n, steps):
+    """The rows inside, each from the step that holds it."""
+    output = integrator.output
+    row = jnp.arange(output.rows(ss), dtype=jnp.int32)
+    i = jnp.clip(output.step_of(at, row, grid, n), 0, jnp.maximum(n - 1, 0))
+    h = jnp.where(n > 0, grid[i + 1] - grid[i], 1)
+    times = ss[jnp.minimum(row, len(ss) - 1)]
+
+    def value(time, s, h, step):
+        y, d = step
+        return output.value(f, time, s, h, y, d)
+
+    return jax.vmap(value)(times, grid[i], h, jax.tree.map(lambda x: x[i], steps))

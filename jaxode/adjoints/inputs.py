@@ -1,0 +1,88 @@
+"""Which inputs of a solve are differentiated, and the two passes that do it."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import (
+    CustomVJPPrimal,
+    SymbolicZero,
+    custom_vjp_primal_tree_values,
+)
+
+
+def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callable:
+    """The solve `plain(integrator, f, y0, ss) -> (ys, report)`, differentiated by two functions.
+
+    `forwards(x, rest) -> (ys, report, residuals)` is given the inputs that are differentiated, and the
+    others; `backwards(x, rest, residuals, bars)` returns cotangents of the former. `bars` are those of
+    ys and of `report.folded`.
+    """
+
+    @jax.custom_vjp
+    def solved(integrator, f, y0, ss):
+        return plain(integrator, f, y0, ss)
+
+    def forward_pass(integrator, f, y0, ss):
+        x, rest = perturbed((f, y0, ss))
+        rest = (custom_vjp_primal_tree_values(integrator), rest)
+        ys, report, residuals = forwards(x, rest)
+        return (ys, report), (x, rest, residuals)
+
+    def backward_pass(residuals, cotangents):
+        bars = cotangents[0], cotangents[1].folded
+        bars = jax.tree.map(dense_cotangent, bars, is_leaf=is_symbolic_zero)
+        return None, *backwards(*residuals, bars)
+
+    solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
+    return solved
+
+
+def perturbed(inputs):
+    """Split custom_vjp's inputs into what is differentiated and the rest, with None for the other."""
+    is_primal = lambda x: isinstance(x, CustomVJPPrimal)
+    mask = jax.tree.map(
+        lambda x: bool(x.perturbed) and jnp.issubdtype(jnp.result_type(x.value), jnp.inexact),
+        inputs,
+        is_leaf=is_primal,
+    )
+    return eqx.partition(custom_vjp_primal_tree_values(inputs), mask)
+
+
+def join(x, rest):
+    """The integrator, and (f, y0, ss)."""
+    return rest[0], eqx.combine(x, rest[1])
+
+
+def only(mask, tree_):
+    """tree_ where the mask has a leaf, None elsewhere."""
+    return jax.tree.map(
+        lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None
+    )
+
+
+def present(x):
+    """Whether there is a leaf, for every place of a tree that has None for others."""
+    return jax.tree.map(lambda x: x is not None, x, is_leaf=lambda x: x is None)
+
+
+def no_tangent(x):
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+def is_symbolic_zero(x):
+    return isinstance(x, SymbolicZero)
+
+
+def dense_cotangent(x):
+    return jnp.zeros(x.aval.shape, x.aval.dtype) if is_symbolic_zero(x) else x
+
+
+def is_asked(bars):
+    """Whether there is anything to go back for: a solve that a loss leaves out may have failed."""
+    leaves = jax.tree.leaves(bars)
+    return jnp.any(jnp.stack([jnp.any(w != 0) for w in leaves])) if leaves else jnp.array(False)

@@ -1,0 +1,73 @@
+"""Every adjoint, and what it can do: the errors and the README's table are made from these."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxode.adjoints.backsolve import backsolve
+from jaxode.adjoints.direct import direct, forward
+from jaxode.adjoints.replay import replay
+
+
+class Adjoint(NamedTuple):
+    """A way to differentiate a solve: `differentiate(integrator, f, y0, ss) -> (ys, report)`.
+
+    `gradient`, `memory` and `modes` say in words what it is; `reverse`, `forward` and `folds` whether
+    it has these derivatives, and whether it differentiates a fold over the steps.
+    """
+
+    differentiate: Callable
+    gradient: str
+    memory: str
+    modes: str
+    reverse: bool
+    forward: bool
+    folds: bool = False
+
+
+adjoints: dict[str, Adjoint] = {
+    "replay": Adjoint(
+        replay,
+        "exact for the numbers that the solve returned",
+        "states at about 2 sqrt(`max_steps`) places",
+        "reverse; forward or reverse over it",
+        reverse=True,
+        forward=False,
+    ),
+    "backsolve": Adjoint(
+        backsolve(),
+        "of the continuous problem, to tolerance (the paper's)",
+        "constant",
+        "reverse",
+        reverse=True,
+        forward=False,
+    ),
+    "direct": Adjoint(
+        direct,
+        "exact, through the operations of the solver (RK-Net)",
+        "every step",
+        "all, any order",
+        reverse=True,
+        forward=True,
+        folds=True,
+    ),
+    "forward": Adjoint(
+        forward,
+        "exact, step sizes held fixed",
+        "constant",
+        "forward, any order",
+        reverse=False,
+        forward=True,
+    ),
+}
+
+named: dict[str, Callable] = {name: adjoint.differentiate for name, adjoint in adjoints.items()}
+
+
+def having(**wanted: bool) -> str:
+    """The names of the adjoints that can do this, for an error message.
+
+    >>> having(forward=True)
+    "adjoint='direct' or adjoint='forward'"
+    """
+    able = [name for name, a in adjoints.items() if all(getattr(a, k) == v for k, v in wanted.items())]
+    return " or ".join(f"adjoint='{name}'" for name in able)

@@ -1,0 +1,198 @@
+"""Replay: backwards over the recorded steps, with their sizes held fixed.
+
+The parts of a solve are operations with rules of their own (`jaxode.batch.vmap_rules`): the solve, the
+solve with its tape, and the backward pass. Each has a form for one solve and one for many.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxode import tree
+from jaxode.adjoints.ends import from_the_end, to_the_start
+from jaxode.adjoints.inputs import is_asked, join, only, present
+from jaxode.adjoints.second_order import Passes, twice_differentiable
+from jaxode.adjoints import replay_in_lanes
+from jaxode.batch import lanes
+from jaxode.batch.plans import alone
+from jaxode.batch.vmap_rules import Form, Part
+from jaxode.kernels.one_call import one_call
+from jaxode.kernels.stepper import stepper
+from jaxode.outputs import gather
+from jaxode.stepping import checkpoints, loop
+from jaxode.stepping.integrator import Report
+from jaxode.stepping.loop import Recorded
+from jaxode.stepping.problems import one
+
+
+def replay(integrator, f, y0, ss):
+    """Discrete adjoint of the steps that were accepted, with their sizes held fixed.
+
+    The forward pass records where each step began and the states at about sqrt(max_steps) places;
+    the backward pass rebuilds the states between two of them and takes the vjp of one step after
+    another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
+    one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
+    `jax.vmap` both passes are loops over lanes (`jaxode.batch.lanes`), and nothing is recorded.
+    """
+    return solve_part(integrator, f, y0, ss)
+
+
+# One solve.
+
+
+def record(x, rest, fused=False):
+    """The solve with its tape."""
+    integrator, given = join(x, rest)
+    return loop.record(integrator, *given, fused)
+
+
+def pull(x, rest, recorded: Recorded, bars, fused=False):
+    """The vjp of the recorded steps, last to first: cotangents of (f, y0, ss)."""
+    integrator, (f, y0, ss) = join(x, rest)
+    problems, own = one(integrator, f, ss)
+    steps, mask = stepper(problems, own, y0, fused), present(x[0])
+    inside, asked = integrator.output.rows(ss) > 0, is_asked(bars)
+    carry, rows_bar, starts = from_the_end(x, rest, recorded, bars)
+    if carry.f is None:
+        carry = carry._replace(f=jax.tree.map(jnp.zeros_like, x[0]))
+
+    def visit(carry, n, y, memory):
+        s, s1 = tree.row(recorded.tape.grid, n), tree.row(recorded.tape.grid, n + 1)
+        pick = lambda row, rows_bar: tree.row(rows_bar, row)
+        gathered = lambda carry, d: gather(problems, own, carry, rows_bar, s, s1 - s, y, d, pick)
+        return steps.back(own, mask, carry, s, y, memory, s1 - s, gathered, inside)
+
+    again = lambda *args: steps.again(own, *args)
+    tape = recorded.tape._replace(steps=jnp.where(asked, recorded.tape.steps, 0))
+    carry = checkpoints.backwards(integrator.max_steps, tape, again, visit, carry)
+    found = to_the_start(steps, own, mask, y0, carry, starts)
+    found = jax.tree.map(lambda x: jnp.where(asked, x, 0), found)
+    return found[0], only(x[1], found[1]), found[2]
+
+
+# One solve or many, on each platform.
+
+
+def run_solve(form: Form, integrator, f, y0, ss):
+    """The solve."""
+    if form.size is not None:
+        return lanes.solve(form, integrator, f, y0, ss)[:2]
+    if not alone(form, f, y0, ss):
+        return loop.solve(integrator, f, y0, ss)
+    return one_call(partial(loop.solve, fused=True), loop.solve)(integrator, f, y0, ss)
+
+
+def run_record(form: Form, x, rest):
+    """The solve, and what its backward pass needs."""
+    if form.size is not None:
+        return replay_in_lanes.record(form, x, rest)
+    integrator, (f, y0, ss) = join(x, rest)
+    if not alone(form, f, y0, ss):
+        return record(x, rest)
+    return one_call(partial(record, fused=True), record)(x, rest)
+
+
+def run_pull(form: Form, x, rest, recorded, bars):
+    """The backward pass."""
+    if form.size is not None and form.flags[2].tape.steps:
+        return replay_in_lanes.pull(form, x, rest, recorded, bars)
+    if form.size is not None:  # many cotangents of one solve, whose tape is there
+        x, rest = (jax.tree.map(lambda x, flag: x[0] if flag else x, *of)
+                   for of in ((x, form.flags[0]), (rest, form.flags[1])))  # fmt: skip
+        axes = jax.tree.map(lambda flag: 0 if flag else None, form.flags[2:])
+        return jax.vmap(partial(pull, x, rest), axes)(recorded, bars)
+    integrator, (f, y0, ss) = join(x, rest)
+    if not alone(form, f, y0, ss):
+        return pull(x, rest, recorded, bars)
+    return one_call(partial(pull, fused=True), pull)(x, rest, recorded, bars)
+
+
+def like_solve(integrator, f, y0, ss):
+    """Zeros like what a solve returns, found without tracing it; and the effects of the field."""
+    output, count = integrator.output, jnp.zeros((), jnp.int32)
+    room = jax.eval_shape(output.room, f, y0, ss)
+    ys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), room)
+    folded = None
+    if integrator.fold is not None:
+        state = jax.eval_shape(lambda *args: loop.begin(*args)[2], integrator, f, y0, ss)
+        folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.folded)
+    report = Report(count, jnp.zeros((), ss.dtype), count, count, count, folded)
+    return (ys, report), f.trace.jaxpr.effects
+
+
+def like_record(x, rest):
+    integrator, (f, y0, ss) = join(x, rest)
+    (ys, report), effects = like_solve(integrator, f, y0, ss)
+    of = lambda f, y, s: integrator.method.start(f, s, y)
+    memory = jax.eval_shape(of, f, y0, ss[0])
+    memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
+    tape = checkpoints.empty(integrator.max_steps, (y0, memory), ss.dtype)
+    return (ys, report, Recorded(tape, y0, y0, memory, report)), effects
+
+
+def like_pull(x, rest, recorded, bars):
+    return jax.tree.map(jnp.zeros_like, x), rest[1][0].trace.jaxpr.effects
+
+
+def own_of_record(flags, out):
+    """Of many solves the tape is left empty, but for how many steps each took: they are solved again."""
+    own = jax.tree.map(lambda _: True, out)
+    ys, report, recorded = own
+    tape = jax.tree.map(lambda _: False, recorded.tape)._replace(steps=True)
+    return ys, report, recorded._replace(tape=tape)
+
+
+def spread_pull(flags):
+    """A `vmap` outside of the derivative: everyone's cotangents are its own."""
+    x, rest, recorded, bars = flags
+    every = lambda tree_: jax.tree.map(lambda _: True, tree_)
+    return every(x), rest, recorded, every(bars)
+
+
+def able_to_pull(size, flags) -> bool:
+    """Not a batch of sums: but one of many cotangents of one solve."""
+    return size is None or not flags[2].tape.steps
+
+
+solve_part = Part(
+    "solve", run_solve, like_solve, derivative=lambda form: differentiable(form)
+)
+record_part = Part("record", run_record, like_record, own=own_of_record)
+pull_part = Part(
+    "pull", run_pull, like_pull, own=lambda flags, out: flags[0], spread=spread_pull, able=able_to_pull
+)
+
+
+def differentiable(form: Form):
+    """The solve as a function that JAX can differentiate."""
+    if form.size is None:
+        return twice_differentiable(
+            Passes(solve_part, record_part, pull_part, loop.solve, record, pull)
+        )
+    size, (of_integrator, *of_given) = form.size, form.flags
+
+    def flags_of(x):
+        """The flags of (x, rest)."""
+        of_x = only(x, tuple(of_given))
+        of_rest = jax.tree.map(lambda m, flag: None if m else flag, present(x), tuple(of_given))
+        return of_x, (of_integrator, of_rest)
+
+    def record_all(x, rest):
+        return record_part.of_many(size, flags_of(x), x, rest)
+
+    def pull_all(x, rest, recorded, bars):
+        every = lambda tree_: jax.tree.map(lambda _: True, tree_)
+        of_recorded = own_of_record(None, (None, None, recorded))[2]
+        flags = *flags_of(x), of_recorded, every(bars)
+        return pull_part.of_many(size, flags, x, rest, recorded, bars)
+
+    def solve_all(*args):
+        return solve_part.of_many(size, form.flags, *args)
+
+    plain = lambda run: lambda *args: run(form, *args)
+    return twice_differentiable(
+        Passes(solve_all, record_all, pull_all, plain(run_solve),
+               lambda x, rest: run_record(form._replace(flags=flags_of(x)), x, rest),
+               lambda x, rest, *args: run_pull(form._replace(flags=(*flags_of(x), None, None)), x, rest, *args))
+    )  # fmt: skip

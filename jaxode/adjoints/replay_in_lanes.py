@@ -1,0 +1,303 @@
+"""Back through the steps of many solves: what `jax.vmap` of a gradient by replay becomes.
+
+Lanes take their problems in the order of their lengths. Nothing is kept from the forward pass but its
+ends and the number of steps: each chunk is solved again with a tape whose rows are the iterations that
+its lanes share. A lane that was rejected, or is done, has a step of size 0 there: the identity, in
+value and in gradient. So the tape is written and read in whole rows, and memory does not grow with the
+batch.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from jaxode import tree
+from jaxode.adjoints.ends import from_the_end, to_the_start
+from jaxode.adjoints.inputs import is_asked, join, only, present
+from jaxode.batch import lanes
+from jaxode.batch.lanes import first_of
+from jaxode.batch.layout import column, columns, from_lanes, put_column, put_columns, to_lanes
+from jaxode.batch.plans import Plan, plan
+from jaxode.batch.vmap_rules import Form, spread, summed
+from jaxode.kernels.one_call import one_call
+from jaxode.kernels.stepper import Stepper, stepper
+from jaxode.outputs import Cotangents, gather
+from jaxode.stepping import checkpoints, loop
+from jaxode.stepping.integrator import State
+from jaxode.stepping.loop import Recorded
+from jaxode.stepping.problems import Problems
+
+TAPE = 4 * 2**20  # bytes for a tape, where sqrt(max_steps) states need no more
+
+
+def record(form: Form, x, rest):
+    """The solutions of all, their reports, and their ends; the tape is left empty but for the counts."""
+    of_x, (of_integrator, of_rest) = form.flags
+    integrator, given = join(x, rest)
+    of_given = eqx.combine(of_x, of_rest)
+    form = form._replace(flags=(of_integrator, *of_given))
+    ys, report, end, slope0 = lanes.solve(form, integrator, *given)
+    pair = jax.tree.map(lambda x: x[0], (end.y, end.memory))
+    tape = checkpoints.empty(integrator.max_steps, pair, given[2].dtype)
+    tape = tape._replace(steps=report.accepted + report.rejected)
+    return ys, report, Recorded(tape, slope0, end.y, end.memory, report)
+
+
+def pull(form: Form, x, rest, recorded: Recorded, bars):
+    """The vjp of the steps of all solves: cotangents of x, the differentiated part of (f, y0, ss).
+
+    Those of leaves that have no axis of their own are sums over all solves.
+    """
+    of_x, (of_integrator, of_rest), _, of_bars = form.flags
+    integrator, given = join(x, rest)
+    of_given = eqx.combine(of_x, of_rest)
+    form = form._replace(flags=(of_integrator, *of_given))
+    bars = spread(form.size, bars, of_bars)
+    how = plan(form, *first_of((integrator, *given), form.flags), copies=2)
+    args = x, rest, recorded._replace(tape=recorded.tape.steps), bars
+    flags = of_x, (of_integrator, of_rest)
+    in_lanes = partial(pull_in_lanes, form.size, flags)
+    if how.width == 1:
+        plain = partial(in_lanes, Plan(form.size, 0, False))
+        return one_call(partial(one_after_another, form.size, flags), plain)(*args)
+    return in_lanes(how, *args)
+
+
+def one_after_another(size: int, flags, x, rest, recorded: Recorded, bars):
+    """Each by itself, solved again."""
+    from jaxode.adjoints.replay import pull, record
+
+    of_x = flags[0]
+    own, shared = eqx.partition((x, rest), flags)
+    total = jax.tree.map(lambda x, flag: None if flag else jnp.zeros_like(x), x, of_x)
+
+    def one(total, given):
+        own, bars = given
+        x, rest = eqx.combine(own, shared)
+        found = pull(x, rest, record(x, rest, fused=True)[2], bars, fused=True)
+        mine, more = eqx.partition(found, of_x)
+        return jax.tree.map(jnp.add, total, more), mine
+
+    total, mine = lax.scan(one, total, (own, bars), length=size)
+    return eqx.combine(mine, total)
+
+
+class Batch(NamedTuple):
+    """What a chunk of lanes needs: with lanes along the axis, and (rows) problem by problem."""
+
+    own: PyTree
+    y0: PyTree
+    asked: PyTree
+    carry: Cotangents
+    starts: PyTree
+    who: PyTree
+
+
+def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars):
+    """All in lanes, a chunk at a time."""
+    of_x, (of_integrator, of_rest) = flags
+    integrator, given = join(x, rest)
+    of_given, axis, width = eqx.combine(of_x, of_rest), how.axis, how.width
+    chunks = -(-size // width)
+    in_axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
+    axes = in_axes(of_x), (in_axes(of_integrator), in_axes(of_rest)), 0, 0
+    carry, rows_bar, starts = jax.vmap(from_the_end, axes)(x, rest, recorded, bars)
+    asked = jax.vmap(is_asked)(bars)
+    # The solves of a chunk are about equally long. One that is left out may have failed: it is
+    # replaced by another, of which nothing is asked.
+    order = jnp.argsort(jnp.where(asked, recorded.tape, 0)).astype(jnp.int32)
+    order = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * width - size,))])
+    real = asked[order] & (jnp.arange(chunks * width) < size)
+    who = jnp.where(real, order, order[-1])
+    # Few numbers are differentiated lane by lane, and summed at last.
+    lane_by_lane = axis == -1
+    x_given = spread(size, x, of_x) if lane_by_lane else x
+    of_mine = jax.tree.map(lambda flag: flag or lane_by_lane, of_x)
+    of_field = eqx.combine(of_mine, of_rest)
+    f, y0, ss = eqx.combine(x_given, rest[1])
+    own, shared = eqx.partition((integrator, f, ss), (of_integrator, of_field[0], of_field[2]))
+    y0 = spread(size, y0, of_field[1])
+    zeroed = partial(jax.tree.map, lambda x: jnp.where(fit(real, x), x, 0))
+    picked = partial(jax.tree.map, lambda x: x[who])
+    bars_of = zeroed(picked((carry._replace(row=None), starts)))
+    carry = bars_of[0]._replace(row=picked(carry.row))
+    batch = Batch(picked(own), picked(y0), real, carry, bars_of[1], who)
+    batch = to_lanes(batch, axis)
+    mask = present(x[0])
+    core = partial(chunk_by_chunk, how, chunks, mask)
+    if how.fused:
+        otherwise = partial(chunk_by_chunk, how._replace(fused=False), chunks, mask)
+        core = one_call(core, otherwise)
+    mine, total = core(batch, shared, rows_bar)
+    # Back to the order of the problems.
+    place = jnp.where(real, order, size)
+    put = lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype).at[place].set(x, mode="drop")
+    f_bar, y0_bar, ss_bar = jax.tree.map(put, from_lanes(mine, axis))
+    f_bar = eqx.combine(f_bar, jax.tree.map(lambda x: jnp.where(jnp.any(asked), x, 0), total))
+    found = f_bar, only(x[1], y0_bar), ss_bar
+    is_sum = jax.tree.map(lambda flag, mine: flag or not mine, of_x, of_mine)
+    # What is of each solve, but shared by all, is summed here.
+    y0_and_ss = jax.tree.map(lambda flag: flag, (of_x[1], of_x[2]))
+    f_bar = summed(found[0], is_sum[0])
+    return f_bar, *summed(found[1:], y0_and_ss)
+
+
+def fit(flags, x):
+    return flags.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+def chunk_by_chunk(how: Plan, chunks: int, mask, batch: Batch, shared, rows_bar):
+    """Cotangents of what solves have of their own, with lanes; and of what of f they share, summed."""
+    axis, width = how.axis, how.width
+    first = columns(batch, 0, width, axis)
+    problems = Problems(shared, axis)
+    steps = stepper(problems, first.own, first.y0, how.fused)
+    back = Back(steps, mask, how)
+    rooms = back.rooms(first)
+    mine = eqx.filter(batch.own[1], mask), batch.y0, batch.carry.ss
+    mine, total = jax.tree.map(jnp.zeros_like, (mine, eqx.filter(shared[1], mask)))
+
+    def chunk(i, carry):
+        rooms, total, mine = carry
+        lanes = columns(batch, i * width, width, axis)
+        rooms, new, more = back(lanes, rows_bar, rooms)
+        mine = put_columns(i * width, new, mine, axis)
+        return rooms, jax.tree.map(jnp.add, total, more), mine
+
+    _, total, mine = lax.fori_loop(0, chunks, chunk, (rooms, total, mine))
+    return mine, total
+
+
+class Tape(NamedTuple):
+    """A stretch of iterations: where each began, with the state there; `grid` has the end, too."""
+
+    pairs: PyTree
+    grid: Any
+
+
+class Back(NamedTuple):
+    """Backwards through a chunk."""
+
+    steps: Stepper
+    mask: PyTree
+    how: Plan
+
+    def rooms(self, lanes: Batch) -> tuple[Tape, State]:
+        """Room for a tape, and for the states of the lanes at the begin of each of its stretches.
+
+        Stretches have as many iterations as the budget allows, but at least sqrt(max_steps).
+        """
+        state, _ = jax.eval_shape(self.steps.start, lanes.own, lanes.y0)
+        max_steps = self.steps.problems.of(lanes.own)[0].max_steps
+        pair = state.y, state.memory
+        length = max(math.isqrt(max_steps) + 1, TAPE // tree.size_in_bytes(pair))
+        length = min(length, max_steps)
+        grid = jnp.zeros((length + 1, *state.s.shape), state.s.dtype)
+        return Tape(tree.rooms(pair, length), grid), tree.rooms(state, -(-max_steps // length) + 1)
+
+    def __call__(self, lanes: Batch, rows_bar, rooms):
+        """The rooms; cotangents of what solves have of their own (f, y0, ss), and of what they share (f)."""
+        steps, own = self.steps, lanes.own
+        tape, marks = rooms
+        begin, _ = steps.start(own, lanes.y0)
+        begin = begin._replace(h=jnp.where(lanes.asked, begin.h, 0))
+        f_bar = lanes.carry.f
+        if f_bar is None:
+            both = eqx.combine(eqx.filter(own[1], self.mask), eqx.filter(steps.problems.shared[1], self.mask))
+            f_bar = jax.tree.map(jnp.zeros_like, both)
+        carry = lanes.carry._replace(f=f_bar)
+
+        def stretch(state):
+            """The next one forwards, until all are done; then each one again, backwards.
+
+            It is one program for both, so that both take the same steps, to the last bit.
+            """
+            i, back, tape, marks, carry = state
+            end, n, tape = self.recorded(own, tree.row(marks, i), tape)
+            more = ~back & jnp.any(steps.unfinished(own, end))
+            marks = tree.put(jnp.where(more, i + 1, len(marks.s) - 1), end, marks)
+            visit = partial(self.visit, lanes, tape, rows_bar)
+            _, carry = lax.while_loop(lambda st: st[0] > 0, visit, (jnp.where(more, 0, n), carry))
+            return jnp.where(more, i + 1, i - 1), ~more, tape, marks, carry
+
+        zero = jnp.zeros((), jnp.int32)
+        state = zero, jnp.array(False), tape, tree.put(zero, begin, marks), carry
+        *_, tape, marks, carry = lax.while_loop(lambda st: st[0] >= 0, stretch, state)
+        f_bar, y_bar, ss_bar = to_the_start(steps, own, self.mask, lanes.y0, carry, lanes.starts)
+        total, mine = eqx.partition(f_bar, present_in(steps.problems.shared[1], self.mask))
+        return (tape, marks), (mine, y_bar, ss_bar), total
+
+    def recorded(self, own, state, tape: Tape):
+        """Iterations until all lanes are done or the tape is full: the states, how many, the tape."""
+
+        def once(carry):
+            n, state, tape = carry
+            new, _, _ = self.steps.trial(own, state)
+            pairs = tree.put(n, (state.y, state.memory), tape.pairs)
+            return n + 1, new, Tape(pairs, tree.put(n + 1, new.s, tape.grid))
+
+        def busy(carry):
+            n, state, tape = carry
+            return (n < len(tape.grid) - 1) & jnp.any(self.steps.unfinished(own, state))
+
+        zero = jnp.zeros((), jnp.int32)
+        begin = zero, state, tape._replace(grid=tree.put(zero, state.s, tape.grid))
+        n, state, tape = lax.while_loop(busy, once, begin)
+        return state, n, tape
+
+    def visit(self, lanes: Batch, tape: Tape, rows_bar, state):
+        """One iteration back."""
+        n, carry = state[0] - 1, state[1]
+        s, s1 = tree.row(tape.grid, n), tree.row(tape.grid, n + 1)
+        y, memory = tree.row(tape.pairs, n)
+        collect = gather_lane_by_lane if self.how.fused else gather_together
+        gathered = partial(collect, self.steps, lanes, rows_bar, s, s1 - s, y)
+        inside = rows_bar is not None
+        return n, self.steps.back(lanes.own, self.mask, carry, s, y, memory, s1 - s, gathered, inside)
+
+
+def present_in(shared, mask):
+    """The differentiated leaves that solves share."""
+    return jax.tree.map(
+        lambda m, x: m and x is not None, mask, shared, is_leaf=lambda x: x is None
+    )
+
+
+def gather_together(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, d):
+    """Cotangents of the rows of all lanes, one of each at a time."""
+    axis = steps.problems.axis
+    pick = lambda row, rows_bar: to_lanes(jax.tree.map(lambda w: w[lanes.who, row], rows_bar), axis)
+    return gather(steps.problems, lanes.own, carry, rows_bar, s, h, y, d, pick)
+
+
+def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, d):
+    """The same inside of one call: a row is read where it is, by itself."""
+    problems, axis = steps.problems, steps.problems.axis
+    alone = problems._replace(axis=None)
+
+    def lane(j, state):
+        row, ss_bar, y_bar, d_bar = state
+        pick = lambda x: column(x, j, axis)
+        who = lanes.who[j]
+
+        def of_row(row, rows_bar):
+            zero = jnp.zeros_like(row)
+            part = lambda w: lax.dynamic_slice(w, (who, row, *[zero] * (w.ndim - 2)), (1, 1, *w.shape[2:]))
+            return jax.tree.map(lambda w: part(w).reshape(w.shape[2:]), rows_bar)
+
+        mine = Cotangents(None, None, None, pick(row), pick(ss_bar))
+        mine, *bars = gather(
+            alone, pick(lanes.own), mine, rows_bar, pick(s), pick(h), pick(y), pick(d), of_row
+        )
+        return put_column(j, (mine.row, mine.ss, *bars), state, axis)
+
+    zero = jax.tree.map(jnp.zeros_like, y)
+    begin = carry.row, carry.ss, zero, [zero] * len(d)
+    row, ss_bar, y_bar, d_bar = lax.fori_loop(0, len(lanes.who), lane, begin)
+    return carry._replace(row=row, ss=ss_bar), y_bar, d_bar

@@ -1,0 +1,83 @@
+"""How many solves are done: one after another, in lanes, or all at once; and as one call or not."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxode import tree
+from jaxode.batch.vmap_rules import Form
+from jaxode.kernels.one_call import LARGE, able, is_number, suits
+
+CACHE = 128 * 1024  # bytes that the stages of all lanes may take
+FEW = 8  # so many solves are done one after another
+TINY = 64  # numbers of a state whose lanes are the last axis
+CHEAP = 1000  # operations of a field, up to which one after another is faster than lanes of matrices
+
+
+class Plan(NamedTuple):
+    """`width` lanes, 1 for one after another; along an axis; in one call."""
+
+    width: int
+    axis: int
+    fused: bool
+
+
+def alone(form: Form, f, y0, ss) -> bool:
+    """Whether one solve is one call."""
+    return form.platform == "cpu" and suits(lambda f, y, s: f(y, s), f, y0, ss[0])
+
+
+def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
+    """For many solves; the arguments are those of the first one."""
+    size, count = form.size or 1, sum(y.size for y in jax.tree.leaves(y0))
+    tiny = count <= TINY
+    if form.platform != "cpu":  # wide is fast there
+        return Plan(size, -1 if tiny else 0, False)
+    one = suits(lambda f, y, s: f(y, s), f, y0, ss[0])
+    if one and size <= FEW:
+        return Plan(1, 0, True)
+    if one and tiny and wide_enough(form, f, y0, ss):
+        return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), -1, True)
+    if one and operations(f, y0, ss[0]) <= CHEAP:
+        return Plan(1, 0, True)
+    return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), 0, False)
+
+
+def wide_enough(form: Form, f, y0, ss) -> bool:
+    """Whether lanes of a field are one call: not if a matrix that they share makes products of matrices."""
+    lanes = lambda x: jnp.zeros((*jnp.shape(x), 2), jnp.result_type(x))
+    of_f = form.flags[1]
+    f = jax.tree.map(lambda x, flag: lanes(x) if flag else x, f, of_f)
+    axes = jax.tree.map(lambda flag: -1 if flag else None, of_f), -1, -1
+    many = jax.vmap(lambda f, y, s: f(y, s), axes, -1)
+    return able(jax.make_jaxpr(many)(f, jax.tree.map(lanes, y0), lanes(ss[0])).jaxpr, LARGE)
+
+
+def operations(f, y0, s) -> int:
+    """Multiplications and other operations of one evaluation."""
+    return count(jax.make_jaxpr(lambda f, y, s: f(y, s))(f, y0, s).jaxpr)
+
+
+def count(jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = list(core.jaxprs_in_params(eqn.params))
+        if inner:
+            total += sum(map(count, inner))
+        elif eqn.primitive.name == "dot_general":
+            (axes, _), _ = eqn.params["dimension_numbers"]
+            depth = np.prod([eqn.invars[0].aval.shape[i] for i in axes], dtype=int)
+            total += int(depth) * eqn.outvars[0].aval.size
+        else:
+            total += max(v.aval.size for v in eqn.outvars)
+    return total
+
+
+def lanes_at_once(method, y0, copies: int) -> int:
+    """On a CPU as many as fit into a cache with their stages."""
+    stages = len(getattr(method, "c", ())) or 8
+    one = copies * stages * tree.size_in_bytes(y0)
+    return 1 << max(5, min(10, (CACHE // one).bit_length() - 1))

@@ -1,0 +1,213 @@
+"""The form of a step, chosen once: for one solve and for many, forwards and backwards.
+
+| form | for | its vjp |
+|---|---|---|
+| written out | any method | `jax.vjp` of the step |
+| stages | a method with a table | stage by stage, in a loop |
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxode.kernels import forms
+from jaxode.kernels.stages import Stages
+from jaxode.methods.explicit import Tableau
+from jaxode.methods.method import Step
+from jaxode.outputs import Cotangents
+from jaxode.stepping.problems import Problems, end_of
+
+
+class Stepper(NamedTuple):
+    """Trial steps of one solve or of many, and the way back through them.
+
+    `loops` says whether the stages are a loop, forwards and backwards.
+    """
+
+    problems: Problems
+    method: Any
+    loops: forms.Loops
+
+    @property
+    def alone(self) -> bool:
+        return self.problems.axis is None
+
+    @property
+    def stages(self) -> Stages:
+        return Stages(self.method, self.problems)
+
+    # Forwards.
+
+    def start(self, own, y0: PyTree):
+        """Solves before their first trial steps, and their slopes there."""
+
+        def one(integrator, f, ss, y0):
+            end = end_of(ss)
+            memory = self.method.start(f, 0 * end, y0)
+            slope = self.method.slope(f, 0 * end, y0, memory)
+            state = integrator.initial(f, y0, memory, slope, end)
+            folded = None
+            if integrator.fold is not None:
+                step = lambda: self.method.step(f, 0 * end, y0, memory, end)
+                shapes = jax.eval_shape(lambda: integrator.fold(self.method, y0, end, step()))
+                folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return state._replace(folded=folded), slope
+
+        return self.problems.each(one)(own, y0)
+
+    def unfinished(self, own, state):
+        """Whether there is to be another trial step, of each solve."""
+        one = lambda integrator, f, ss, state: integrator.unfinished(state, end_of(ss))
+        return self.problems.each(one)(own, state)
+
+    def trial(self, own, state):
+        """A trial step: the state after it, its size, and what `inside` needs of it."""
+        if not self.loops.forward:
+            return self.problems.each(self.trial_of_one)(own, state)
+
+        def decide(integrator, f, ss, state, y, k, errors, move):
+            step = Step(y, k, k, errors, None, evaluations=len(self.method.c) - 1)
+            return integrator.accept_or_reject(state, step, *self.checked(move))
+
+        s1, h, go = self.problems.each(self.move)(own, state)
+        step = self.stages.step(own, state.s, state.y, state.memory, h)
+        given = own, state, step.y, step.slope, step.errors, (s1, h, go)
+        return self.problems.each(decide)(*given), h, arrays_of(step)
+
+    def trial_of_one(self, integrator, f, ss, state):
+        """The same of one solve, in one go."""
+        s1, h, go = self.move(integrator, f, ss, state)
+        step = self.method.step(f, state.s, state.y, state.memory, h)
+        new = integrator.accept_or_reject(state, step, *self.checked((s1, h, go)))
+        return new, h, arrays_of(step)
+
+    def move(self, integrator, f, ss, state):
+        """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
+        s1, h = integrator.next_end(state, end_of(ss))
+        if self.alone:  # then the loop has asked
+            return s1, h, None
+        go = integrator.unfinished(state, end_of(ss))
+        return jnp.where(go, s1, state.s), jnp.where(go, h, 0), go
+
+    def checked(self, move):
+        s1, h, go = move
+        return s1, h, True if go is None else go
+
+    def inside(self, own, s, y, h, step) -> list[PyTree]:
+        """The d_p of dense output inside a step."""
+        if self.loops.forward:
+            return self.stages.inside(own, s, y, h, step)
+        one = lambda integrator, f, ss, *args: self.method.inside(f, *args)
+        return self.problems.each(one)(own, s, y, h, step)
+
+    def again(self, own, s, y, memory, h):
+        """y and the memory at the end of a step that is known to be accepted."""
+        if self.loops.backward:
+            step = self.stages.step(own, s, y, memory, h)
+            return step.y, step.memory
+        one = lambda integrator, f, ss, *args: self.method.step(f, *args)[:2]
+        return self.problems.each(one)(own, s, y, memory, h)
+
+    # Backwards.
+
+    def back(self, own, mask, carry: Cotangents, s, y, memory, h, gathered, inside: bool):
+        """The vjp of a step with the rows inside it: the cotangents before it.
+
+        `mask` says which leaves of the field are differentiated; `gathered(carry, d)` is
+        `outputs.gather`.
+        """
+        if self.loops.backward:
+            return self.back_by_stages(own, mask, carry, s, y, memory, h, gathered, inside)
+
+        def step_of(integrator, f, ss, y, memory, s, h):
+            step = self.method.step(f, s, y, memory, h)
+            d = self.method.inside(f, s, y, h, step) if inside else []
+            fold = None if integrator.fold is None else integrator.fold(self.method, y, h, step)
+            return step.y, step.memory, d, fold
+
+        fn = lambda problems, own, *args: problems.each(step_of)(own, *args)
+        (_, _, d, _), vjp = self.vjp(own, mask, fn, (y, memory), (s, h))
+        straight, d_bar = None, []
+        if inside:
+            carry, straight, d_bar = gathered(carry, d)
+        f_bar, y_bar, memory_bar = vjp((carry.y, carry.memory, d_bar, carry.folded))
+        f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
+        return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
+
+    def back_by_stages(self, own, mask, carry, s, y, memory, h, gathered, inside):
+        """The same, stage by stage."""
+        ks, seen = self.stages.seen(own, s, y, memory, h, inside)
+        straight, d_bar = None, None
+        if inside:
+            carry, straight, d_bar = gathered(carry, self.stages.coefficients(y, h, ks))
+        fn = lambda problems, own, *args: problems.slopes(own, *args)
+        pull = lambda y, s, w: self.vjp(own, mask, fn, (y,), (s,))[1](w)
+        found = self.stages.back(pull, seen, s, h, (carry.y, carry.memory), carry.f, d_bar)
+        y_bar, memory_bar, f_bar = found
+        return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
+
+    def back_at_start(self, own, mask, y0, memory_bar, slope_bar):
+        """The vjp of the start: cotangents of f and of y0."""
+
+        def start(integrator, f, ss, y0):
+            memory = self.method.start(f, 0 * end_of(ss), y0)
+            return memory, self.method.slope(f, 0 * end_of(ss), y0, memory)
+
+        fn = lambda problems, own, y0: problems.each(start)(own, y0)
+        return self.vjp(own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
+
+    def vjp(self, own, mask, fn: Callable, moving, constant=()):
+        """`jax.vjp` of fn(problems, own, *moving, *constant): in the differentiated leaves of the
+        field, those that solves share as sums over them, and in `moving`."""
+        shared = self.problems.shared
+        x_own, rest_own = eqx.partition(own[1], mask)
+        x_shared, rest_shared = eqx.partition(shared[1], mask)
+
+        def of(x_own, x_shared, *moving):
+            mine = own[0], eqx.combine(x_own, rest_own), own[2]
+            others = shared[0], eqx.combine(x_shared, rest_shared), shared[2]
+            return fn(self.problems._replace(shared=others), mine, *moving, *constant)
+
+        out, vjp = jax.vjp(of, x_own, x_shared, *moving)
+
+        def back(w):
+            own_bar, shared_bar, *rest = vjp(w)
+            return eqx.combine(own_bar, shared_bar), *rest
+
+        return out, back
+
+
+def arrays_of(step: Step) -> Step:
+    """What `inside` may need."""
+    return step._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+
+
+def added(y_bar, straight):
+    return y_bar if straight is None else jax.tree.map(jnp.add, y_bar, straight)
+
+
+def stepper(problems: Problems, own, y0, fused: bool) -> Stepper:
+    """The form of the steps of these solves. `fused`: in one call, where what is written out is fast."""
+    integrator, f, ss = problems.of(own)
+    method, axis = integrator.method, problems.axis
+    if not isinstance(method, Tableau) or integrator.fold is not None:
+        return Stepper(problems, method, forms.Loops(False, False))
+    if axis is not None and not fused:
+        return Stepper(problems, method, forms.Loops(True, True))
+    if axis is not None:
+        f = eqx.combine(column(own, 0, axis), problems.shared)[1]
+        y0 = column(y0, 0, axis)
+    loops = forms.which(f, y0, jnp.zeros((), ss.dtype))
+    if fused:  # a loop compiles in a third of the time; a few numbers are best written out
+        tiny = sum(y.size for y in jax.tree.leaves(y0)) <= forms.TINY
+        loops = forms.Loops(loops.forward and not tiny, True)
+    return Stepper(problems, method, loops)
+
+
+def column(xs, i: int, axis: int):
+    """What belongs to one lane."""
+    return jax.tree.map(lambda x: jnp.take(x, i, axis), xs)

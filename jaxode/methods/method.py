@@ -1,0 +1,80 @@
+"""What a solver may ask of a method: how to start, how to step, and the solution inside a step."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree
+
+
+class Step(NamedTuple):
+    """What a trial step found.
+
+    Attributes:
+        y: the state at the end of the step.
+        memory: what this step hands to the next one, such as the derivative at its end.
+        slope: the derivative dy/ds at the end.
+        errors: estimates of the local error, pytrees like y: none, one, or two to be combined.
+        stages: what `Method.inside` needs of this step; the method's own.
+        converged: whether the equations of the step were solved; if not, the step is rejected.
+        evaluations: how many times func was evaluated.
+    """
+
+    y: PyTree
+    memory: PyTree
+    slope: PyTree
+    errors: list
+    stages: Any
+    converged: Array | bool = True
+    evaluations: Array | int = 0
+
+
+class Method:
+    """A one-step method: a hashable value that answers three questions about a field f on [0, 1].
+
+    Subclass it, and pass an instance as `method=`. All three are functions of one solve, made of
+    JAX operations; they are batched, compiled and differentiated by the solver. Every adjoint,
+    output and failure rule works with a method that keeps these promises:
+
+    - `step` with h = 0 is the identity: it returns y and a memory that fits it;
+    - `memory` is a pytree of arrays that depends on (f, s, y) alone up to the error of the method.
+
+    Attributes:
+        order: of the solution.
+        error_order: of the embedded solution that the error estimate compares with; None for a
+            method without an estimate, which takes steps of equal size.
+        estimate_sees_end: whether the error estimate depends on the slope at the end of the step,
+            so that a slope that is not finite shows in it.
+        inside_evaluations: evaluations of func that `inside` adds to those of a step.
+        explains: whether `heuristics` can be made from `stages`.
+    """
+
+    order: int
+    error_order: int | None
+    estimate_sees_end: bool = False
+    inside_evaluations: int = 0
+    explains: bool = False
+
+    def start(self, f, s, y: PyTree) -> PyTree:
+        """The memory before the first step. Costs one evaluation of func."""
+        raise NotImplementedError
+
+    def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
+        """dy/ds at s, from the memory: by default the memory is just that."""
+        return memory
+
+    def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
+        """From s to s + h."""
+        raise NotImplementedError
+
+    def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
+        """[d_0, d_1, ...] with y(s + theta h) = y + sum_p theta^(p+1) d_p for 0 <= theta <= 1."""
+        raise NotImplementedError
+
+    def check(self, func, y0: PyTree) -> None:
+        """Raise an error that says what to do if this problem is not one for the method.
+
+        `func` is the traced field (`jaxode.kernels.traces.Trace`).
+        """
+
+    def backwards(self) -> "Method":
+        """The method that solves the continuous adjoint of `backsolve`, whose state is (y, a, p)."""
+        return self

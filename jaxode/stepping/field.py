@@ -1,0 +1,46 @@
+"""The user's function, traced once, and moved to the unit interval.
+
+Every solve is a solve on [0, 1]: with t = t0 + (t1 - t0) s, dy/dt = f(y, t) becomes
+dy/ds = (t1 - t0) f(y, t0 + (t1 - t0) s). Decreasing time is then nothing special (t1 - t0 < 0), the
+gradients with respect to t0 and t1 are those of two more parameters of the field, and steps keep
+their full relative precision when t0 is large, because what is added up is s and not t.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.kernels.traces import Trace
+
+
+class Field(eqx.Module):
+    """The right-hand side on the unit interval: `field(y, s)` is dy/ds, a pytree like y.
+
+    Its arrays (the parameters found in func, in args and in what func closes over; t0 and t1) are
+    leaves, so that a solve can be differentiated with respect to them.
+    """
+
+    trace: Trace = eqx.field(static=True)
+    leaves: list[Any]
+    t0: Array
+    t1: Array
+    span: Array  # t1 - t0; 1 if they are equal
+    time_dtype: Any = eqx.field(static=True)
+
+    def time(self, s):
+        """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it."""
+        if not self.trace.uses_time:
+            return self.t0
+        t = self.t0 + self.span * s
+        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+        # `where`, not `clip`: at a tie the derivative is that of t.
+        return jnp.where(t < low, low, jnp.where(t > high, high, t))
+
+    def __call__(self, y: PyTree, s) -> PyTree:
+        out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
+        return jax.tree.map(lambda k: tree.scale(self.span, k), out)

@@ -1,0 +1,230 @@
+"""What decides: whether to step on, how far, to accept or reject; and the report at the end.
+
+An `Integrator` holds all that a solve needs beside the field, the start and the outputs. Its
+functions are of one solve, and pure; `jaxode.stepping.loop` runs them, for one solve or for many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.controllers import Controller, first_step
+from jaxode.methods.method import Method, Step
+from jaxode.solution import Status
+
+
+class Report(NamedTuple):
+    """How a solve went: a `Status`, how far it came in [0, 1], and what it cost."""
+
+    status: Array
+    reached: Array
+    evaluations: Array
+    accepted: Array
+    rejected: Array
+    folded: Any = None  # the sum that `Integrator.fold` made over the steps, if there was one
+
+
+class State(NamedTuple):
+    """Between two trial steps: at s, with a next step of size h.
+
+    `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
+    next output, `folded` what a fold over the steps has come to.
+    """
+
+    s: Array
+    h: Array
+    y: PyTree
+    memory: PyTree
+    ratio: Array
+    history: tuple[Array, ...]
+    accepted: Array
+    tried: Array
+    evaluations: Array
+    since: Array | None
+    output: Array
+    folded: Any
+
+
+class Integrator(eqx.Module):
+    """A method, its tolerances and its limits: what turns a field into a solution.
+
+    `steps` is the number of steps of equal size, None for steps that the error estimate chooses.
+    `hmax` and `hmin` are in units of the interval; `max_steps` bounds trial steps, `mxstep` those
+    between two outputs. `controlled` picks the part of a state whose error counts. `output` and
+    `fold` are what is kept of the solve (`jaxode.outputs`).
+    """
+
+    method: Method = eqx.field(static=True)
+    controller: Controller = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    output: Any = eqx.field(static=True)
+    steps: Any
+    rtol: PyTree
+    atol: PyTree
+    hmax: Array
+    hmin: Array
+    mxstep: Any
+    controlled: Callable = eqx.field(static=True, default=lambda y: y)
+    fold: Callable | None = eqx.field(static=True, default=None)
+
+    def __call__(self, f, y0: PyTree, ss: Array):
+        """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
+        from jaxode.stepping.loop import solve
+
+        return solve(self, f, y0, ss)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.steps is None
+
+    @property
+    def counts_since(self) -> bool:
+        return self.adaptive and self.mxstep is not None
+
+    def tolerated(self, *ys):
+        """atol + rtol max |y|, leaf by leaf, of what is controlled of a state; never 0."""
+        ys = map(self.controlled, ys)
+        size = jax.tree.map(lambda *y: tree.largest(map(tree.magnitude, y)), *ys)
+        scale = jax.tree.map(lambda a, r, y: a + r * y, self.atol, self.rtol, size)
+        return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
+
+    def finite(self, *ys):
+        """Whether all that is controlled of these states is finite."""
+        return tree.all_finite(*map(self.controlled, ys))
+
+    def least(self, s):
+        """The smallest step that moves time: 16 roundings of it."""
+        eps = 16 * float(jnp.finfo(s.dtype).eps)
+        return jnp.maximum(self.hmin, eps * jnp.maximum(s, eps))
+
+    def initial(self, f, y0, memory, slope, end, h0=None) -> State:
+        """Before the first trial step."""
+        dtype = end.dtype
+        zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+        history, evaluations = (), 1
+        if not self.adaptive:
+            h0 = zero + 1
+        else:
+            history, evaluations = self.controller.start(dtype), 2
+            if h0 is None:
+                order, scale = self.method.error_order + 1, self.tolerated(y0)  # type: ignore[operator]
+                h0 = first_step(f, y0, slope, order, scale, self.hmax, self.controlled)
+                # Where nothing happens yet its guess may be below what time can resolve.
+                h0 = jnp.minimum(jnp.maximum(h0, 64 * self.least(zero)), self.hmax)
+        h0 = jnp.where(self.finite(y0, slope), lax.stop_gradient(h0), 0 * zero)
+        return State(
+            s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
+            evaluations=none + evaluations, since=none if self.counts_since else None, output=none + 1,
+            folded=None,
+        )  # fmt: skip
+
+    def step_count(self, end):
+        """How many steps of equal size are to be taken."""
+        return jnp.where(end > 0, jnp.asarray(self.steps, jnp.int32), 0)
+
+    def unfinished(self, state: State, end):
+        """Whether there is to be another trial step."""
+        go = state.h > 0
+        if not self.adaptive:
+            n = self.step_count(end)
+            return go & (state.accepted < jnp.where(n <= self.max_steps, n, 0))
+        go = (state.s < end) & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
+        return go if state.since is None else go & self.in_time(state)
+
+    def in_time(self, state: State):
+        """Whether there are not too many trial steps since the last output."""
+        return lax.convert_element_type(state.since, state.s.dtype) < self.mxstep
+
+    def next_end(self, state: State, end):
+        """Where the next trial step is to end, and its size."""
+        if not self.adaptive:
+            count = lax.convert_element_type(jnp.maximum(self.step_count(end), 1), end.dtype)
+            i = lax.convert_element_type(state.accepted, end.dtype)
+            s, s1 = end * (i / count), end * ((i + 1) / count)
+            return s1, s1 - s
+        s1 = jnp.where(state.s + state.h >= end, end, state.s + state.h)
+        return s1, s1 - state.s  # exactly, so that the steps add up to where we are
+
+    def accept_or_reject(self, state: State, step: Step, s1, h, go=True) -> State:
+        """The state after a trial step: at its end, or back at its beginning with a smaller step.
+
+        `go` says whether there was one: else the state stays what it is.
+        """
+        tried, h_taken = jnp.asarray(go).astype(jnp.int32), h
+        counted = dict(
+            tried=state.tried + tried,
+            evaluations=state.evaluations + tried * step.evaluations,
+            since=None if state.since is None else state.since + tried,
+        )
+        if not self.adaptive:
+            # A step that is not finite ends the solve where it began.
+            fine = self.finite(step.y, step.slope) & step.converged
+            accept, stop = fine & go, ~fine & go
+            h = jnp.where(stop, 0, state.h)
+            ratio, history = jnp.where(stop, jnp.nan, state.ratio), state.history
+        else:
+            ratio = self.error_over_tolerance(state.y, step)
+            accept = (ratio <= 1) & go
+            factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
+            h = jnp.minimum(h * factor, self.hmax)
+            if go is not True:
+                ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
+        s, y, memory, history = tree.where(
+            accept, (s1, step.y, step.memory, history), (state.s, state.y, state.memory, state.history)
+        )
+        folded = state.folded
+        if self.fold is not None:
+            more = self.fold(self.method, state.y, h_taken, step)
+            folded = jax.tree.map(lambda x, more: x + jnp.where(accept, more, 0), folded, more)
+        return state._replace(
+            s=s, h=h, y=y, memory=memory, ratio=ratio, history=history, folded=folded,
+            accepted=state.accepted + accept.astype(jnp.int32), **counted,
+        )  # fmt: skip
+
+    def error_over_tolerance(self, y, step: Step):
+        """The error of a step over what is tolerated: at most 1 is accepted; NaN is not."""
+        scale = self.tolerated(y, step.y)
+        norms = [tree.norm(self.controlled(e), scale) for e in step.errors]
+        ratio = norms[0] if len(norms) == 1 else combined(*norms)
+        if not self.method.estimate_sees_end:
+            ratio = jnp.where(self.finite(step.slope), ratio, jnp.nan)
+        if step.converged is not True:
+            ratio = jnp.where(step.converged, ratio, jnp.nan)
+        return lax.stop_gradient(lax.convert_element_type(ratio, self.hmax.dtype))
+
+    def report(self, state: State, y0, slope0, end) -> Report:
+        """How a solve that has stopped went."""
+        if self.adaptive:
+            spent = state.tried >= self.max_steps
+            done = state.s >= end
+        else:
+            n = self.step_count(end)
+            spent, done = n > self.max_steps, state.accepted >= n
+        if state.since is not None:
+            spent = spent | ~self.in_time(state)
+        cut = jnp.where(
+            jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value
+        )
+        status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
+        status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
+        return Report(
+            status.astype(jnp.int32), fraction(state.s, end), state.evaluations, state.accepted,
+            state.tried - state.accepted, state.folded,
+        )  # fmt: skip
+
+
+def combined(high, low):
+    """Two error estimates as in DOP853 (HNW eq. II.10.17)."""
+    both = high**2 + 0.01 * low**2
+    return jnp.where(both > 0, high**2 / jnp.sqrt(jnp.where(both > 0, both, 1.0)), both)
+
+
+def fraction(s, end):
+    """s / end; 1 if there was nowhere to go."""
+    return jnp.where(end > 0, s / jnp.where(end > 0, end, 1), 1)

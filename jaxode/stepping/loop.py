@@ -1,0 +1,79 @@
+"""One solve: trial steps from 0 to the end, with its outputs, and a tape if it is wanted."""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jaxtyping import PyTree
+
+from jaxode import tree
+from jaxode.kernels.stepper import Stepper, stepper
+from jaxode.outputs import write
+from jaxode.stepping import checkpoints
+from jaxode.stepping.integrator import Integrator, Report, State
+from jaxode.stepping.problems import end_of, one
+
+
+class Recorded(NamedTuple):
+    """What a backward pass needs of a solve: its tape, the slope at its start, its end, how it went."""
+
+    tape: checkpoints.Tape
+    slope0: PyTree
+    y: PyTree
+    memory: PyTree
+    report: Report
+
+
+def solve(integrator: Integrator, f, y0, ss, fused=False):
+    """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
+    return run(integrator, f, y0, ss, None, fused)[:2]
+
+
+def record(integrator: Integrator, f, y0, ss, fused=False):
+    """The same, and the tape."""
+    pair = jax.eval_shape(lambda f, y: (y, integrator.method.start(f, 0 * ss[-1], y)), f, y0)
+    tape = checkpoints.empty(integrator.max_steps, pair, ss.dtype)
+    ys, report, state, slope0, tape = run(integrator, f, y0, ss, tape, fused)
+    tape = tape._replace(steps=state.accepted)
+    return ys, report, Recorded(tape, slope0, state.y, state.memory, report)
+
+
+def begin(integrator: Integrator, f, y0, ss, fused=False):
+    """The steps of a solve, what is its own, and it before its first trial step, with its slope."""
+    problems, own = one(integrator, f, ss)
+    steps = stepper(problems, own, y0, fused)
+    return steps, own, *steps.start(own, y0)
+
+
+def run(integrator: Integrator, f, y0, ss, tape, fused):
+    steps, own, state, slope0 = begin(integrator, f, y0, ss, fused)
+    output = integrator.output
+    rows = output.room(f, y0, ss) if output.rows(ss) else None
+    state, rows, tape = advance(steps, own, state, rows, tape)
+    slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
+    report = integrator.report(state, y0, slope0, end_of(ss))
+    ys = output.finish(f, ss, lax.stop_gradient(ss), y0, slope0, state.y, slope1, rows, report)
+    return ys, report, state, slope0, tape
+
+
+def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None):
+    """Trial steps until the solve is done: (state, rows, tape) there.
+
+    `after(old, new) -> new` sees every trial step, and may add to what an accepted one did.
+    """
+
+    def body(carry):
+        old, rows, tape = carry
+        new, h, step = steps.trial(own, old)
+        if tape is not None:
+            tape = checkpoints.write(tape, old.accepted, (old.y, old.memory), new.s)
+        if rows is not None:
+            inside = lambda: steps.inside(own, old.s, old.y, h, step)
+            put = lambda row, values, rows, due: tree.put(row, values, rows)
+            new, rows = write(steps.problems, inside, own, old, new, h, rows, put)
+        return after(old, new) if after else new, rows, tape
+
+    unfinished = lambda carry: steps.unfinished(own, carry[0])
+    if tape is None:
+        return lax.while_loop(unfinished, body, (begin, rows, tape))
+    return checkpoints.recorded(unfinished, body, (begin, rows, tape))

@@ -1,0 +1,67 @@
+"""One solve, or many that go in step: how a function of one solve is applied to what a loop carries.
+
+What is written for one solve serves many: `each` of a function is the function itself, or its
+`jax.vmap` over lanes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+
+
+class Problems(NamedTuple):
+    """What solves have of their own, an argument of every function here; and what they share.
+
+    Both are parts of (integrator, field, ss), ss the output times: the leaves that belong to the other are None. With
+    `axis` = None there is one solve; else arrays have the lanes along this axis: the last one, so
+    that the components of small systems are rows, or the first.
+    """
+
+    shared: PyTree
+    axis: int | None = None
+
+    def each(self, fn: Callable) -> Callable:
+        """(own, ...) -> fn(integrator, field, ss, ...) of every solve."""
+        one = lambda own, *args: fn(*eqx.combine(own, self.shared), *args)
+        return one if self.axis is None else jax.vmap(one, self.axis, self.axis)
+
+    def vmap(self, fn: Callable) -> Callable:
+        """fn of what solves have of their own alone."""
+        return fn if self.axis is None else jax.vmap(fn, self.axis, self.axis)
+
+    def slopes(self, own, y: PyTree, s) -> PyTree:
+        """f of every solve."""
+        return self.each(lambda integrator, f, ss, y, s: f(y, s))(own, y, s)
+
+    def spread(self, h, like: Array) -> Array:
+        """A number of each solve, so that it multiplies an array of states."""
+        h = lax.convert_element_type(h, like.dtype)
+        if self.axis is None:
+            return h
+        ones = (1,) * (like.ndim - 1)
+        return h.reshape((*ones, -1) if self.axis else (-1, *ones))
+
+    def moved(self, y: PyTree, h, k: PyTree) -> PyTree:
+        """y + h k."""
+        return jax.tree.map(lambda y, k: tree.moved(y, self.spread(h, k) * k), y, k)
+
+    def of(self, own) -> tuple[Any, Any, Any]:
+        """(integrator, field, ss), with lanes in what is a solve's own."""
+        return eqx.combine(own, self.shared)
+
+
+def one(integrator, f, ss) -> tuple[Problems, PyTree]:
+    """One solve, and what is its own: everything."""
+    own = integrator, f, ss
+    return Problems(jax.tree.map(lambda _: None, own)), own
+
+
+def end_of(ss) -> Array:
+    """Where a solve ends."""
+    return lax.stop_gradient(ss[-1])
