@@ -23,7 +23,7 @@ from jaxode.methods.method import Method
 from jaxode.methods.names import named as named_method
 from jaxode.signals import piecewise, signals_in
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
-from jaxode.stepping.field import Field
+from jaxode.stepping.field import Field, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
 
 MAX_STEPS = 2**14
@@ -233,7 +233,15 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         fold=outputs.heuristics if static.heuristics else None,
     )
-    ys, report = static.adjoint(integrator, field, y0, ss)
+    if static.method.any_state and several(y0):
+        shapes = tuple(y.shape for y in jax.tree.leaves(y0))
+        ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
+        of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
+        integrator = dataclasses.replace(integrator, rtol=of_parts(rtol), atol=of_parts(atol))
+        vectors, report = static.adjoint(integrator, ravelled, ravel(y0), ss)
+        ys = jax.vmap(ravelled.unravel)(vectors)
+    else:
+        ys, report = static.adjoint(integrator, field, y0, ss)
     status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
     inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]

@@ -30,23 +30,32 @@ def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:
     return a, np.array((*table.c, *(table.extra_c if extra else ())))
 
 
-def product(weights, ks):
-    """sum_i w_i k_i over the leading axis, in float32 or better; weights that are missing are 0."""
+def product(weights, ks, fused: bool):
+    """sum_i w_i k_i over the leading axis, in float32 or better; weights that are missing are 0.
+
+    A matrix product is computed once, whatever reads it; in one call a sum is as good, and is fused.
+    """
 
     def leaf(k):
         k = tree.wide(k)
         w = jnp.asarray(weights, k.dtype)
         w = jnp.pad(w, (0, len(k) - len(w)))
+        if fused:
+            return jnp.sum(lax.mul(k, lax.broadcast_in_dim(w, k.shape, (0,))), 0)
         return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
 
     return jax.tree.map(leaf, ks)
 
 
 class Stages(NamedTuple):
-    """The steps of a table, of one solve or of many."""
+    """The steps of a table, of one solve or of many; `fused` in one call."""
 
     table: Tableau
     problems: Problems
+    fused: bool
+
+    def product(self, weights, ks):
+        return product(weights, ks, self.fused)
 
     def run(self, own, s, y, ks, h, start: int, stop: int, seen=None):
         """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
@@ -57,7 +66,7 @@ class Stages(NamedTuple):
 
         def stage(state):
             i, _, ks, seen = state
-            y1 = self.problems.moved(y, h, product(tree.row(jnp.asarray(a), i), ks))
+            y1 = self.problems.moved(y, h, self.product(tree.row(jnp.asarray(a), i), ks))
             k = self.problems.slopes(own, y1, s + tree.row(jnp.asarray(c, h.dtype), i) * h)
             return i + 1, y1, tree.put(i, k, ks), seen if seen is None else tree.put(i, y1, seen)
 
@@ -72,7 +81,7 @@ class Stages(NamedTuple):
         y1, ks, _ = self.run(own, s, y, ks, h, 1, count)
         k1 = tree.row(ks, count - 1)
         zero = jax.tree.map(jnp.zeros_like, y)
-        errors = [self.problems.moved(zero, h, product(e, ks)) for e in self.table.estimates]
+        errors = [self.problems.moved(zero, h, self.product(e, ks)) for e in self.table.estimates]
         return Step(y1, k1, k1, errors, ks, evaluations=count - 1)
 
     def inside(self, own, s, y, h, step: Step) -> list[PyTree]:
@@ -86,7 +95,7 @@ class Stages(NamedTuple):
     def coefficients(self, y, h, ks) -> list[PyTree]:
         """d_p = h sum_i B_pi k_i."""
         zero = jax.tree.map(jnp.zeros_like, y)
-        return [self.problems.moved(zero, h, product(weights, ks)) for weights in self.table.dense]
+        return [self.problems.moved(zero, h, self.product(weights, ks)) for weights in self.table.dense]
 
     def seen(self, own, s, y, memory, h, inside: bool):
         """The slopes and the y_i of a step, all in rows: what `back` needs."""
@@ -115,11 +124,11 @@ class Stages(NamedTuple):
 
         def slope_bar(i, ys_bar):
             """The cotangent of k_i, but for that of the next step."""
-            k_bar = self.problems.moved(zero, h, product(tree.row(jnp.asarray(a.T), i), ys_bar))
+            k_bar = self.problems.moved(zero, h, self.product(tree.row(jnp.asarray(a.T), i), ys_bar))
             if d_bar is None:
                 return k_bar
             weights = tree.row(jnp.asarray(dense.T), i)
-            return self.problems.moved(k_bar, h, product(weights, d_bar))
+            return self.problems.moved(k_bar, h, self.product(weights, d_bar))
 
         def stage(state):
             i, f_bar, ys_bar = state
@@ -133,5 +142,5 @@ class Stages(NamedTuple):
         state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, tree.rooms(zero, total)
         first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
         narrow = lambda x, like: lax.convert_element_type(x, like.dtype)
-        y_bar: PyTree = jax.tree.map(narrow, product(np.ones(total), ys_bar), zero)
+        y_bar: PyTree = jax.tree.map(narrow, self.product(np.ones(total), ys_bar), zero)
         return y_bar, slope_bar(first, ys_bar), f_bar

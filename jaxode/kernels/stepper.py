@@ -25,12 +25,13 @@ from jaxode.stepping.problems import Problems, end_of
 class Stepper(NamedTuple):
     """Trial steps of one solve or of many, and the way back through them.
 
-    `loops` says whether the stages are a loop, forwards and backwards.
+    `loops` says whether the stages are a loop, forwards and backwards; `fused` that all is one call.
     """
 
     problems: Problems
     method: Any
     loops: forms.Loops
+    fused: bool
 
     @property
     def alone(self) -> bool:
@@ -38,7 +39,7 @@ class Stepper(NamedTuple):
 
     @property
     def stages(self) -> Stages:
-        return Stages(self.method, self.problems)
+        return Stages(self.method, self.problems, self.fused)
 
     # Forwards.
 
@@ -195,17 +196,14 @@ def stepper(problems: Problems, own, y0, fused: bool) -> Stepper:
     integrator, f, ss = problems.of(own)
     method, axis = integrator.method, problems.axis
     if not isinstance(method, Tableau) or integrator.fold is not None:
-        return Stepper(problems, method, forms.Loops(False, False))
+        return Stepper(problems, method, forms.Loops(False, False), fused)
     if axis is not None and not fused:
-        return Stepper(problems, method, forms.Loops(True, True))
+        return Stepper(problems, method, forms.Loops(True, True), fused)
     if axis is not None:
         f = eqx.combine(column(own, 0, axis), problems.shared)[1]
         y0 = column(y0, 0, axis)
-    loops = forms.which(f, y0, jnp.zeros((), ss.dtype))
-    if fused:  # a loop compiles in a third of the time; a few numbers are best written out
-        tiny = sum(y.size for y in jax.tree.leaves(y0)) <= forms.TINY
-        loops = forms.Loops(loops.forward and not tiny, True)
-    return Stepper(problems, method, loops)
+    loops = forms.which(f, y0, jnp.zeros((), ss.dtype), fused)
+    return Stepper(problems, method, loops, fused)
 
 
 def column(xs, i: int, axis: int):

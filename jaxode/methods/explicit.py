@@ -43,6 +43,7 @@ class Tableau(Method):
     extra_c: tuple[float, ...] = ()
     extra_a: tuple[tuple[float, ...], ...] = ()
     e_low: tuple[float, ...] | None = None
+    any_state = True
 
     @property
     def estimate_sees_end(self) -> bool:  # type: ignore[override]

@@ -45,6 +45,8 @@ class Method:
             so that a slope that is not finite shows in it.
         inside_evaluations: evaluations of func that `inside` adds to those of a step.
         explains: whether `heuristics` can be made from `stages`.
+        any_state: whether the parts of a state are all treated alike, so that a state of several
+            arrays may be handed over as one vector.
     """
 
     order: int
@@ -52,6 +54,7 @@ class Method:
     estimate_sees_end: bool = False
     inside_evaluations: int = 0
     explains: bool = False
+    any_state: bool = False
 
     def start(self, f, s, y: PyTree) -> PyTree:
         """The memory before the first step. Costs one evaluation of func."""

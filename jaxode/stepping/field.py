@@ -6,6 +6,8 @@ gradients with respect to t0 and t1 are those of two more parameters of the fiel
 their full relative precision when t0 is large, because what is added up is s and not t.
 """
 
+import itertools
+import math
 from typing import Any
 
 import equinox as eqx
@@ -44,3 +46,39 @@ class Field(eqx.Module):
     def __call__(self, y: PyTree, s) -> PyTree:
         out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)
+
+
+RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solved as one vector
+
+
+class Ravelled(eqx.Module):
+    """A field of states of several arrays, as one of vectors: each operation of a step is then one."""
+
+    field: Field
+    structure: Any = eqx.field(static=True)
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+
+    @property
+    def trace(self) -> Trace:
+        return self.field.trace
+
+    def __call__(self, y, s):
+        return ravel(self.field(self.unravel(y), s))
+
+    def unravel(self, y) -> PyTree:
+        """A vector as the state it stands for."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
+        parts = [y[a:b] for a, b in zip([0, *ends], ends)]
+        return self.structure.unflatten([x.reshape(of) for x, of in zip(parts, self.shapes)])
+
+
+def ravel(y: PyTree) -> Array:
+    """A state as one vector."""
+    return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(y)])
+
+
+def several(y0: PyTree) -> bool:
+    """Whether a state is of several arrays that go into one vector of no great size."""
+    leaves = jax.tree.leaves(y0)
+    alike = len({leaf.dtype for leaf in leaves}) == 1
+    return len(leaves) > 1 and alike and sum(leaf.size for leaf in leaves) <= RAVELLED
