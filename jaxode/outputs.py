@@ -8,6 +8,7 @@ a sum over the accepted steps of `fold(method, y, h, step)`, with its derivative
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -83,13 +84,16 @@ class Times:
         known = (at_start | (at <= report.reached * end)) & started
         move = ss - at
 
-        def along(y, slope, s, shift):
+        def along(y, slope):
+            """A state for each time, moved along its slope. Products, since their transposes are
+            products: long sums would not fit into one call."""
             slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
-            y = tree.combine(y, shift, [1.0], [slope])
-            return y if self.save is None else self.save(f, y, s)
+            times = lambda x, y: jnp.tensordot(lax.convert_element_type(x, y.dtype), y, 0)
+            both = lambda y, k: times(jnp.ones_like(move), y) + times(move, k)
+            ys = jax.tree.map(both, y, slope)
+            return ys if self.save is None else jax.vmap(partial(self.save, f))(ys, ss)
 
-        first = jax.vmap(along, (None, None, 0, 0))(y0, slope0, ss, move)
-        last = jax.vmap(along, (None, None, 0, 0))(y1, slope1, ss, move)
+        first, last = along(y0, slope0), along(y1, slope1)
 
         def leaf(first, last, *rows):
             fit = lambda x: x.reshape((len(ss),) + (1,) * (first.ndim - 1))

@@ -1,8 +1,14 @@
 """Control signals: functions of time given by values at knots, at which steps are aligned.
 
-A `Signal` among the args of a solve is found there, and the solve is broken at its knots, so that no
-step crosses a jump or a corner of it. Gradients reach its values and its knots.
+A `Signal` that func calls at the time of the solve is found while func is traced, wherever it lives
+(in args, in a module, closed over), and the solve is broken at its knots, so that no step crosses a
+jump or a corner of it. Gradients reach its values and its knots.
 """
+
+import contextlib
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,9 +26,13 @@ KINDS = ("linear", "previous", "cubic")
 class Signal(eqx.Module):
     """A function of time through the points (ts[i], us[i]); constant before the first, after the last.
 
+    Steps of a solve end at the knots of a signal that func calls at its own time, `u(t)`. Called at
+    another time, such as `u(t - 1)`, it has its right value there, but steps do not know of its knots.
+
     Args:
-        ts: knots, shape (n,), increasing, n >= 2.
-        us: values there, shape (n, ...).
+        ts: knots, shape (n,), not decreasing, n >= 2. Where two are equal there is a jump, to the value
+            of the latter. NaN at the end pads.
+        us: values there, shape (n, ...). Integers and booleans become floats.
         kind: "linear"; "previous" (u keeps its value until the next knot: a zero-order hold); or
             "cubic" (Hermite, with slopes by finite differences: Catmull-Rom).
 
@@ -43,18 +53,21 @@ class Signal(eqx.Module):
     def __init__(self, ts, us, kind: str = "linear"):
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {KINDS}, got {kind!r}.")
-        ts, us = (x if isinstance(x, Tracer) else jnp.asarray(x) for x in (ts, us))
+        ts, us = map(as_floats, (ts, us))
         if ts.ndim != 1 or len(ts) < 2 or us.shape[:1] != ts.shape:
             raise ValueError(
                 f"A signal needs knots of shape (n,), n >= 2, and values of shape (n, ...); got "
                 f"{ts.shape} and {us.shape}."
             )
-        if not isinstance(ts, Tracer) and not bool(np.all(np.diff(np.asarray(ts)) > 0)):
+        if not isinstance(ts, Tracer) and np.any(np.diff(np.asarray(ts)) < 0):
             raise ValueError("The knots `ts` of a signal must increase.")
         self.ts, self.us, self.kind = ts, us, kind
 
     def __call__(self, t) -> Float[Array, "..."]:
         """u(t)."""
+        trace = _trace.get()
+        if trace is not None and trace.time is t:
+            return trace.value(self, t)
         return self.piece(t)(t)
 
     def piece(self, t) -> "Piece":
@@ -62,61 +75,138 @@ class Signal(eqx.Module):
         i = jnp.searchsorted(self.ts, t, side="right") - 1
         inner = jnp.clip(i, 0, len(self.ts) - 2)
         ts, us = (x[jnp.stack([inner, inner + 1])] for x in (self.ts, self.us))
-        flat = (i < 0) | (i >= len(self.ts) - 1)
-        before = jnp.where(i < 0, us[0], jnp.where(flat, us[1], us[0]))
+        flat = (i < 0) | (i >= len(self.ts) - 1) | jnp.isnan(ts[1])
+        held = jnp.where((i >= len(self.ts) - 1) & ~jnp.isnan(ts[1]), us[1], us[0])
         if self.kind == "previous":
-            return Piece(ts, jnp.stack([before, before]), None)
+            return Piece(ts, jnp.stack([held, held]), None)
         slopes = None
         if self.kind == "cubic":
             slopes = jnp.where(flat, 0, self.slopes()[jnp.stack([inner, inner + 1])])
-        return Piece(ts, jnp.where(flat, jnp.stack([before, before]), us), slopes)
+        return Piece(ts, jnp.where(flat, jnp.stack([held, held]), us), slopes)
 
     def slopes(self):
         """Of the cubic at its knots: central differences, one-sided at the ends."""
-        bend = lambda x: x.reshape((-1,) + (1,) * (self.us.ndim - 1))
-        inner = (self.us[2:] - self.us[:-2]) / bend(self.ts[2:] - self.ts[:-2])
-        first = (self.us[1:2] - self.us[:1]) / bend(self.ts[1:2] - self.ts[:1])
-        last = (self.us[-1:] - self.us[-2:-1]) / bend(self.ts[-1:] - self.ts[-2:-1])
+        fit = lambda x: x.reshape((-1,) + (1,) * (self.us.ndim - 1))
+        difference = lambda a, b: (self.us[b] - self.us[a]) / fit(width(self.ts[a], self.ts[b]))
+        inner = difference(slice(None, -2), slice(2, None))
+        first, last = difference(slice(0, 1), slice(1, 2)), difference(slice(-2, -1), slice(-1, None))
         return jnp.concatenate([first, inner, last])
 
 
 class Piece(eqx.Module):
-    """What a signal is between two knots: what func sees of it."""
+    """What a signal is between two knots."""
 
     ts: Float[Array, "2"]
     us: Float[Array, "2 ..."]
     slopes: Float[Array, "2 ..."] | None
 
     def __call__(self, t):
-        width = self.ts[1] - self.ts[0]
-        x = ((t - self.ts[0]) / width).astype(self.us.dtype)
+        h = width(self.ts[0], self.ts[1])
+        x = ((t - self.ts[0]) / h).astype(self.us.dtype)
         if self.slopes is None:
-            return self.us[0] + x * (self.us[1] - self.us[0])
-        h = width.astype(self.us.dtype)
+            # Where both ends are equal it is that value, however far away the knots are.
+            return self.us[0] + jnp.where(self.us[1] == self.us[0], 0, x) * (self.us[1] - self.us[0])
+        h = h.astype(self.us.dtype)
         d = self.us[1] - self.us[0]
         a, b = h * self.slopes[0] - d, d - h * self.slopes[1]
         return self.us[0] + x * d + x * (1 - x) * ((1 - x) * a + x * b)
+
+
+def width(a, b):
+    """b - a; 1 where that is 0, at a jump, or NaN, beyond the last knot: nothing is between them."""
+    return jnp.where(b - a > 0, b - a, jnp.ones_like(a))
+
+
+def as_floats(x):
+    """An array of floating-point (or complex) numbers."""
+    x = x if isinstance(x, Tracer) else jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
 def is_signal(x) -> bool:
     return isinstance(x, Signal)
 
 
-def signals_in(args: PyTree) -> list[Signal]:
+def signals_in(tree: PyTree) -> list[Signal]:
     """The signals among some arguments."""
-    return [x for x in jax.tree.leaves(args, is_leaf=is_signal) if is_signal(x)]
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_signal) if is_signal(x)]
 
 
-def piecewise(solve, func, y0: PyTree, t, args, signals: list[Signal]) -> Solution:
+# While func is traced: which signals does it call, and what are they on this stretch?
+
+
+class Tracing:
+    """What signals answer while func is traced, and which of them were called at its time.
+
+    `pieces` are those that hold on the present stretch, found by the signal itself; a signal that is
+    an argument is rebuilt for the trace, and known by its number there.
+    """
+
+    def __init__(self, pieces: dict[int, Piece]):
+        self.pieces, self.time = pieces, None
+        self.numbers: dict[int, int] = {}
+        self.called: dict[int, Signal] = {}
+
+    def value(self, signal: Signal, t):
+        known = self.pieces.get(id(signal))
+        if known is None:
+            self.called[id(signal)] = signal
+            known = signal.piece(t)
+        return known(t)
+
+
+_trace: ContextVar[Any] = ContextVar("trace", default=None)
+_pieces: ContextVar[Any] = ContextVar("pieces", default=None)
+
+
+@contextlib.contextmanager
+def tracing():
+    """Signals that are called in here at the time that is set are collected."""
+    trace = Tracing(_pieces.get() or {})
+    token = _trace.set(trace)
+    try:
+        yield trace
+    finally:
+        _trace.reset(token)
+
+
+@contextlib.contextmanager
+def holding(pieces: dict[int, Piece]):
+    """On this stretch these signals are these pieces."""
+    token = _pieces.set({**(_pieces.get() or {}), **pieces})
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+class Aligned(eqx.Module):
+    """A signal among the arguments of func, and the piece of it that holds on this stretch."""
+
+    signal: Signal
+    now: Piece
+
+    def __call__(self, t):
+        trace = _trace.get()
+        return self.now(t) if trace is not None and trace.time is t else self.signal(t)
+
+    def __getattr__(self, name):
+        return getattr(self.signal, name)
+
+
+def piecewise(
+    solve: Callable, func, y0: PyTree, t, args, signals: list[Signal], closed_over: list[Signal]
+) -> Solution:
     """The solve from knot to knot, by a scan: `solve(func, y0, ts, *args)` with pieces for signals.
 
-    A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
-    nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
-    steps hold for each stretch.
+    `signals` are those among func and args, `closed_over` are others. A stretch of the solve knows all
+    outputs; those outside it are moved onto its ends, and cost nothing. Costs two evaluations of func a
+    stretch more than a solve that is not broken. Limits of steps hold for each stretch.
     """
     t = jnp.asarray(t, jnp.result_type(float) if not hasattr(t, "dtype") else None)
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
-    knots = jnp.concatenate([s.ts.astype(t.dtype) for s in signals])
+    knots = jnp.concatenate([s.ts.astype(t.dtype) for s in (*signals, *closed_over)])
+    knots = jnp.where(jnp.isnan(knots), high, knots)
     edges = jnp.sort(jnp.concatenate([jnp.clip(knots, low, high), low[None], high[None]]))
     edges = jnp.where(t[-1] < t[0], edges[::-1], edges)
 
@@ -126,15 +216,18 @@ def piecewise(solve, func, y0: PyTree, t, args, signals: list[Signal]) -> Soluti
         inside = jnp.clip(t, jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], inside, b[None]])
         middle = lax.stop_gradient((a + b) / 2)
-        given = jax.tree.map(
-            lambda x: x.piece(middle) if is_signal(x) else x, args, is_leaf=is_signal
-        )
-        part = solve(func, y, ts, *given)
-        y = jax.tree.map(lambda y: y[-1], part.ys)
+        align = lambda x: Aligned(x, x.piece(middle)) if is_signal(x) else x
+        func_now, given = jax.tree.map(align, (func, args), is_leaf=is_signal)
+        with holding({id(s): s.piece(middle) for s in closed_over}):
+            part = solve(func_now, y, ts, *given)
+        # Between two equal knots there is nothing to solve, and no piece that holds.
+        empty = a == b
+        y = jax.tree.map(lambda before, rows: jnp.where(empty, before, rows[-1]), y, part.ys)
+        now = jnp.where(empty, Status.SUCCESS.value, part.status)
         fine = status == Status.SUCCESS.value
-        status = jnp.where(fine, part.status, status)
-        stats = jax.tree.map(jnp.add, stats, part.stats)
-        reached = jnp.where(fine, part.reached, reached)
+        status = jnp.where(fine, now, status)
+        stats = jax.tree.map(lambda s, more: s + jnp.where(empty, 0, more), stats, part.stats)
+        reached = jnp.where(fine & ~empty, part.reached, reached)
         rows = jax.tree.map(lambda y: y[1:-1], part.ys)
         return (y, status, stats, reached), (rows, part.heuristics)
 
@@ -145,7 +238,17 @@ def piecewise(solve, func, y0: PyTree, t, args, signals: list[Signal]) -> Soluti
     )
     forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
     # Row j belongs to the last stretch that starts before it (the first one has the start).
-    index = jnp.sum(forward * edges[1:-1, None] < forward * t[None], axis=0)
+    before = forward * edges[1:-1, None] < forward * t[None]
+    index = jnp.sum(before, axis=0)
     rows = jnp.arange(len(t))
-    ys = jax.tree.map(lambda y: y[index, rows], parts)
+    valid = valid_times(t)
+    ys = jax.tree.map(lambda y: jnp.where(valid, y[index, rows], jnp.nan), parts)
+    status = jnp.where(valid, status, Status.BAD_INPUT.value)
     return Solution(t, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
+
+
+def valid_times(t):
+    """Whether the times are finite and increase, or decrease."""
+    steps = jnp.diff(t) * jnp.sign(t[-1] - t[0])
+    back_and_forth = (t[-1] == t[0]) & jnp.any(t != t[0])
+    return jnp.all(jnp.isfinite(t)) & jnp.all(steps >= 0) & ~back_and_forth

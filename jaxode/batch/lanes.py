@@ -51,10 +51,12 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
     of_integrator, of_f, of_y0, of_ss = form.flags
     own, shared = eqx.partition((integrator, f, ss), (of_integrator, of_f, of_ss))
     own, y0 = to_lanes((own, spread(form.size, y0, of_y0)), how.axis)
+    # Not in the one call: arrays of all problems are too wide for it.
+    begin, slope0 = stepper(Problems(shared, how.axis), own, y0, how.fused).start(own, y0)
     core = partial(run, form.size, how)
     if how.fused:
         core = one_call(core, partial(run, form.size, how._replace(fused=False, width=form.size)))
-    ends, slope0, rows = core(own, shared, y0)
+    ends, rows = core(own, shared, begin)
 
     def result(own, y0, slope0, end, rows):
         integrator, f, ss = eqx.combine(own, shared)
@@ -68,25 +70,23 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
     return jax.vmap(result, (axis, axis, axis, axis, 0))(own, y0, slope0, ends, rows)
 
 
-def run(size: int, how: Plan, own, shared, y0):
-    """Trial steps until all problems are done: how they ended, their slopes at the start, and the rows."""
+def run(size: int, how: Plan, own, shared, begin):
+    """Trial steps until all problems are done: how they ended, and the rows."""
     problems = Problems(shared, how.axis)
-    steps = stepper(problems, own, y0, how.fused)
-    begin, slope0 = steps.start(own, y0)
-    rows = room_for_all(size, how.axis, own, shared, y0)
+    steps = stepper(problems, own, begin.y, how.fused)
+    rows = room_for_all(size, how.axis, own, shared, begin.y)
     once = partial(trial, steps, size, how)
     unfinished = lambda own, state: steps.unfinished(own, state)
     waiting = own, begin
     if how.width >= size:
         ends, rows = queue.all_at_once(unfinished, waiting, once, rows, size)
     elif how.fused:
-        alone = steps._replace(problems=problems._replace(axis=None))
         ends, rows = queue.lane_by_lane(
-            unfinished, alone.unfinished, waiting, once, rows, size, how.width, how.axis
+            unfinished, waiting, once, rows, size, how.width, how.axis
         )
     else:
         ends, rows = queue.in_rounds(unfinished, waiting, once, rows, size, how.width)
-    return ends, slope0, rows
+    return ends, rows
 
 
 def room_for_all(size: int, axis: int, own, shared, y0):

@@ -14,6 +14,7 @@ from jaxode.kernels.one_call import LARGE, able, is_number, suits
 CACHE = 128 * 1024  # bytes that the stages of all lanes may take
 FEW = 8  # so many solves are done one after another
 TINY = 64  # numbers of a state whose lanes are the last axis
+LANES = 256  # numbers of the states of all lanes in one call
 CHEAP = 1000  # operations of a field, up to which one after another is faster than lanes of matrices
 
 
@@ -40,7 +41,7 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     if one and size <= FEW:
         return Plan(1, 0, True)
     if one and tiny and wide_enough(form, f, y0, ss):
-        return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), -1, True)
+        return Plan(min(size, max(8, LANES // max(count, 3))), -1, True)
     if one and operations(f, y0, ss[0]) <= CHEAP:
         return Plan(1, 0, True)
     return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), 0, False)

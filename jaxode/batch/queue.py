@@ -25,42 +25,42 @@ def all_at_once(unfinished, queue, once, rows, size: int):
     return ends, rows
 
 
-def lane_by_lane(unfinished, unfinished_one, queue, once, rows, size: int, width: int, axis: int):
+def lane_by_lane(unfinished, queue, once, rows, size: int, width: int, axis: int):
     """The same with fewer lanes, inside of one call, where a lane is moved by itself."""
-    states = queue[1]
+    few = max(1, width // 16)
+
+    def idle(lanes, who):
+        return ~unfinished(*lanes) & (who < size)
+
+    def swap(carry):
+        """A lane that is done gives its result, and takes a new problem."""
+        lanes, who, rows, ends, head = carry
+        j = jnp.argmax(idle(lanes, who)).astype(jnp.int32)
+        old, there = column(lanes, j, axis), head < size
+        ends = put_column(who[j], old[1], ends, axis)
+        new = column(queue, jnp.minimum(head, size - 1), axis)
+        lanes = put_column(j, jax.tree.map(partial(jnp.where, there), new, old), lanes, axis)
+        who = lax.dynamic_update_index_in_dim(who, jnp.where(there, head, size), j, 0)
+        return lanes, who, rows, ends, head + 1
 
     def refill(carry):
-        """Lanes that are done give their results, and take new problems."""
+        return lax.while_loop(lambda carry: jnp.any(idle(*carry[:2])), swap, carry)
 
-        def swap(j, carry):
-            lanes, who, rows, ends, head = carry
-            ends = put_column(who[j], column(lanes[1], j, axis), ends, axis)
-            there = head < size
-            new = column(queue, jnp.minimum(head, size - 1), axis)
-            old = column(lanes, j, axis)
-            lanes = put_column(j, jax.tree.map(partial(jnp.where, there), new, old), lanes, axis)
-            who = lax.dynamic_update_index_in_dim(who, jnp.where(there, head, size), j, 0)
-            return lanes, who, rows, ends, head + 1
-
-        def lane(j, carry):
-            def idle(carry):
-                return ~unfinished_one(*column(carry[0], j, axis)) & (carry[1][j] < size)
-
-            return lax.while_loop(idle, partial(swap, j), carry)
-
-        return lax.fori_loop(0, width, lane, carry)
-
-    def idle(carry):
-        return jnp.any(~unfinished(*carry[0]) & (carry[1] < size))
+    def several(carry):
+        """Whether enough lanes are done, or all that have a problem."""
+        done = idle(*carry[:2])
+        count, left = (jnp.sum(x, dtype=jnp.int32) for x in (done, carry[1] < size))
+        return (count >= few) | ((count > 0) & (count == left))
 
     def attempt(carry):
-        carry = lax.while_loop(idle, refill, carry)  # turns at most once
+        carry = lax.while_loop(several, refill, carry)  # turns at most once
         lanes, who, rows = once(carry[:3])
         return lanes, who, rows, *carry[3:]
 
     lanes = columns(queue, 0, width, axis)
     who = jnp.arange(width, dtype=jnp.int32)
-    begin = lanes, who, rows, jax.tree.map(jnp.zeros_like, states), jnp.asarray(width, jnp.int32)
+    ends = jax.tree.map(jnp.zeros_like, queue[1])
+    begin = lanes, who, rows, ends, jnp.asarray(width, jnp.int32)
     _, _, rows, ends, _ = lax.while_loop(lambda carry: jnp.any(carry[1] < size), attempt, begin)
     return ends, rows
 

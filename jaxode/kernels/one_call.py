@@ -17,45 +17,72 @@ from jax.extend import core
 
 SMALL = 512  # numbers of an argument that travels with others in one array
 LARGE = 4096  # numbers of an array in a field, beyond which threads and vector kernels are faster
+REDUCED = 4000  # numbers that one reduction reads: from 4,096 on XLA makes it a kernel of its own kind
+TINY = 7  # sizes of a matrix product that is written out; larger ones call a library
+
+
+def always(eqn) -> bool:
+    return True
+
+
+def is_short(eqn) -> bool:
+    """Whether a reduction reads few numbers."""
+    return eqn.invars[0].aval.size <= REDUCED
+
+
+def is_no_matrix_product(eqn) -> bool:
+    """Whether a product is one of a vector, or of tiny matrices."""
+    (contract_a, contract_b), (batch, _) = eqn.params["dimension_numbers"]
+    a, b = (x.aval.shape for x in eqn.invars)
+    if not contract_a or all(n <= TINY for n in (*a, *b)):
+        return True
+    free = lambda shape, axes: math.prod(n for i, n in enumerate(shape) if i not in axes)
+    free_a, free_b = free(a, contract_a), free(b, contract_b)
+    depth = math.prod(a[i] for i in contract_a)
+    return not batch and min(free_a, free_b) <= 1 and (max(free_a, free_b) > 1 or depth <= REDUCED)
+
+
+def is_real(eqn) -> bool:
+    return not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)
+
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh
-    convert_element_type div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real rem round
-    rsqrt select_n sign sin sinh sqrt square sub tan tanh xor""".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj copy cos
+    cosh convert_element_type digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
+    sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
-STRUCTURE = frozenset(
-    """broadcast_in_dim bitcast_convert_type concatenate dynamic_slice dynamic_update_slice
-    expand_dims gather iota pad reduce_and reduce_max reduce_min reduce_or reduce_sum reshape rev select_and_gather_add slice split squeeze stack stop_gradient
-    transpose unstack shift_left shift_right_logical shift_right_arithmetic reduce_precision""".split()
+MOVES = frozenset(
+    """bitcast_convert_type broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims
+    gather iota optimization_barrier pad reshape rev slice split squeeze stack transpose unstack""".split()
 )
 CALLS = frozenset(
     "while cond scan jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
 )
-
-
-def can_dot(eqn) -> bool:
-    """Not a product of two matrices: those call a library, which one call cannot."""
-    (contract_a, contract_b), (batch, _) = eqn.params["dimension_numbers"]
-    a, b = (x.aval for x in eqn.invars)
-    free_a = a.size // int(np.prod([a.shape[i] for i in (*contract_a, *batch)], dtype=int)) if a.size else 0
-    free_b = b.size // int(np.prod([b.shape[i] for i in contract_b], dtype=int)) if b.size else 0
-    return not batch and (free_a <= 1 or free_b <= 1)
+# What one call can be made of, and when: found out by compiling each (tests/test_one_call.py does it
+# again). Anything else (sort, scatter, fft, linear algebra, callbacks) goes the plain way.
+RULES: dict[str, Callable] = {
+    **dict.fromkeys((*ELEMENTWISE, *MOVES, *CALLS), always),
+    **dict.fromkeys(
+        """argmax argmin cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
+        reduce_prod reduce_sum reduce_xor""".split(),
+        is_short,
+    ),
+    "clamp": is_real,
+    "dot_general": is_no_matrix_product,
+}
 
 
 def able(jaxpr, largest: int | None = None) -> bool:
-    """Whether a jaxpr can be one call; with no array of more numbers than `largest`, if that is given."""
+    """Whether a jaxpr can be one call; with no result of more numbers than `largest`, if that is given."""
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if largest is not None and any(v.aval.size > largest for v in (*eqn.invars, *eqn.outvars)):
+        rule = RULES.get(eqn.primitive.name)
+        if rule is None or not rule(eqn):
             return False
-        if name in CALLS:
-            if not all(able(inner, largest) for inner in core.jaxprs_in_params(eqn.params)):
-                return False
-        elif name == "dot_general":
-            if not can_dot(eqn):
-                return False
-        elif name not in ELEMENTWISE and name not in STRUCTURE:
+        if largest is not None and any(v.aval.size > largest for v in eqn.outvars):
+            return False
+        if not all(able(inner, largest) for inner in core.jaxprs_in_params(eqn.params)):
             return False
     return True
 

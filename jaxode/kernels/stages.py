@@ -6,6 +6,7 @@ where the written-out step has it for every stage. Which form is faster depends 
 `Problems.each` knows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.kernels.one_call import REDUCED
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
 from jaxode.stepping.problems import Problems
@@ -40,6 +42,9 @@ def product(weights, ks, fused: bool):
         k = tree.wide(k)
         w = jnp.asarray(weights, k.dtype)
         w = jnp.pad(w, (0, len(k) - len(w)))
+        if fused and k.size > REDUCED:
+            terms = [lax.mul(k[i], lax.broadcast(w[i], k.shape[1:])) for i in range(len(k))]
+            return functools.reduce(lax.add, terms)
         if fused:
             return jnp.sum(lax.mul(k, lax.broadcast_in_dim(w, k.shape, (0,))), 0)
         return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
@@ -68,11 +73,27 @@ class Stages(NamedTuple):
             i, _, ks, seen = state
             y1 = self.problems.moved(y, h, self.product(tree.row(jnp.asarray(a), i), ks))
             k = self.problems.slopes(own, y1, s + tree.row(jnp.asarray(c, h.dtype), i) * h)
-            return i + 1, y1, tree.put(i, k, ks), seen if seen is None else tree.put(i, y1, seen)
+            return i + 1, y1, self.put(i, k, ks), seen if seen is None else tree.put(i, y1, seen)
 
         begin = jnp.asarray(start, jnp.int32), y, ks, seen
         _, y1, ks, seen = lax.while_loop(lambda state: state[0] < stop, stage, begin)
         return y1, ks, seen
+
+    def put(self, i, k, ks):
+        """The slopes in row i: of a small system in lanes one component after another, each a loop
+        over the lanes. XLA would else choose between the components for every number."""
+        if self.problems.axis != -1:
+            return tree.put(i, k, ks)
+
+        def leaf(k, ks):
+            whole = k.reshape(-1, k.shape[-1])
+            for j, place in enumerate(np.ndindex(*k.shape[:-1])):
+                zero = jnp.zeros_like(i)
+                at = (i, *[zero + n for n in place], zero)
+                ks = lax.dynamic_update_slice(ks, whole[j].reshape((1,) * (ks.ndim - 1) + (-1,)), at)
+            return ks
+
+        return jax.tree.map(leaf, k, ks)
 
     def step(self, own, s, y, memory, h) -> Step:
         """A step, with all slopes in rows."""
@@ -137,7 +158,7 @@ class Stages(NamedTuple):
             s_i = s + tree.row(jnp.asarray(c, h.dtype), i) * h
             f_more, y_bar = pull(tree.row(seen, i), s_i, k_bar)
             y_bar = jax.tree.map(jnp.add, y_bar, at_last(ends[0]))
-            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), tree.put(i, y_bar, ys_bar)
+            return i - 1, jax.tree.map(jnp.add, f_bar, f_more), self.put(i, y_bar, ys_bar)
 
         state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, tree.rooms(zero, total)
         first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)

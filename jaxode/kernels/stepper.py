@@ -194,18 +194,11 @@ def added(y_bar, straight):
 def stepper(problems: Problems, own, y0, fused: bool) -> Stepper:
     """The form of the steps of these solves. `fused`: in one call, where what is written out is fast."""
     integrator, f, ss = problems.of(own)
-    method, axis = integrator.method, problems.axis
+    method = integrator.method
     if not isinstance(method, Tableau) or integrator.fold is not None:
         return Stepper(problems, method, forms.Loops(False, False), fused)
-    if axis is not None and not fused:
+    if problems.axis is not None:
         return Stepper(problems, method, forms.Loops(True, True), fused)
-    if axis is not None:
-        f = eqx.combine(column(own, 0, axis), problems.shared)[1]
-        y0 = column(y0, 0, axis)
     loops = forms.which(f, y0, jnp.zeros((), ss.dtype), fused)
     return Stepper(problems, method, loops, fused)
 
-
-def column(xs, i: int, axis: int):
-    """What belongs to one lane."""
-    return jax.tree.map(lambda x: jnp.take(x, i, axis), xs)
