@@ -15,5 +15,5 @@ from jaxode.solution import (
 from jaxode.solution import (
     Status as Status,
 )
-from jaxode.solve import odeint as odeint
-from jaxode.solve import solve as solve
+from jaxode.integrate import odeint as odeint
+from jaxode.integrate import solve as solve

@@ -6,6 +6,7 @@ jump or a corner of it. Gradients reach its values and its knots.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -62,6 +63,8 @@ class Signal(eqx.Module):
         if not isinstance(ts, Tracer) and np.any(np.diff(np.asarray(ts)) < 0):
             raise ValueError("The knots `ts` of a signal must increase.")
         self.ts, self.us, self.kind = ts, us, kind
+        if (trace := _trace.get()) is not None:
+            trace.made.add(id(self))
 
     def __call__(self, t) -> Float[Array, "..."]:
         """u(t)."""
@@ -124,7 +127,8 @@ def as_floats(x):
 
 
 def is_signal(x) -> bool:
-    return isinstance(x, Signal)
+    """Whether x is a signal with which no steps are aligned yet."""
+    return isinstance(x, Signal) and not isinstance(x, Aligned)
 
 
 def signals_in(tree: PyTree) -> list[Signal]:
@@ -132,27 +136,30 @@ def signals_in(tree: PyTree) -> list[Signal]:
     return [x for x in jax.tree.leaves(tree, is_leaf=is_signal) if is_signal(x)]
 
 
-# While func is traced: which signals does it call, and what are they on this stretch?
+# While func is traced: which signals does it call at its own time, and what are they on this stretch?
 
 
 class Tracing:
-    """What signals answer while func is traced, and which of them were called at its time.
+    """The time at which func is traced, the pieces that hold there, and the signals that it calls then."""
 
-    `pieces` are those that hold on the present stretch, found by the signal itself; a signal that is
-    an argument is rebuilt for the trace, and known by its number there.
-    """
-
-    def __init__(self, pieces: dict[int, Piece]):
-        self.pieces, self.time = pieces, None
-        self.numbers: dict[int, int] = {}
-        self.called: dict[int, Signal] = {}
+    def __init__(self, time, pieces: dict[int, Piece]):
+        self.time, self.pieces = time, pieces
+        self.called: list[Signal] = []
+        self.made: set[int] = set()
 
     def value(self, signal: Signal, t):
-        known = self.pieces.get(id(signal))
-        if known is None:
-            self.called[id(signal)] = signal
-            known = signal.piece(t)
-        return known(t)
+        """The value of a signal at the time of the trace."""
+        if id(signal) in self.pieces:
+            return self.pieces[id(signal)](t)
+        if id(signal) in self.made:
+            warnings.warn(
+                "func makes a Signal: steps cannot be aligned with its knots. Make it outside of func, "
+                "and pass it as an argument.",
+                stacklevel=4,
+            )
+        elif all(signal is not other for other in self.called):
+            self.called.append(signal)
+        return signal.piece(t)(t)
 
 
 _trace: ContextVar[Any] = ContextVar("trace", default=None)
@@ -160,9 +167,9 @@ _pieces: ContextVar[Any] = ContextVar("pieces", default=None)
 
 
 @contextlib.contextmanager
-def tracing():
-    """Signals that are called in here at the time that is set are collected."""
-    trace = Tracing(_pieces.get() or {})
+def tracing(time):
+    """In here signals that are called at this time are collected."""
+    trace = Tracing(time, _pieces.get() or {})
     token = _trace.set(trace)
     try:
         yield trace
@@ -172,7 +179,7 @@ def tracing():
 
 @contextlib.contextmanager
 def holding(pieces: dict[int, Piece]):
-    """On this stretch these signals are these pieces."""
+    """In here, on this stretch, these signals are these pieces."""
     token = _pieces.set({**(_pieces.get() or {}), **pieces})
     try:
         yield
@@ -180,18 +187,17 @@ def holding(pieces: dict[int, Piece]):
         _pieces.reset(token)
 
 
-class Aligned(eqx.Module):
-    """A signal among the arguments of func, and the piece of it that holds on this stretch."""
+class Aligned(Signal):
+    """A signal among the arguments of func, with the piece of it that holds on this stretch."""
 
-    signal: Signal
     now: Piece
+
+    def __init__(self, signal: Signal, now: Piece):
+        self.ts, self.us, self.kind, self.now = signal.ts, signal.us, signal.kind, now
 
     def __call__(self, t):
         trace = _trace.get()
-        return self.now(t) if trace is not None and trace.time is t else self.signal(t)
-
-    def __getattr__(self, name):
-        return getattr(self.signal, name)
+        return (self.now if trace is not None and trace.time is t else self.piece(t))(t)
 
 
 def piecewise(
@@ -222,13 +228,14 @@ def piecewise(
             part = solve(func_now, y, ts, *given)
         # Between two equal knots there is nothing to solve, and no piece that holds.
         empty = a == b
-        y = jax.tree.map(lambda before, rows: jnp.where(empty, before, rows[-1]), y, part.ys)
+        ys = jax.tree.map(lambda before, rows: jnp.where(empty, before[None], rows), y, part.ys)
+        y = jax.tree.map(lambda y: y[-1], ys)
         now = jnp.where(empty, Status.SUCCESS.value, part.status)
         fine = status == Status.SUCCESS.value
         status = jnp.where(fine, now, status)
         stats = jax.tree.map(lambda s, more: s + jnp.where(empty, 0, more), stats, part.stats)
         reached = jnp.where(fine & ~empty, part.reached, reached)
-        rows = jax.tree.map(lambda y: y[1:-1], part.ys)
+        rows = jax.tree.map(lambda y: y[1:-1], ys)
         return (y, status, stats, reached), (rows, part.heuristics)
 
     zero = jnp.zeros((), jnp.int32)

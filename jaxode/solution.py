@@ -57,6 +57,9 @@ class SolveError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self):
+        return type(self), (str(self), self.solution)
+
 
 class Stats(NamedTuple):
     """Counts, per sample: evaluations of func, accepted steps and rejected steps."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode.nn.fields import affine, linears, perceptron
 from jaxode.nn.integrals import Hutchinson, WithIntegrals, divergence
 from jaxode.solution import Solution
-from jaxode.solve import solve
+from jaxode.integrate import solve
 
 
 class Normal(eqx.Module):

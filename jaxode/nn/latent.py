@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode.nn.fields import MLPField, affine, linears, perceptron
-from jaxode.solve import odeint, solve
+from jaxode.integrate import odeint, solve
 
 
 class Series(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxode.solution import Solution
-from jaxode.solve import solve
+from jaxode.integrate import solve
 
 
 class NeuralODE(eqx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode.nn.fields import MLPField
 from jaxode.nn.latent import Decoder, log_normal
-from jaxode.solve import solve
+from jaxode.integrate import solve
 
 
 class PointProcess(eqx.Module):

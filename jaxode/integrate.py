@@ -1,0 +1,305 @@
+"""`odeint` and `solve`: arguments checked, time mapped to [0, 1], the pieces put together."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import arguments, outputs
+from jaxode.adjoints.failed import poisoned
+from jaxode.adjoints.names import having
+from jaxode.arguments import known
+from jaxode.controllers import Controller
+from jaxode.kernels.traces import Trace
+from jaxode.methods.method import Method
+from jaxode.methods.names import named as named_method
+from jaxode.signals import piecewise, signals_in, valid_times
+from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
+from jaxode.stepping.field import Field, Ravelled, ravel, several
+from jaxode.stepping.integrator import Integrator
+
+MAX_STEPS = 2**14
+
+
+def odeint(
+    func: Callable,
+    y0: PyTree,
+    t,
+    *args,
+    rtol=None,
+    atol=None,
+    mxstep=jnp.inf,
+    hmax=jnp.inf,
+    method: str | Method = "tsit5",
+    adjoint: str | Callable = "replay",
+    **options,
+) -> PyTree:
+    """Solve dy/dt = func(y, t, *args), y(t[0]) = y0: the values of y at every time in t.
+
+    A drop-in for `jax.experimental.ode.odeint`, and differentiable in y0, t, and every array in
+    func, args and what func closes over. `solve` takes the same arguments, documents them, and
+    returns the statistics and the status too; `options` are those that only `solve` lists.
+
+    The defaults of rtol and atol are those of JAX, 1.4e-8, as far as the dtype of y0 can hold them:
+    9.5e-7 in float32.
+
+    Returns:
+        The states at t: a pytree like y0 whose leaves have a new leading axis of length len(t).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxode import odeint
+    >>> ys = odeint(lambda y, t, rate: -rate * y, jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]), 0.5)
+    >>> ys.shape
+    (2, 2)
+    >>> bool(jnp.allclose(ys[1], jnp.exp(-0.5) * ys[0], rtol=1e-3))
+    True
+    """
+    arguments = dict(rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint)
+    return solve(func, y0, t, *args, **arguments, **options).ys
+
+
+def solve(
+    func: Callable,
+    y0: PyTree,
+    t,
+    *args,
+    rtol=None,
+    atol=None,
+    mxstep=jnp.inf,
+    hmax=jnp.inf,
+    method: str | Method = "tsit5",
+    adjoint: str | Callable = "replay",
+    dt=None,
+    controller: Controller | None = None,
+    max_steps: int = MAX_STEPS,
+    throw: bool | None = None,
+    heuristics: bool = False,
+    **unknown,
+) -> Solution:
+    """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
+
+    `jax.vmap` of it is a loop made for many solves at once (`jaxode.lanes`), with the same results.
+
+    Args:
+        func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
+            a vector). Any callable, an equinox module too. Traced once.
+        y0: the initial state, a pytree of real or complex arrays of any shapes. Integers and
+            booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
+            and times are computed in float32.
+        t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
+            first is that of y0. In the unit of time of func; float32 or wider.
+        args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
+            differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
+            reach func as they are. Steps are aligned with the knots of every `jaxode.Signal`.
+        rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
+            pytree like y0 or a prefix of it. A step is accepted if the root mean square of
+            error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to 1.4e-8, or
+            to 8 machine epsilons of y0 where that is more (float32 9.5e-7, float16 7.8e-3, bfloat16
+            6.3e-2). May be traced: other values do not compile again.
+        mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
+        hmax: the largest step, in units of t. May be traced.
+        method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
+            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`). Outputs
+            come from dense output: steps do not stop at output times.
+        adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
+            adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
+            a function; see `jaxode.adjoints`.
+        dt: take steps of equal size, |t[-1] - t[0]| divided by the whole number that makes them at
+            most dt. Needed by methods without an error estimate.
+        controller: how an error becomes the next step size; by default `Controller()`.
+        max_steps: the most steps tried. Gradients by "replay" keep states at about
+            2 sqrt(max_steps) places, whatever the number of steps taken.
+        throw: raise an error if the solve fails. By default, if called outside of any
+            transformation; under `jit`, `grad` and `vmap` failed solves then only have NaN outputs,
+            NaN gradients and a status (gradients of 0 where a loss does not depend on the outputs,
+            `jnp.where(solution.status == 0, solution.ys, 0)`). True raises there too, by a host
+            callback. False never does.
+        heuristics: give `Solution.heuristics` too, the solver's estimates of its own error and of
+            stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
+            stages are at the end of the step ("tsit5", "dopri5").
+
+    Returns:
+        A `Solution`: ts, ys, status, stats, reached.
+
+    Raises:
+        TypeError: func does not return a derivative of y0 (structure, shape or dtype), or an
+            argument is of the wrong kind.
+        ValueError: an argument is out of its range, for example times that go back and forth.
+        SolveError: the solve failed; the error has its `solution`.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxode import solve
+    >>> sol = solve(lambda y, t: {"x": y["v"], "v": -y["x"]}, {"x": 1.0, "v": 0.0}, [0.0, 1.0, 0.0])
+    Traceback (most recent call last):
+    ...
+    ValueError: The times `t` must be increasing or decreasing; t[1] = 1.0 is followed by t[2] = 0.0.
+    >>> sol = solve(lambda y, t: {"x": y["v"], "v": -y["x"]}, {"x": 1.0, "v": 0.0}, [0.0, 1.0])
+    >>> sol.status.item(), sol.ys["x"].shape
+    (0, (2,))
+    """
+    arguments.unknown_options(unknown)
+    if not callable(func):
+        raise TypeError(
+            f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
+        )
+    y0 = arguments.as_state(y0)
+    t, func_time, units = arguments.as_times(t, y0)
+    name, method = method, named_method(arguments.own_name(method))
+    method.check(None, y0)
+    max_steps = arguments.whole("max_steps", max_steps)
+    steps = arguments.number_of_steps(dt, t, method, name, max_steps)
+    rtol, atol = arguments.tolerances(rtol, atol, y0)
+    limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
+    if len(t) == 0:
+        return no_times(y0, t)
+    trace, leaves, closed_over = arguments.trace_of(func, y0, t, func_time, args)
+    if (found := signals_in((func, args))) or closed_over:
+        between = partial(
+            solve, rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint,
+            dt=dt, controller=controller, max_steps=max_steps, throw=throw or False,
+            heuristics=heuristics,
+        )  # fmt: skip
+        return checked(piecewise(between, func, y0, t, args, found, closed_over), throw)
+    method.check(trace, y0)
+    if adjoint == "backsolve":
+        method.backwards()
+    arguments.no_varying((leaves, y0, t, rtol, atol, limits))
+    arguments.representable(trace, t, func_time, units)
+    static = Static(
+        trace=trace,
+        method=method,
+        controller=arguments.controller_or_default(controller),
+        adjoint=arguments.named_adjoint(adjoint),
+        max_steps=max_steps,
+        steps=steps if isinstance(steps, int) else None,
+        func_time=func_time,
+        bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+        heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
+        throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
+    )
+    dynamic = (leaves, y0, t, units, rtol, atol, *limits, None if isinstance(steps, int) else steps)
+    try:
+        solution = compiled(static, *dynamic)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "can't apply forward-mode differentiation (jvp) to a solve with this `adjoint`: pass "
+            f"{having(forward=True)}."
+        ) from error
+    return checked(solution, throw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a compiled solve is specialised to."""
+
+    trace: Trace
+    method: Method
+    controller: Controller
+    adjoint: Callable
+    max_steps: int
+    steps: int | None
+    func_time: Any
+    bounded: bool
+    heuristics: bool
+    throw: bool
+
+
+@partial(jax.jit, static_argnums=0)
+def compiled(static: Static, leaves, y0, t, units, rtol, atol, mxstep, hmax, steps) -> Solution:
+    rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
+    ss, span = unit_times(t) if units is None else units
+    field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
+    valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
+    if steps is not None:
+        valid = valid & (steps >= 0)
+    long = lax.stop_gradient(jnp.abs(span))
+    eps = float(jnp.finfo(static.func_time).eps)
+    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
+    integrator = Integrator(
+        method=static.method,
+        controller=static.controller,
+        max_steps=static.max_steps,
+        output=outputs.Times(),
+        steps=static.steps if steps is None else jnp.where(valid, steps, 0),
+        rtol=rtol,
+        atol=atol,
+        hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
+        hmin=lax.stop_gradient(hmin),
+        mxstep=mxstep.astype(t.dtype) if static.bounded else None,
+        fold=outputs.heuristics if static.heuristics else None,
+    )
+    if static.method.any_state and several(y0):
+        shapes = tuple(y.shape for y in jax.tree.leaves(y0))
+        ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
+        of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
+        integrator = dataclasses.replace(integrator, rtol=of_parts(rtol), atol=of_parts(atol))
+        vectors, report = static.adjoint(integrator, ravelled, ravel(y0), ss)
+        ys = jax.vmap(ravelled.unravel)(vectors)
+    else:
+        ys, report = static.adjoint(integrator, field, y0, ss)
+    status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
+    ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
+    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if static.throw:
+        ys, status = raising(ys, status)
+    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
+    stats = Stats(report.evaluations, report.accepted, report.rejected)
+    reached = lax.stop_gradient(t[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
+    estimates = None
+    if report.folded is not None:
+        error, stiffness = report.folded  # the latter per unit of [0, 1]
+        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
+    return Solution(t, ys, status, stats, reached, estimates)
+
+
+def unit_times(t) -> tuple[Array, Array]:
+    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start)."""
+    span = t[-1] - t[0]
+    span = jnp.where(span == 0, jnp.ones_like(span), span)
+    return (t - t[0]) / span, span
+
+
+# Results.
+
+
+def no_times(y0, t) -> Solution:
+    """The solution at no times at all."""
+    ys = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), y0)
+    zero = jnp.zeros((), jnp.int32)
+    t = jnp.asarray(t)
+    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
+
+
+def raising(ys, status):
+    """The same, and an error as the program runs if the solve failed (by a host callback)."""
+    codes = [code for code in Status if code != Status.SUCCESS]
+    index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
+    messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
+    failed = status != Status.SUCCESS.value
+    return eqx.branched_error_if((ys, status), failed, index, messages)
+
+
+def checked(solution: Solution, throw: bool | None) -> Solution:
+    """Raise if the solve failed, where that is known."""
+    if throw is not False and known(solution) and np.any(np.asarray(solution.status)):
+        raise SolveError(failure(solution), solution)
+    return solution
+
+
+def failure(solution: Solution) -> str:
+    status = Status(int(solution.status))
+    last = np.asarray(solution.ts)[-1]
+    return (
+        f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of {last:g}, "
+        f"after {int(solution.stats.evaluations)} evaluations of func. {status.message}\n"
+        "(Pass throw=False to get NaN and a status instead.)"
+    )
