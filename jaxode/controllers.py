@@ -54,13 +54,18 @@ class Controller:
         exponents = (-(i + p + d) / order, (p + 2 * d) / order, -d / order)
         factor = self.safety
         for r, exponent in zip((ratio, *history), exponents):
-            factor = factor * jnp.exp(
-                exponent * jnp.log(jnp.maximum(r, 1e-10))
-            )  # vectorises; a power does not
-        factor = jnp.clip(factor, self.min_factor, self.max_factor)
+            log = lax.log(lax.max(r, number(1e-10, r)))  # vectorises; a power does not
+            factor = tree.scale(factor, lax.exp(tree.scale(exponent, log)))
+        least, most = number(self.min_factor, ratio), number(self.max_factor, ratio)
+        factor = lax.clamp(least, factor, most)
         # An error that is not a number says nothing but that the step was too long.
-        factor = jnp.where(jnp.isfinite(ratio), factor, self.min_factor)
+        factor = lax.select(lax.is_finite(ratio), factor, least)
         return factor, (ratio, *history)[: len(history)]
+
+
+def number(x: float, like):
+    """A constant, in the dtype of another number."""
+    return lax.full_like(like, x)
 
 
 def pid(*, proportional=0.0, integral=1.0, derivative=0.0, **limits) -> Controller:

@@ -75,25 +75,30 @@ class Times:
         The one place that says what a failed row holds: all are NaN if y0 or its derivative is not
         finite; else those after the last accepted step.
 
-        `at` are the times as constants: moving a time that is the start or the end moves along the
-        derivative there: the value of (ss - at) k is 0, its derivative k.
+        `at` are the times as constants, None where nothing is differentiated: moving a time that is the
+        start or the end moves along the derivative there: the value of (ss - at) k is 0, its
+        derivative k.
         """
-        end = at[-1]
-        at_start, at_end = at <= 0, at >= end
+        constant = ss if at is None else at
+        end = constant[-1]
+        at_start, at_end = constant <= 0, constant >= end
         started = report.status != Status.NON_FINITE_INITIAL.value
-        known = (at_start | (at <= report.reached * end)) & started
-        move = ss - at
+        known = (at_start | (constant <= report.reached * end)) & started
 
         def along(y, slope):
             """A state for each time, moved along its slope. Products, since their transposes are
             products: long sums would not fit into one call."""
+            if at is None:
+                return jax.tree.map(lambda y: jnp.broadcast_to(y, (len(ss), *y.shape)), y)
             slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
+            move = ss - at
             times = lambda x, y: jnp.tensordot(lax.convert_element_type(x, y.dtype), y, 0)
             both = lambda y, k: times(jnp.ones_like(move), y) + times(move, k)
-            ys = jax.tree.map(both, y, slope)
-            return ys if self.save is None else jax.vmap(partial(self.save, f))(ys, ss)
+            return jax.tree.map(both, y, slope)
 
         first, last = along(y0, slope0), along(y1, slope1)
+        if self.save is not None:
+            first, last = (jax.vmap(partial(self.save, f))(y, ss) for y in (first, last))
 
         def leaf(first, last, *rows):
             fit = lambda x: x.reshape((len(ss),) + (1,) * (first.ndim - 1))

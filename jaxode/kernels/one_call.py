@@ -5,8 +5,10 @@ to 1 us each). A call that carries the mark `xla_cpu_small_call` is compiled to 
 nested loops and all: a Lorenz system with 101 outputs takes a tenth of the time.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,52 +104,48 @@ def one_call(fn: Callable, otherwise: Callable) -> Callable:
     """`fn` as one call, if it can be; else `otherwise`, which computes the same.
 
     To be used inside of a lowering rule, where JAX removes nothing: a parameter of the call that
-    nothing uses would abort the process. So small arguments travel in one array, and every other one
-    is read once.
+    nothing uses would abort the process. So small arguments travel in one array for each dtype, and
+    every array is read.
     """
 
     def call(*args):
         leaves, structure = jax.tree.flatten(args)
         leaves = list(map(jnp.asarray, leaves))
-        flat = lambda *leaves: fn(*jax.tree.unflatten(structure, leaves))
-        closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        if not able(closed.jaxpr):
+        groups: dict = {}  # of small arguments, by dtype
+        for i, x in enumerate(leaves):
+            if x.size <= SMALL:
+                groups.setdefault(x.dtype, []).append(i)
+        large = [i for i, x in enumerate(leaves) if x.size > SMALL]
+        shapes = [x.shape for x in leaves]
+        results: Any = None
+
+        def body(packed, rest):
+            nonlocal results
+            xs = dict(zip(large, rest))
+            for array, of in zip(packed, groups.values()):
+                ends = list(itertools.accumulate(math.prod(shapes[i]) for i in of))
+                for i, a, b in zip(of, [0, *ends], ends):
+                    xs[i] = array[a:b].reshape(shapes[i])
+            out = fn(*structure.unflatten([xs[i] for i in range(len(leaves))]))
+            outs, results = jax.tree.flatten(out)
+            return outs, sum(as_integer(x) for x in (*packed, *rest))
+
+        packed = [pack([leaves[i] for i in of]) for of in groups.values()]
+        # Constants must not be moved into the call: they would leave a parameter that nothing uses.
+        packed, rest = lax.optimization_barrier((packed, [leaves[i] for i in large]))
+        program = jax.jit(body, inline=False)
+        if not able(program.trace(packed, rest).jaxpr.jaxpr):
             return otherwise(*args)
-        outs = marked(closed, leaves)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+        outs, _ = program(packed, rest)
+        outs = set_xla_metadata(outs, xla_cpu_small_call="true", inlineable="false")
+        return results.unflatten(outs)
 
     return call
 
 
-def marked(closed: core.ClosedJaxpr, leaves: list) -> list:
-    """The results of a jaxpr, computed in one call."""
-    given = [*map(jnp.asarray, closed.consts), *leaves]
-    groups: dict = {}  # of small arguments, by dtype
-    for i, x in enumerate(given):
-        if x.size <= SMALL:
-            groups.setdefault(x.dtype, []).append(i)
-    large = [i for i, x in enumerate(given) if x.size > SMALL]
-    packed = [jnp.concatenate([given[i].reshape(-1) for i in of]) for of in groups.values()]
-    packed = [jnp.concatenate([x, jnp.zeros(1, x.dtype)]) for x in packed]
-    shapes = [x.shape for x in given]
-
-    def body(packed, rest):
-        xs = dict(zip(large, rest))
-        for array, of in zip(packed, groups.values()):
-            at = 0
-            for i in of:
-                end = at + math.prod(shapes[i])
-                xs[i] = array[at:end].reshape(shapes[i])
-                at = end
-        read = sum(as_integer(x) for x in (*packed, *rest))
-        args, n = [xs[i] for i in range(len(given))], len(closed.consts)
-        jaxpr = core.ClosedJaxpr(closed.jaxpr, args[:n])
-        return core.jaxpr_as_fun(jaxpr)(*args[n:]), read
-
-    # Constants must not be moved into the call: they would leave a parameter that nothing uses.
-    packed, rest = lax.optimization_barrier((packed, [given[i] for i in large]))
-    outs, _ = jax.jit(body, inline=False)(packed, rest)
-    return set_xla_metadata(list(outs), xla_cpu_small_call="true", inlineable="false")
+def pack(xs):
+    """Arrays of one dtype as one, with a number more, so that it is never empty."""
+    return jnp.concatenate([*(x.reshape(-1) for x in xs), jnp.zeros(1, xs[0].dtype)])
 
 
 def as_integer(x):

@@ -92,7 +92,8 @@ class Integrator(eqx.Module):
         ys = map(self.controlled, ys)
         size = jax.tree.map(lambda *y: tree.largest(map(tree.magnitude, y)), *ys)
         scale = jax.tree.map(lambda a, r, y: a + r * y, self.atol, self.rtol, size)
-        return jax.tree.map(lambda x: jnp.maximum(x, jnp.finfo(x.dtype).tiny), scale)  # no 0 / 0
+        least = lambda x: lax.full_like(x, jnp.finfo(x.dtype).tiny)
+        return jax.tree.map(lambda x: lax.max(x, least(x)), scale)  # no 0 / 0
 
     def finite(self, *ys):
         """Whether all that is controlled of these states is finite."""
@@ -148,7 +149,7 @@ class Integrator(eqx.Module):
             i = lax.convert_element_type(state.accepted, end.dtype)
             s, s1 = end * (i / count), end * ((i + 1) / count)
             return s1, s1 - s
-        s1 = jnp.where(state.s + state.h >= end, end, state.s + state.h)
+        s1 = lax.min(state.s + state.h, end)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
 
     def accept_or_reject(self, state: State, step: Step, s1, h, go=True) -> State:
@@ -172,7 +173,7 @@ class Integrator(eqx.Module):
             ratio = self.error_over_tolerance(state.y, step)
             accept = (ratio <= 1) & go
             factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
-            h = jnp.minimum(h * factor, self.hmax)
+            h = lax.min(h * factor, self.hmax)
             if go is not True:
                 ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
         s, y, memory, history = tree.where(

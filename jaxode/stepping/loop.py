@@ -52,7 +52,8 @@ def run(integrator: Integrator, f, y0, ss, tape, fused):
     state, rows, tape = advance(steps, own, state, rows, tape)
     slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
     report = integrator.report(state, y0, slope0, end_of(ss))
-    ys = output.finish(f, ss, lax.stop_gradient(ss), y0, slope0, state.y, slope1, rows, report)
+    at = None if fused else lax.stop_gradient(ss)
+    ys = output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
     return ys, report, state, slope0, tape
 
 
