@@ -7,6 +7,7 @@ printed, and written to bench/results.json and, between two marks, into README.m
 
 import json
 import platform
+import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from scipy.integrate import solve_ivp
 
 import jaxode
 from bench.ensembles import ensemble_rows
+from bench.everyday import eager_rows, everyday_rows, other_rows
 from bench.shards import shard_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
 from jaxode.nn import MLPField
@@ -36,6 +38,9 @@ PEERS = {
     "LSODA": "scipy LSODA",
     "plain vmap": "a plain vmap",
     "C": "C",
+    "gradsolve": "gradsolve",
+    "tinydiffeq": "tinydiffeq",
+    "torchdiffeq": "torchdiffeq",
 }
 
 
@@ -317,7 +322,7 @@ def draw(results) -> None:
     for i, (name, label) in enumerate(PEERS.items()):
         ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
         points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
-        axis.plot(*zip(*points), "osD^v<"[i], label=label.removesuffix(" takes"), ms=6)
+        axis.plot(*zip(*points), "osD^v<>Pp"[i], label=label.removesuffix(" takes"), ms=6)
     axis.axvline(1, color="#444444", lw=1)
     axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
     axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
@@ -344,12 +349,25 @@ def write_readme(text: str) -> None:
     path.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
 
 
-def main():
+def show(result) -> None:
+    cells = shown(result)
+    print("  ".join(f"{x:42s}" if i == 0 else f"{x:>18s}" for i, x in enumerate(cells)), flush=True)
+
+
+def main(words):
+    """All rows; or, of those of `bench.everyday`, the ones with some of the words, and nothing is written."""
     jax.config.update("jax_enable_x64", True)
+    if words:
+        for result in everyday_rows(words):
+            show(result)
+        return
     warm_up()
     results = []
     studies = (
         lorenz_rows,
+        everyday_rows,
+        eager_rows,
+        other_rows,
         classic_rows,
         mlp_rows,
         flow_rows,
@@ -361,20 +379,17 @@ def main():
     for rows in studies:
         for result in rows():
             results.append(result)
-            print(
-                "  ".join(
-                    f"{cell:42s}" if i == 0 else f"{cell:>18s}"
-                    for i, cell in enumerate(shown(result))
-                ),
-                flush=True,
-            )
+            show(result)
     (HERE / "results.json").write_text(
         json.dumps({"versions": versions(), "results": results}, indent=1)
     )
     draw(results)
-    how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
+    how = (
+        "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of "
+        "three, and the least of two cold processes where a row has outputs"
+    )
     write_readme(f"{table(results)}\n\n{how}: {versions()}.")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,6 +2,8 @@
 
 from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid
+from jaxode.integrate import odeint as odeint
+from jaxode.integrate import solve as solve
 from jaxode.signals import Signal as Signal
 from jaxode.solution import (
     Solution as Solution,
@@ -15,5 +17,3 @@ from jaxode.solution import (
 from jaxode.solution import (
     Status as Status,
 )
-from jaxode.integrate import odeint as odeint
-from jaxode.integrate import solve as solve

@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +62,21 @@ METHODS = {
 def unknown_options(options: dict) -> None:
     """Raise if there are options that no solve has; the error says what they are called here."""
     for name in options:
-        known = "adjoint atol controller dt heuristics hmax max_steps method mxstep rtol throw".split()
+        known = (
+            "adjoint atol controller dt heuristics hmax max_steps method mxstep rtol throw".split()
+        )
         close = difflib.get_close_matches(name, known, 1)
-        hint = WORDS.get(name) or (f"did you mean `{close[0]}`?" if close else "see help(jaxode.solve)")
+        hint = WORDS.get(name) or (
+            f"did you mean `{close[0]}`?" if close else "see help(jaxode.solve)"
+        )
         raise TypeError(f"solve has no argument `{name}`: {hint}.")
+
+
+def is_callable(func) -> None:
+    if not callable(func):
+        raise TypeError(
+            f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
+        )
 
 
 def known(*xs) -> bool:
@@ -370,5 +381,3 @@ def like_leaf(path, k, y):
             stacklevel=2,
         )
     return k.astype(y.dtype)
-
-

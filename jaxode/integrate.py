@@ -145,10 +145,7 @@ def solve(
     (0, (2,))
     """
     arguments.unknown_options(unknown)
-    if not callable(func):
-        raise TypeError(
-            f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
-        )
+    arguments.is_callable(func)
     y0 = arguments.as_state(y0)
     t, func_time, units = arguments.as_times(t, y0)
     name, method = method, named_method(arguments.own_name(method))
@@ -172,21 +169,27 @@ def solve(
         method.backwards()
     arguments.no_varying((leaves, y0, t, rtol, atol, limits))
     arguments.representable(trace, t, func_time, units)
+    counted = isinstance(steps, int)
     static = Static(
         trace=trace,
         method=method,
         controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint),
         max_steps=max_steps,
-        steps=steps if isinstance(steps, int) else None,
+        steps=steps if counted else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
-    dynamic = (leaves, y0, t, units, rtol, atol, *limits, None if isinstance(steps, int) else steps)
+    given = (leaves, y0, t, units, rtol, atol, *limits, None if counted else steps)
+    return checked(run(static, given), throw)
+
+
+def run(static: "Static", given) -> Solution:
+    """The solution, with JAX's own error for forward mode put in our words."""
     try:
-        solution = compiled(static, *dynamic)
+        return compiled(static, *given)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -194,7 +197,6 @@ def solve(
             "can't apply forward-mode differentiation (jvp) to a solve with this `adjoint`: pass "
             f"{having(forward=True)}."
         ) from error
-    return checked(solution, throw)
 
 
 @dataclasses.dataclass(frozen=True)

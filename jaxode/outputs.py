@@ -63,10 +63,7 @@ class Times:
 
     def room(self, f, y0, ss) -> PyTree:
         """An array for all rows."""
-        if self.save is None:
-            like = y0
-        else:
-            like = jax.eval_shape(self.save, f, y0, ss[0])
+        like = y0 if self.save is None else jax.eval_shape(self.save, f, y0, ss[0])
         return tree.rooms(like, len(ss))
 
     def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> PyTree:
@@ -139,7 +136,7 @@ class EveryStep:
 
     def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> PyTree:
         rows = tree.put(0, (ss[0], y0), rows)
-        known = jnp.arange(self.count) <= report.accepted
+        known = jnp.arange(self.count, dtype=jnp.int32) <= report.accepted
         started = report.status != Status.NON_FINITE_INITIAL.value
         at = lambda x: (known & started).reshape((-1,) + (1,) * (x.ndim - 1))
         return jax.tree.map(lambda x: jnp.where(at(x), x, jnp.nan), rows)

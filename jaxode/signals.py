@@ -92,7 +92,10 @@ class Signal(eqx.Module):
         fit = lambda x: x.reshape((-1,) + (1,) * (self.us.ndim - 1))
         difference = lambda a, b: (self.us[b] - self.us[a]) / fit(width(self.ts[a], self.ts[b]))
         inner = difference(slice(None, -2), slice(2, None))
-        first, last = difference(slice(0, 1), slice(1, 2)), difference(slice(-2, -1), slice(-1, None))
+        first, last = (
+            difference(slice(0, 1), slice(1, 2)),
+            difference(slice(-2, -1), slice(-1, None)),
+        )
         return jnp.concatenate([first, inner, last])
 
 
@@ -108,7 +111,9 @@ class Piece(eqx.Module):
         x = ((t - self.ts[0]) / h).astype(self.us.dtype)
         if self.slopes is None:
             # Where both ends are equal it is that value, however far away the knots are.
-            return self.us[0] + jnp.where(self.us[1] == self.us[0], 0, x) * (self.us[1] - self.us[0])
+            return self.us[0] + jnp.where(self.us[1] == self.us[0], 0, x) * (
+                self.us[1] - self.us[0]
+            )
         h = h.astype(self.us.dtype)
         d = self.us[1] - self.us[0]
         a, b = h * self.slopes[0] - d, d - h * self.slopes[1]

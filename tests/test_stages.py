@@ -8,7 +8,6 @@ import pytest
 from jaxode import odeint
 from jaxode.kernels import forms
 from jaxode.kernels.forms import Loops, which
-from jaxode.tableaus import methods
 
 laplace = lambda u: jnp.roll(u, 1) - 2 * u + jnp.roll(u, -1)
 

@@ -22,7 +22,7 @@ from jaxode.adjoints.replay import like_pull, like_solve, solve_part, spread_pul
 from jaxode.batch import lanes, queue
 from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import to_lanes
-from jaxode.batch.plans import Plan, alone, plan
+from jaxode.batch.plans import alone, plan
 from jaxode.batch.vmap_rules import Form, Part, spread, summed
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
@@ -74,7 +74,7 @@ def run_ends(form: Form, x, rest):
         form = form._replace(flags=(of_integrator, *eqx.combine(of_x, of_rest)))
         ys, report, end, slope0 = lanes.solve(form, integrator, *given)
     else:
-        run = lambda fused: lambda *args: loop.run(*args, None, fused)[:4]
+        run = lambda fused: lambda i, f, y, ss: loop.run(i, f, y, ss, None, fused)[:4]
         run = one_call(run(True), run(False)) if alone(form, *given) else run(False)
         ys, report, end, slope0 = run(integrator, *given)
     return ys, report, Recorded(None, slope0, end.y, end.memory, report)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def differentiable(form: Form, pull_part: Part):
 
 def run_pull(tolerances, form: Form, x, rest, recorded, bars):
     """The backward solve."""
-    integrator, (f, y0, ss) = join(x, rest)
+    _, (f, y0, ss) = join(x, rest)
     if form.size is not None:
         return pull_all_in_lanes(tolerances, form, x, rest, recorded, bars)
     pull = partial(pull_one, tolerances)
@@ -276,7 +276,7 @@ def pull_one(tolerances, x, rest, recorded: Recorded, bars, fused=False):
 
 def ending(x, rest, asked, own_back, start, slope, state, f_bar, ss_bar, carry, starts):
     """The cotangents of one solve: NaN if the backward solve failed, 0 if nothing was asked of it."""
-    integrator, f, span = own_back
+    integrator, _, span = own_back
     a = state.y[1]
     report = integrator.report(state, start, slope, span[-1])
     y0_bar = jax.tree.map(jnp.add, a, starts[0])
@@ -297,7 +297,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     of_given = eqx.combine(of_x, of_rest)
     form = form._replace(flags=(of_integrator, *of_given))
     how = plan(form, *first_of((integrator, *given), form.flags), copies=3)
-    how = Plan(max(how.width, min(size, 32)), 0, False)
+    width = max(how.width, min(size, 32))
     bars, recorded = spread(size, bars, of_bars), spread(size, recorded, of_recorded)
     axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
     in_axes = axes(of_x), (axes(of_integrator), axes(of_rest)), 0, 0
@@ -318,7 +318,10 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     y0 = spread(size, y0, of_given[1])
     mask = present(x[0])
     back = Back(
-        stepper(problems, own, y0, False), stepper(problems_back, own_back, start, False), mask, rows_bar
+        stepper(problems, own, y0, False),
+        stepper(problems_back, own_back, start, False),
+        mask,
+        rows_bar,
     )
     state, slope = back.backwards.start(own_back, start)
     state = state._replace(h=jnp.where(asked, state.h, 0))
@@ -332,10 +335,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
 
     unfinished = lambda own, state: back.backwards.unfinished(own[1], state[0])
     waiting = (own, own_back), (state, (f_bar, carry.row, carry.ss))
-    if how.width >= size:
-        ends, total = queue.all_at_once(unfinished, waiting, once, total, size)
-    else:
-        ends, total = queue.in_rounds(unfinished, waiting, once, total, size, how.width)
+    ends, total = queue.together(unfinished, waiting, once, total, size, width)
 
     def result(x, rest, asked, own_back, start, slope, end, carry, starts):
         state, (f_bar, _, ss_bar) = end

@@ -55,7 +55,8 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
         y, memory = pair
         s, s1 = ends
         step = method.step(f, s, y, memory, s1 - s)
-        kept: dict[str, Any] = {"fine": integrator.finite(step.y, step.slope)}
+        cost = jnp.asarray(step.evaluations, jnp.int32)
+        kept: dict[str, Any] = {"went": (integrator.finite(step.y, step.slope), cost)}
         if inside:
             d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else [step.y]
             kept["inside"] = y, d
@@ -66,8 +67,8 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
     pair = y0, memory0
     if report is None:
         (y1, memory1), kept = lax.scan(one, pair, (grid[:-1], grid[1:]))
-        fine = kept["fine"]
-        report = report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, fine, end)
+        went = kept["went"]
+        report = report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, went, end)
     else:
         width = checkpoints.segment(integrator.max_steps)
         (y1, memory1), kept = scanned(one, pair, grid, n, width)
@@ -78,16 +79,19 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
     return output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report), report
 
 
-def report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, fine, end):
-    """How steps of equal size went, `fine` says which are finite: up to the first that is not."""
-    n = integrator.step_count(end)
+def report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, went, end):
+    """How steps of equal size went, up to the first that is not finite: `went` says which are, and
+    what each cost."""
+    (fine, costs), n = went, integrator.step_count(end)
     state = integrator.initial(f, y0, memory0, slope0, end)
     accepted = jnp.minimum(jnp.sum(jnp.cumprod(fine.astype(jnp.int32)), dtype=jnp.int32), n)
     stopped = (accepted < n) | (state.h == 0)
     tried = jnp.where(state.h == 0, 0, jnp.minimum(accepted + 1, n))
+    taken = jnp.arange(len(costs), dtype=jnp.int32) < tried
     state = state._replace(
-        s=grid[accepted], ratio=jnp.where(stopped, jnp.nan, 0), accepted=accepted, tried=tried
-    )
+        s=grid[accepted], ratio=jnp.where(stopped, jnp.nan, 0), accepted=accepted, tried=tried,
+        evaluations=state.evaluations + jnp.sum(jnp.where(taken, costs, 0), dtype=jnp.int32),
+    )  # fmt: skip
     return integrator.report(state, y0, slope0, end)
 
 

@@ -69,5 +69,7 @@ def having(**wanted: bool) -> str:
     >>> having(forward=True)
     "adjoint='direct' or adjoint='forward'"
     """
-    able = [name for name, a in adjoints.items() if all(getattr(a, k) == v for k, v in wanted.items())]
+    able = [
+        name for name, a in adjoints.items() if all(getattr(a, k) == v for k, v in wanted.items())
+    ]
     return " or ".join(f"adjoint='{name}'" for name in able)

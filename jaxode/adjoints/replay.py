@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxode import tree
+from jaxode.adjoints import replay_in_lanes
 from jaxode.adjoints.ends import from_the_end, to_the_start
 from jaxode.adjoints.inputs import is_asked, join, only, present
 from jaxode.adjoints.second_order import Passes, twice_differentiable
-from jaxode.adjoints import replay_in_lanes
 from jaxode.batch import lanes
 from jaxode.batch.plans import alone
 from jaxode.batch.vmap_rules import Form, Part
@@ -44,7 +44,7 @@ def replay(integrator, f, y0, ss):
 def record(x, rest, fused=False):
     """The solve with its tape."""
     integrator, given = join(x, rest)
-    return loop.record(integrator, *given, fused)
+    return loop.record(integrator, *given, fused=fused)
 
 
 def pull(x, rest, recorded: Recorded, bars, fused=False):
@@ -87,7 +87,7 @@ def run_record(form: Form, x, rest):
     """The solve, and what its backward pass needs."""
     if form.size is not None:
         return replay_in_lanes.record(form, x, rest)
-    integrator, (f, y0, ss) = join(x, rest)
+    _, (f, y0, ss) = join(x, rest)
     if not alone(form, f, y0, ss):
         return record(x, rest)
     return one_call(partial(record, fused=True), record)(x, rest)
@@ -102,7 +102,7 @@ def run_pull(form: Form, x, rest, recorded, bars):
                    for of in ((x, form.flags[0]), (rest, form.flags[1])))  # fmt: skip
         axes = jax.tree.map(lambda flag: 0 if flag else None, form.flags[2:])
         return jax.vmap(partial(pull, x, rest), axes)(recorded, bars)
-    integrator, (f, y0, ss) = join(x, rest)
+    _, (f, y0, ss) = join(x, rest)
     if not alone(form, f, y0, ss):
         return pull(x, rest, recorded, bars)
     return one_call(partial(pull, fused=True), pull)(x, rest, recorded, bars)
@@ -155,12 +155,15 @@ def able_to_pull(size, flags) -> bool:
     return size is None or not flags[2].tape.steps
 
 
-solve_part = Part(
-    "solve", run_solve, like_solve, derivative=lambda form: differentiable(form)
-)
+solve_part = Part("solve", run_solve, like_solve, derivative=lambda form: differentiable(form))
 record_part = Part("record", run_record, like_record, own=own_of_record)
 pull_part = Part(
-    "pull", run_pull, like_pull, own=lambda flags, out: flags[0], spread=spread_pull, able=able_to_pull
+    "pull",
+    run_pull,
+    like_pull,
+    own=lambda flags, out: flags[0],
+    spread=spread_pull,
+    able=able_to_pull,
 )
 
 

@@ -28,7 +28,7 @@ from jaxode.batch.vmap_rules import Form, spread, summed
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, gather
-from jaxode.stepping import checkpoints, loop
+from jaxode.stepping import checkpoints
 from jaxode.stepping.integrator import State
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems
@@ -102,8 +102,7 @@ class Batch(NamedTuple):
 def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars):
     """All in lanes, a chunk at a time."""
     of_x, (of_integrator, of_rest) = flags
-    integrator, given = join(x, rest)
-    of_given, axis, width = eqx.combine(of_x, of_rest), how.axis, how.width
+    integrator, axis, width = rest[0], how.axis, how.width
     chunks = -(-size // width)
     in_axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
     axes = in_axes(of_x), (in_axes(of_integrator), in_axes(of_rest)), 0, 0
@@ -111,7 +110,8 @@ def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars
     asked = jax.vmap(is_asked)(bars)
     # The solves of a chunk are about equally long. One that is left out may have failed: it is
     # replaced by another, of which nothing is asked.
-    order = jnp.argsort(jnp.where(asked, recorded.tape, 0)).astype(jnp.int32)
+    counts: Any = recorded.tape  # the steps of each are all that was kept of it
+    order = jnp.argsort(jnp.where(asked, counts, 0)).astype(jnp.int32)
     order = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * width - size,))])
     real = asked[order] & (jnp.arange(chunks * width) < size)
     who = jnp.where(real, order, order[-1])
@@ -209,7 +209,9 @@ class Back(NamedTuple):
         begin = begin._replace(h=jnp.where(lanes.asked, begin.h, 0))
         f_bar = lanes.carry.f
         if f_bar is None:
-            both = eqx.combine(eqx.filter(own[1], self.mask), eqx.filter(steps.problems.shared[1], self.mask))
+            both = eqx.combine(
+                eqx.filter(own[1], self.mask), eqx.filter(steps.problems.shared[1], self.mask)
+            )
             f_bar = jax.tree.map(jnp.zeros_like, both)
         carry = lanes.carry._replace(f=f_bar)
 
@@ -259,14 +261,14 @@ class Back(NamedTuple):
         collect = gather_lane_by_lane if self.how.fused else gather_together
         gathered = partial(collect, self.steps, lanes, rows_bar, s, s1 - s, y)
         inside = rows_bar is not None
-        return n, self.steps.back(lanes.own, self.mask, carry, s, y, memory, s1 - s, gathered, inside)
+        return n, self.steps.back(
+            lanes.own, self.mask, carry, s, y, memory, s1 - s, gathered, inside
+        )
 
 
 def present_in(shared, mask):
     """The differentiated leaves that solves share."""
-    return jax.tree.map(
-        lambda m, x: m and x is not None, mask, shared, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda m, x: m and x is not None, mask, shared, is_leaf=lambda x: x is None)
 
 
 def gather_together(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, d):
@@ -282,13 +284,15 @@ def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, 
     alone = problems._replace(axis=None)
 
     def lane(j, state):
-        row, ss_bar, y_bar, d_bar = state
+        row, ss_bar = state[:2]
         pick = lambda x: column(x, j, axis)
         who = lanes.who[j]
 
         def of_row(row, rows_bar):
             zero = jnp.zeros_like(row)
-            part = lambda w: lax.dynamic_slice(w, (who, row, *[zero] * (w.ndim - 2)), (1, 1, *w.shape[2:]))
+            part = lambda w: lax.dynamic_slice(
+                w, (who, row, *[zero] * (w.ndim - 2)), (1, 1, *w.shape[2:])
+            )
             return jax.tree.map(lambda w: part(w).reshape(w.shape[2:]), rows_bar)
 
         mine = Cotangents(None, None, None, pick(row), pick(ss_bar))

@@ -42,7 +42,7 @@ def solve(form: Form, integrator, f, y0, ss):
 def one_after_another(form: Form, *args):
     """Each by itself: for a few solves, and those whose lanes would be slower."""
     own, shared = eqx.partition(args, form.flags)
-    one = lambda _, own: (None, loop.run(*eqx.combine(own, shared), None, fused=True)[:4])
+    one = lambda _, own: (None, loop.run(*eqx.combine(own, shared), tape=None, fused=True)[:4])
     return lax.scan(one, None, own, length=form.size)[1]
 
 
@@ -78,15 +78,9 @@ def run(size: int, how: Plan, own, shared, begin):
     once = partial(trial, steps, size, how)
     unfinished = lambda own, state: steps.unfinished(own, state)
     waiting = own, begin
-    if how.width >= size:
-        ends, rows = queue.all_at_once(unfinished, waiting, once, rows, size)
-    elif how.fused:
-        ends, rows = queue.lane_by_lane(
-            unfinished, waiting, once, rows, size, how.width, how.axis
-        )
-    else:
-        ends, rows = queue.in_rounds(unfinished, waiting, once, rows, size, how.width)
-    return ends, rows
+    if how.fused and how.width < size:
+        return queue.lane_by_lane(unfinished, waiting, once, rows, size, how.width, how.axis)
+    return queue.together(unfinished, waiting, once, rows, size, how.width)
 
 
 def room_for_all(size: int, axis: int, own, shared, y0):
@@ -153,4 +147,3 @@ def write_lane_by_lane(steps: Stepper, size, own, old, new, h, step, who, rows):
     begin = new.output, new.evaluations, new.since, rows
     output, evaluations, since, rows = lax.while_loop(some, visit, begin)
     return new._replace(output=output, evaluations=evaluations, since=since), rows
-

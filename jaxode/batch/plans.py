@@ -9,13 +9,15 @@ from jax.extend import core
 
 from jaxode import tree
 from jaxode.batch.vmap_rules import Form
-from jaxode.kernels.one_call import LARGE, able, is_number, suits
+from jaxode.kernels.one_call import LARGE, able, suits
 
 CACHE = 128 * 1024  # bytes that the stages of all lanes may take
 FEW = 8  # so many solves are done one after another
 TINY = 64  # numbers of a state whose lanes are the last axis
 LANES = 256  # numbers of the states of all lanes in one call
-CHEAP = 1000  # operations of a field, up to which one after another is faster than lanes of matrices
+CHEAP = (
+    1000  # operations of a field, up to which one after another is faster than lanes of matrices
+)
 
 
 class Plan(NamedTuple):
@@ -79,6 +81,5 @@ def count(jaxpr) -> int:
 
 def lanes_at_once(method, y0, copies: int) -> int:
     """On a CPU as many as fit into a cache with their stages."""
-    stages = len(getattr(method, "c", ())) or 8
-    one = copies * stages * tree.size_in_bytes(y0)
+    one = copies * method.stage_count * tree.size_in_bytes(y0)
     return 1 << max(5, min(10, (CACHE // one).bit_length() - 1))

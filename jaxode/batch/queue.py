@@ -65,6 +65,13 @@ def lane_by_lane(unfinished, queue, once, rows, size: int, width: int, axis: int
     return ends, rows
 
 
+def together(unfinished, queue, once, rows, size: int, width: int):
+    """A lane for every problem, or fewer lanes where kernels have a price."""
+    if width >= size:
+        return all_at_once(unfinished, queue, once, rows, size)
+    return in_rounds(unfinished, queue, once, rows, size, width)
+
+
 def in_rounds(unfinished, queue, once, rows, size: int, width: int):
     """The same where kernels have a price: lanes are looked at after some trial steps, and moved together."""
     together = Packing()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.extend import core
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -25,7 +24,7 @@ class Form(NamedTuple):
     """
 
     platform: str
-    size: int | None
+    size: Any  # None for one solve
     flags: Any
 
 
@@ -72,7 +71,7 @@ class Part:
 
     def evaluate(self, *leaves, **of):
         """Outside of `jit`: as a program of its own; with JAX's `disable_jit` as it stands."""
-        if jax.config.jax_disable_jit:
+        if jax.config.read("jax_disable_jit"):
             return self.run("other", *leaves, **of)
         return compiled(self, tuple(of.items()), *leaves)
 
@@ -90,7 +89,9 @@ class Part:
         if size is None:
             return out, effects
         widen = lambda x, own: jnp.zeros((size, *x.shape), x.dtype) if own else x
-        return jax.tree.map(widen, out, self.own(jax.tree.unflatten(structure, flags), out)), effects
+        return jax.tree.map(
+            widen, out, self.own(jax.tree.unflatten(structure, flags), out)
+        ), effects
 
     def abstract(self, *avals, **of):
         plain = lambda a: a == ShapedArray(a.shape, a.dtype, weak_type=a.weak_type)
@@ -145,10 +146,14 @@ class Part:
             leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, wanted, flags)]
             of = dict(structure=structure, size=more * size, flags=both)
         outs = self.primitive.bind(*leaves, **of)
-        zeros = jax.eval_shape(lambda *leaves: self.results(leaves, structure, 0, of["flags"])[0], *leaves)
+        zeros = jax.eval_shape(
+            lambda *leaves: self.results(leaves, structure, 0, of["flags"])[0], *leaves
+        )
         own = [x.shape[:1] == (0,) for x in jax.tree.leaves(zeros)]
         if size is not None:
-            outs = [x.reshape(more, size, *x.shape[1:]) if mine else x for x, mine in zip(outs, own)]
+            outs = [
+                x.reshape(more, size, *x.shape[1:]) if mine else x for x, mine in zip(outs, own)
+            ]
         return outs, [0 if mine else None for mine in own]
 
 

@@ -20,8 +20,8 @@ import optax
 from jaxode import data, train
 from jaxode.experiments.classification_figures import LABELS
 from jaxode.experiments.experiment import Options, option, parameters
-from jaxode.nn import classifier
 from jaxode.integrate import solve
+from jaxode.nn import classifier
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # the memory is the same at every level
 ADJOINTS = ("direct", "replay", "backsolve")

@@ -24,6 +24,7 @@ import jax
 from jax.extend import core
 
 from jaxode.kernels.one_call import ELEMENTWISE
+
 MOVES = frozenset("dynamic_slice gather pad rev slice split transpose unstack".split())
 KEEPS = ELEMENTWISE | {"broadcast_in_dim", "concatenate", "reshape", "squeeze", "stack"}
 PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))

@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 SMALL = 512  # numbers of an argument that travels with others in one array
 LARGE = 4096  # numbers of an array in a field, beyond which threads and vector kernels are faster
-REDUCED = 4000  # numbers that one reduction reads: from 4,096 on XLA makes it a kernel of its own kind
+REDUCED = (
+    4000  # numbers that one reduction reads: from 4,096 on XLA makes it a kernel of its own kind
+)
 TINY = 7  # sizes of a matrix product that is written out; larger ones call a library
 
 

@@ -90,7 +90,9 @@ class Stages(NamedTuple):
             for j, place in enumerate(np.ndindex(*k.shape[:-1])):
                 zero = jnp.zeros_like(i)
                 at = (i, *[zero + n for n in place], zero)
-                ks = lax.dynamic_update_slice(ks, whole[j].reshape((1,) * (ks.ndim - 1) + (-1,)), at)
+                ks = lax.dynamic_update_slice(
+                    ks, whole[j].reshape((1,) * (ks.ndim - 1) + (-1,)), at
+                )
             return ks
 
         return jax.tree.map(leaf, k, ks)
@@ -116,7 +118,9 @@ class Stages(NamedTuple):
     def coefficients(self, y, h, ks) -> list[PyTree]:
         """d_p = h sum_i B_pi k_i."""
         zero = jax.tree.map(jnp.zeros_like, y)
-        return [self.problems.moved(zero, h, self.product(weights, ks)) for weights in self.table.dense]
+        return [
+            self.problems.moved(zero, h, self.product(weights, ks)) for weights in self.table.dense
+        ]
 
     def seen(self, own, s, y, memory, h, inside: bool):
         """The slopes and the y_i of a step, all in rows: what `back` needs."""
@@ -145,7 +149,9 @@ class Stages(NamedTuple):
 
         def slope_bar(i, ys_bar):
             """The cotangent of k_i, but for that of the next step."""
-            k_bar = self.problems.moved(zero, h, self.product(tree.row(jnp.asarray(a.T), i), ys_bar))
+            k_bar = self.problems.moved(
+                zero, h, self.product(tree.row(jnp.asarray(a.T), i), ys_bar)
+            )
             if d_bar is None:
                 return k_bar
             weights = tree.row(jnp.asarray(dense.T), i)

@@ -201,4 +201,3 @@ def stepper(problems: Problems, own, y0, fused: bool) -> Stepper:
         return Stepper(problems, method, forms.Loops(True, True), fused)
     loops = forms.which(f, y0, jnp.zeros((), ss.dtype), fused)
     return Stepper(problems, method, loops, fused)
-

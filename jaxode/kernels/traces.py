@@ -21,8 +21,8 @@ class Trace:
     Two Python functions with the same operations have equal traces, so that a new lambda or a
     rebuilt module does not compile again, and one function that has changed (a global that it reads
     was rebound) does. A custom derivative rule is compared by the derivatives that it gives, up to
-    second ones. Where a rule uses itself there is always a further one: then `origin` (what was
-    traced: its structure and static parts) has to be equal as well.
+    second ones. Where these cannot be traced, `origin` (what was traced: its structure and static
+    parts) has to be equal as well.
     """
 
     def __init__(self, closed: core.ClosedJaxpr, out_tree, origin):
@@ -69,7 +69,8 @@ class Trace:
 def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
     """What a jaxpr does, as nested tuples that can be compared.
 
-    Custom rules whose derivatives of all `orders` cannot be compared are collected in `unknown`.
+    Custom rules are compared by their derivatives of so many `orders`; those of which these cannot be
+    traced are collected in `unknown`.
     """
     number = itertools.count()
     names = {}
@@ -91,7 +92,12 @@ def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
 
     heads = tuple(map(name, [*jaxpr.constvars, *jaxpr.invars]))
     equations = tuple(
-        (eqn.primitive, tuple(map(name, eqn.invars)), tuple(map(name, eqn.outvars)), parameters(eqn))
+        (
+            eqn.primitive,
+            tuple(map(name, eqn.invars)),
+            tuple(map(name, eqn.outvars)),
+            parameters(eqn),
+        )
         for eqn in jaxpr.eqns
     )
     return heads, equations, tuple(map(name, jaxpr.outvars))
@@ -103,16 +109,26 @@ def derivative(jaxpr, eqn, unknown: list, orders: int):
     alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
     one = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
     shapes = lambda xs: [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in xs]
+    if not orders:
+        return "rule"
     try:
-        if not orders:
-            raise TypeError("a rule beyond the orders that are compared")
         back = jax.make_jaxpr(lambda xs, ys_bar: jax.vjp(one, *xs)[1](ys_bar))
         closed = back(shapes(invars), shapes(eqn.outvars))
     except TypeError:  # integers among the results, too: they have no cotangents of their own dtype
         unknown.append(eqn)
         return "rule"
     consts = tuple(frozen(c, unknown, orders - 1) for c in closed.consts)
-    return fingerprint(closed.jaxpr, unknown, orders - 1), consts
+    return fingerprint(without_dead_code(closed.jaxpr), unknown, orders - 1), consts
+
+
+def without_dead_code(jaxpr):
+    """The jaxpr without operations that nothing uses: a rule that uses its own function's value has one."""
+    used, alive = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(x in used for x in eqn.outvars):
+            alive.append(eqn)
+            used |= {x for x in eqn.invars if not isinstance(x, core.Literal)}
+    return jaxpr.replace(eqns=alive[::-1])
 
 
 def frozen(value, unknown: list, orders: int):
@@ -130,7 +146,7 @@ def frozen(value, unknown: list, orders: int):
         isinstance(value, jax.Array) and not isinstance(value, Tracer)
     ):
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return str(value.dtype), again(jax.random.key_data(value))
+            return str(value.dtype), again(jax.random.key_data(jax.numpy.asarray(value)))
         return str(value.dtype), value.shape, np.asarray(value).tobytes()
     try:
         hash(value)

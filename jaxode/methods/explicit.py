@@ -59,6 +59,10 @@ class Tableau(Method):
         return self.e is not None and self.c[-2] == 1
 
     @property
+    def stage_count(self) -> int:  # type: ignore[override]
+        return len(self.c)
+
+    @property
     def estimates(self) -> list[tuple[float, ...]]:
         """The weights of the error estimates."""
         return [e for e in (self.e, self.e_low) if e]
@@ -75,7 +79,9 @@ class Tableau(Method):
         for c, row in zip(self.c[1:], self.a[1:]):
             y1 = tree.combine(y, h, row, ks)
             ks.append(f(y1, s + tree.scale(c, h)))
-        errors = [tree.weighted_sum(h, [(w, k) for w, k in zip(e, ks) if w]) for e in self.estimates]
+        errors = [
+            tree.weighted_sum(h, [(w, k) for w, k in zip(e, ks) if w]) for e in self.estimates
+        ]
         return Step(y1, ks[-1], ks[-1], errors, ks, evaluations=len(self.c) - 1)
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
@@ -95,7 +101,9 @@ class Tableau(Method):
         ks = step.stages
         y2 = tree.combine(y, h, self.a[-2], ks)
         slope = tree.length(tree.difference(ks[-1], ks[-2]))
-        return tree.length(step.errors[0]), tree.ratio(slope, tree.length(tree.difference(step.y, y2)))
+        return tree.length(step.errors[0]), tree.ratio(
+            slope, tree.length(tree.difference(step.y, y2))
+        )
 
 
 def tableau(

@@ -45,6 +45,7 @@ class Method:
             so that a slope that is not finite shows in it.
         inside_evaluations: evaluations of func that `inside` adds to those of a step.
         explains: whether `heuristics` can be made from `stages`.
+        stage_count: how many states a step holds at a time, by which a batch is sized.
         any_state: whether the parts of a state are all treated alike, so that a state of several
             arrays may be handed over as one vector.
     """
@@ -55,6 +56,7 @@ class Method:
     inside_evaluations: int = 0
     explains: bool = False
     any_state: bool = False
+    stage_count: int = 8
 
     def start(self, f, s, y: PyTree) -> PyTree:
         """The memory before the first step. Costs one evaluation of func."""

@@ -43,7 +43,7 @@ class Splitting(Method):
         return f(y, s)
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
-        """q += drift h v(p), p += kick h g(q), in turn. Both have a time of their own, which moves with them."""
+        """q += drift h v(p), p += kick h g(q), in turn; both have a time of their own."""
         (q, p), tq, tp = y, s, s
         for drift, kick in zip(self.drift, self.kick):
             if drift:
@@ -61,7 +61,11 @@ class Splitting(Method):
         first, last = (tree.weighted_sum(h, [(1.0, k)]) for k in (step.stages, step.slope))
         moved = tree.difference(step.y, y)
         third = jax.tree.map(lambda a, b, d: a + b - 2 * d, first, last, moved)
-        return [first, tree.difference(moved, jax.tree.map(lambda a, t: a + t, first, third)), third]
+        return [
+            first,
+            tree.difference(moved, jax.tree.map(lambda a, t: a + t, first, third)),
+            third,
+        ]
 
     def check(self, func, y0: PyTree) -> None:
         """Raise if the state is not a pair, or if dq/dt depends on q, or dp/dt on p."""

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode.integrate import solve
 from jaxode.nn.fields import affine, linears, perceptron
 from jaxode.nn.integrals import Hutchinson, WithIntegrals, divergence
 from jaxode.solution import Solution
-from jaxode.integrate import solve
 
 
 class Normal(eqx.Module):

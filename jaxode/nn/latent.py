@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxode.nn.fields import MLPField, affine, linears, perceptron
 from jaxode.integrate import odeint, solve
+from jaxode.nn.fields import MLPField, affine, linears, perceptron
 
 
 class Series(NamedTuple):

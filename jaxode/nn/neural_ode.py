@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from jaxode.solution import Solution
 from jaxode.integrate import solve
+from jaxode.solution import Solution
 
 
 class NeuralODE(eqx.Module):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jaxode.integrate import solve
 from jaxode.nn.fields import MLPField
 from jaxode.nn.latent import Decoder, log_normal
-from jaxode.integrate import solve
 
 
 class PointProcess(eqx.Module):

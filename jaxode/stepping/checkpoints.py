@@ -14,9 +14,14 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 
-SEGMENT = 64  # 64 states stored and 64 rebuilt serve 4,096 steps at the price of one more forward pass
+SEGMENT = (
+    64  # 64 states stored and 64 rebuilt serve 4,096 steps at the price of one more forward pass
+)
 NEAR = 32 * 1024  # bytes: a tape that stays in the nearest cache costs nothing
-STORED, FAR = 640, 256 * 1024  # up to this many bytes so many states are stored, rather than rebuilt
+STORED, FAR = (
+    640,
+    256 * 1024,
+)  # up to this many bytes so many states are stored, rather than rebuilt
 
 
 class Tape(NamedTuple):

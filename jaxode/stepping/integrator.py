@@ -46,7 +46,7 @@ class State(NamedTuple):
     accepted: Array
     tried: Array
     evaluations: Array
-    since: Array | None
+    since: Any
     output: Array
     folded: Any
 
@@ -177,7 +177,9 @@ class Integrator(eqx.Module):
             if go is not True:
                 ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
         s, y, memory, history = tree.where(
-            accept, (s1, step.y, step.memory, history), (state.s, state.y, state.memory, state.history)
+            accept,
+            (s1, step.y, step.memory, history),
+            (state.s, state.y, state.memory, state.history),
         )
         folded = state.folded
         if self.fold is not None:
@@ -212,7 +214,9 @@ class Integrator(eqx.Module):
         cut = jnp.where(
             jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value
         )
-        status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
+        status = jnp.where(
+            done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
+        )
         status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
         return Report(
             status.astype(jnp.int32), fraction(state.s, end), state.evaluations, state.accepted,

@@ -1,6 +1,6 @@
 """One solve: trial steps from 0 to the end, with its outputs, and a tape if it is wanted."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -45,7 +45,7 @@ def begin(integrator: Integrator, f, y0, ss, fused=False):
     return steps, own, *steps.start(own, y0)
 
 
-def run(integrator: Integrator, f, y0, ss, tape, fused):
+def run(integrator: Integrator, f, y0, ss, tape: Any = None, fused=False):
     steps, own, state, slope0 = begin(integrator, f, y0, ss, fused)
     output = integrator.output
     rows = output.room(f, y0, ss) if output.rows(ss) else None

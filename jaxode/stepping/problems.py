@@ -18,13 +18,13 @@ from jaxode import tree
 class Problems(NamedTuple):
     """What solves have of their own, an argument of every function here; and what they share.
 
-    Both are parts of (integrator, field, ss), ss the output times: the leaves that belong to the other are None. With
-    `axis` = None there is one solve; else arrays have the lanes along this axis: the last one, so
-    that the components of small systems are rows, or the first.
+    Both are parts of (integrator, field, ss), ss the output times: the leaves that belong to the other
+    are None. With `axis` = None there is one solve; else arrays have the lanes along this axis: the
+    last one, so that the components of small systems are rows, or the first.
     """
 
     shared: PyTree
-    axis: int | None = None
+    axis: Any = None
 
     def each(self, fn: Callable) -> Callable:
         """(own, ...) -> fn(integrator, field, ss, ...) of every solve."""
