@@ -34,10 +34,6 @@ class Stepper(NamedTuple):
     fused: bool
 
     @property
-    def alone(self) -> bool:
-        return self.problems.axis is None
-
-    @property
     def stages(self) -> Stages:
         return Stages(self.method, self.problems, self.fused)
 
@@ -72,7 +68,7 @@ class Stepper(NamedTuple):
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=len(self.method.c) - 1)
-            return integrator.accept_or_reject(state, step, *self.checked(move))
+            return integrator.accept_or_reject(state, step, *move)
 
         s1, h, go = self.problems.each(self.move)(own, state)
         step = self.stages.step(own, state.s, state.y, state.memory, h)
@@ -83,20 +79,16 @@ class Stepper(NamedTuple):
         """The same of one solve, in one go."""
         s1, h, go = self.move(integrator, f, ss, state)
         step = self.method.step(f, state.s, state.y, state.memory, h)
-        new = integrator.accept_or_reject(state, step, *self.checked((s1, h, go)))
+        new = integrator.accept_or_reject(state, step, s1, h, go)
         return new, h, arrays_of(step)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
         s1, h = integrator.next_end(state, end_of(ss))
-        if self.alone:  # then the loop has asked
-            return s1, h, None
+        if self.problems.axis is None:  # then the loop has asked
+            return s1, h, True
         go = integrator.unfinished(state, end_of(ss))
         return jnp.where(go, s1, state.s), jnp.where(go, h, 0), go
-
-    def checked(self, move):
-        s1, h, go = move
-        return s1, h, True if go is None else go
 
     def inside(self, own, s, y, h, step) -> list[PyTree]:
         """The d_p of dense output inside a step."""
