@@ -203,25 +203,26 @@ class Integrator(eqx.Module):
 
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
-        if self.adaptive:
-            spent = state.tried >= self.max_steps
-            done = state.s >= end
-        else:
-            n = self.step_count(end)
-            spent, done = n > self.max_steps, state.accepted >= n
-        if state.since is not None:
-            spent = spent | ~self.in_time(state)
-        cut = jnp.where(
-            jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value
-        )
-        status = jnp.where(
-            done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut)
-        )
-        status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
-        return Report(
-            status.astype(jnp.int32), fraction(state.s, end), state.evaluations, state.accepted,
-            state.tried - state.accepted, state.folded,
-        )  # fmt: skip
+        return report_of(self, state, y0, slope0, end)
+
+
+def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
+    """How a solve that has stopped went."""
+    if self.adaptive:
+        spent = state.tried >= self.max_steps
+        done = state.s >= end
+    else:
+        n = self.step_count(end)
+        spent, done = n > self.max_steps, state.accepted >= n
+    if state.since is not None:
+        spent = spent | ~self.in_time(state)
+    cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)
+    status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
+    status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
+    return Report(
+        status.astype(jnp.int32), fraction(state.s, end), state.evaluations, state.accepted,
+        state.tried - state.accepted, state.folded,
+    )  # fmt: skip
 
 
 def combined(high, low):
