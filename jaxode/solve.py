@@ -19,7 +19,7 @@ from jaxode.controllers import Controller
 from jaxode.field import Field, Trace
 from jaxode.loop import Integrator
 from jaxode.poison import poisoned
-from jaxode.signals import piecewise, signals_in
+from jaxode.signals import Pieces, asks, crowded, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.splittings import Splitting, splittings
 from jaxode.tableaus import Tableau
@@ -148,19 +148,15 @@ def solve(
             f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
         )
     y0 = as_state(y0)
-    t, func_time = as_times(t, y0)
-    if len(t) and (found := signals_in(args)):
-        between = partial(
-            solve, rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint,
-            dt=dt, controller=controller, max_steps=max_steps, throw=throw or False,
-            heuristics=heuristics,
-        )  # fmt: skip
-        return checked(piecewise(between, func, y0, t, args, found), throw)
+    t, exact, func_time = as_times(t, y0)
     table = named_method(method, y0)
-    steps = number_of_steps(dt, t, table, method, max_steps)
+    max_steps = whole("max_steps", max_steps)
+    dt = step_size(dt, table, method)
     rtol, atol = tolerances(rtol, atol, y0)
     limits = limit("mxstep", mxstep), limit("hmax", hmax)
-    trace, leaves = trace_of(func, y0, t, func_time, args)
+    trace, leaves, origin = trace_of(func, y0, t, func_time, args)
+    if exact is not None and trace.uses_time:
+        check_resolution(exact, func_time)
     if isinstance(table, Splitting):
         separable(trace, y0)
         if adjoint == "backsolve":
@@ -168,21 +164,28 @@ def solve(
     if len(t) == 0:
         return no_times(y0, t)
     unchecked((leaves, y0, t, rtol, atol, limits))
+    pieces = Pieces(trace, origin) if asks(trace.jaxpr) else None
+    since = None if exact is None else (exact - exact[0]).astype(t.dtype)
+    times = t if since is None else since
+    steps = None if pieces or dt is None else number_of_steps(dt, times, max_steps)
     static = Static(
         trace=trace,
         table=table,
         controller=controller_or_default(controller),
         adjoint=named_adjoint(adjoint),
-        max_steps=steps if isinstance(steps, int) else whole("max_steps", max_steps),
+        max_steps=steps if isinstance(steps, int) else max_steps,
         steps=steps if isinstance(steps, int) else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=wants_heuristics(heuristics, adjoint, table),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
-    dynamic = (leaves, y0, t, rtol, atol, *limits, None if isinstance(steps, int) else steps)
+    dynamic = leaves, y0, t, since, rtol, atol, *limits
     try:
-        solution = compiled(static, *dynamic)
+        if pieces:
+            solution = from_knot_to_knot(static, pieces, *dynamic, dt)
+        else:
+            solution = compiled(static, *dynamic, None if isinstance(steps, int) else steps)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -210,11 +213,14 @@ class Static:
 
 
 @partial(jax.jit, static_argnums=0)
-def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> Solution:
+def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps) -> Solution:
+    """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
-    ss, span = unit_times(t)
+    ss, span = unit_times(t if since is None else since)
     field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
     valid = valid_times(t) & valid_limits(rtol, atol, mxstep, hmax)
+    if steps is not None:
+        valid = valid & (steps >= 0)
     long = lax.stop_gradient(jnp.abs(span))
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
@@ -244,6 +250,30 @@ def compiled(static: Static, leaves, y0, t, rtol, atol, mxstep, hmax, steps) -> 
         error, stiffness = report.heuristics  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     return Solution(t, ys, status, stats, reached, estimates)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def from_knot_to_knot(
+    static: Static, pieces: Pieces, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt
+):
+    """The solve, broken where the signals that func asks have knots."""
+    split = pieces.split(leaves, y0, jnp.zeros((), static.func_time))
+    if not split.asked:
+        steps = None if dt is None else number_of_steps(dt, t, static.max_steps)
+        return compiled(static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps)
+
+    def stretch(trace, leaves, y, t):
+        quiet = dataclasses.replace(static, trace=trace, throw=False)
+        steps = None if dt is None else number_of_steps(dt, t, static.max_steps)
+        return compiled(quiet, leaves, y, t, None, rtol, atol, mxstep, hmax, steps)
+
+    solution = piecewise(stretch, split, y0, t)
+    ys, status = solution.ys, solution.status
+    if static.throw:
+        ys, status = raising(ys, status)
+    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
+    return solution._replace(ys=ys, status=status)
 
 
 def unit_times(t) -> tuple[Array, Array]:
@@ -283,24 +313,48 @@ def as_state(y0: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(leaf, y0)
 
 
-def as_times(t, y0) -> tuple[Array | np.ndarray, Any]:
-    """The times in the dtype that steps are counted in, and the dtype in which func sees them.
+def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
+    """The times in the dtype that steps are counted in; the same in float64, if that dtype loses how far
+    they are apart (else None); and the dtype in which func sees them.
 
     Times whose values are known stay numpy arrays, so that they can be looked at under `jit` too.
     """
     real = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
     listed = not hasattr(t, "dtype")
-    t = np.asarray(t, None if not listed else real) if known(t) else jnp.asarray(t)
+    try:
+        t = np.asarray(t) if known(t) else jnp.asarray(t)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`t` must be an array of times, such as [0.0, 1.0]: {error}") from error
     if t.ndim != 1:
         raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
-    if not jnp.issubdtype(t.dtype, jnp.floating):
-        if not jnp.issubdtype(t.dtype, jnp.integer):
-            raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
-        t = t.astype(real)
-    seen = tree.widest(jax.dtypes.canonicalize_dtype(t.dtype), jnp.float32)
-    if known(t):
-        check_times(np.asarray(t, np.float64))
-    return t.astype(tree.widest(seen, real)), seen
+    number = jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating)
+    if t.size and not number:
+        raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
+    given = real if listed or not jnp.issubdtype(t.dtype, jnp.floating) else t.dtype
+    seen = tree.widest(jax.dtypes.canonicalize_dtype(given), jnp.float32)
+    counted = tree.widest(seen, real)
+    if not known(t):
+        return t.astype(counted), None, seen
+    exact = np.asarray(t, np.float64)
+    check_times(exact)
+    t = exact.astype(counted)
+    if t.size:
+        since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
+        eps = float(jnp.finfo(counted).eps)
+        if np.any(abs(kept - since) > 2 * eps * np.max(abs(since))):
+            return t, exact, seen
+    return t, None, seen
+
+
+def check_resolution(t, dtype):
+    """Raise if func, which looks at the time, would be told times that are too coarse."""
+    if crowded(t, dtype):
+        raise ValueError(
+            f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
+            f"{jnp.dtype(dtype).name}, in which func gets its time. Shift time to begin near 0 (pass "
+            "t - t[0], and let func add to its time what it needs), or use float64: set "
+            "jax_enable_x64, and pass `t` as a float64 array."
+        )
 
 
 def check_times(t):
@@ -316,14 +370,8 @@ def check_times(t):
         )
 
 
-def valid_times(t):
-    steps = jnp.diff(t) * jnp.sign(t[-1] - t[0])
-    back_and_forth = (t[-1] == t[0]) & jnp.any(t != t[0])
-    return jnp.all(jnp.isfinite(t)) & jnp.all(steps >= 0) & ~back_and_forth
-
-
-def number_of_steps(dt, t, table, method, max_steps):
-    """How many steps of equal size; None for adaptive steps."""
+def step_size(dt, table, method):
+    """`dt` as a number, if there is one; None for adaptive steps."""
     if dt is None:
         if table.e is None:
             raise ValueError(
@@ -331,15 +379,30 @@ def number_of_steps(dt, t, table, method, max_steps):
                 "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
             )
         return None
-    if not known(dt, t):
-        return jnp.ceil(jnp.abs(t[-1] - t[0]) / jnp.abs(dt) * (1 - 1e-6)).astype(jnp.int32)
-    dt = float(dt)
-    if not dt > 0:
-        raise ValueError(f"The step size `dt` must be positive, got {dt}. Its sign follows `t`.")
-    if len(t) == 0:
-        return 1
-    exact = abs(float(t[-1]) - float(t[0])) / dt
-    return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+    dt = number("dt", dt)
+    if known(dt) and not 0 < dt < np.inf:
+        raise ValueError(
+            f"The step size `dt` must be positive and finite, got {dt}. Its sign follows `t`."
+        )
+    return dt
+
+
+def number_of_steps(dt, t, max_steps):
+    """How many steps of equal size: -1 if `dt` is none, one too many if they are more than can be."""
+    if known(dt, t):
+        exact = abs(float(t[-1]) - float(t[0])) / float(dt)
+        if not exact < 2**31 - 1:
+            raise ValueError(
+                f"The step size `dt` = {float(dt):g} makes {exact:.3g} steps from t = {t[0]:g} to "
+                f"{t[-1]:g}, more than can be counted. Choose a larger one."
+            )
+        return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+    dt = lax.stop_gradient(jnp.asarray(dt, t.dtype))
+    fine = (dt > 0) & (dt < jnp.inf)
+    exact = jnp.abs(t[-1] - t[0]) / jnp.where(fine, dt, 1) * (1 - 1e-6)
+    most = min(max_steps + 1, 2**31 - 128)  # the largest int32 that float32 holds
+    steps = jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32)
+    return jnp.where(fine, steps, -1)
 
 
 def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
@@ -395,18 +458,34 @@ def valid_limits(rtol, atol, mxstep, hmax):
     return jnp.all(jnp.stack([*fine, mxstep > 0, hmax > 0]))
 
 
+def number(name, value):
+    """A real number that an argument has to be: of numpy, if it is known."""
+    try:
+        dtype = jnp.result_type(value)
+        shape = jnp.shape(value)
+    except (TypeError, ValueError):
+        dtype = shape = None
+    real = dtype is not None and (
+        jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    )
+    if shape != () or not real:
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    return float(value) if known(value) else jnp.asarray(value, jnp.result_type(float))
+
+
 def limit(name, value):
     """A positive number, or infinity."""
-    if not known(value):
-        return jnp.asarray(value, jnp.result_type(float))
-    if not float(value) > 0:
+    value = number(name, value)
+    if known(value) and not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
-    return np.asarray(value, jnp.result_type(float))
+    return np.asarray(value, jnp.result_type(float)) if known(value) else value
 
 
 def whole(name, value) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    if value >= 2**31:
+        raise ValueError(f"`{name}` must be below 2**31, got {value}.")
     return int(value)
 
 
@@ -478,8 +557,9 @@ def named_adjoint(adjoint) -> Callable:
     return adjoints.named[adjoint]
 
 
-def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
-    """func as a jaxpr, and the arrays it depends on: what it closes over, its own, those of args."""
+def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list, Any]:
+    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args; and its
+    structure and static parts."""
     flat, structure = jax.tree.flatten((func, args))
     dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | float | complex) for x in flat]
     arrays = [jnp.asarray(x) for x, d in zip(flat, dynamic) if d]
@@ -494,10 +574,8 @@ def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
     origin = structure, [x for x, d in zip(flat, dynamic) if not d]
-    return Trace(closed, jax.tree.structure(y0), origin), [
-        *map(jnp.asarray, closed.consts),
-        *arrays,
-    ]
+    leaves = [*map(jnp.asarray, closed.consts), *arrays]
+    return Trace(closed, jax.tree.structure(y0), origin), leaves, origin
 
 
 def like_state(k, y):
