@@ -65,7 +65,7 @@ class Signal(eqx.Module):
     def __init__(self, ts, us, kind: str = "linear"):
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {KINDS}, got {kind!r}.")
-        exact = None if isinstance(ts, Tracer) else np.asarray(ts)
+        given = ts
         ts, us = as_floats("ts", ts), as_floats("us", us)
         if ts.ndim != 1 or len(ts) < 2 or us.shape[:1] != ts.shape:
             raise ValueError(
@@ -74,8 +74,8 @@ class Signal(eqx.Module):
             )
         if jnp.iscomplexobj(ts):
             raise TypeError(f"The knots `ts` of a signal must be real, got dtype {ts.dtype}.")
-        if exact is not None:
-            check_knots(exact.astype(np.float64), ts.dtype)
+        if not isinstance(ts, Tracer):
+            check_knots(np.asarray(given, np.float64), ts.dtype)
         self.ts, self.us, self.kind = ts.astype(tree.widest(ts.dtype, jnp.float32)), us, kind
 
     def __call__(self, t) -> Float[Array, "..."]:
@@ -146,11 +146,13 @@ evaluated = jax.jit(evaluate)  # so that an eager call compiles once
 def as_floats(name, x):
     """Numbers as an array of floats."""
     try:
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+            x = np.asarray(x)
+        if getattr(x, "dtype", np.dtype(float)).kind in "OSUMm":
+            raise ValueError(f"got dtype {x.dtype}")
         x = x if isinstance(x, Tracer) else jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` of a signal must be an array of numbers: {error}") from error
-    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == jnp.bool):
-        raise TypeError(f"`{name}` of a signal must hold numbers, got dtype {x.dtype}.")
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
@@ -232,9 +234,11 @@ batching.primitive_batchers[primitive] = batch
 # func, taken apart at the signals that it asks.
 
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+SHORT = 8  # equations of a call such as `jnp.clip`, which is looked into
 LINEAR = (
     "neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "slice", "copy", "copy_p",
 )  # fmt: skip
+CUTS = ("max", "min", "clamp")
 SUMS = ("add", "sub", "concatenate", "add_any")
 
 
@@ -291,7 +295,7 @@ def inlined(jaxpr, args, answers=None):
         xs, name = list(map(read, eqn.invars)), eqn.primitive.name
         if eqn.primitive is primitive and answers is not None:
             outs = [next(answers)]
-        elif name in INLINED and any(map(asks, inside(eqn))):
+        elif name in INLINED and any(asks(x) or len(x.eqns) <= SHORT for x in inside(eqn)):
             outs = inlined(*applied(inside_of(eqn), xs), answers)
         elif name == "cond" and any(map(asks, inside(eqn))):
             outs = chosen(eqn.params["branches"], *xs, answers=answers)
@@ -394,33 +398,40 @@ class Split:
         self.values = dict(zip(self.given, leaves))
         self.level: dict = dict.fromkeys([*self.y, self.t], 2)
         self.asked: list = []
-        affine = {self.t}
+        self.times: list = []  # for which they are asked, were they not cut off
+        self.straight: list = []  # the equations, without those that cut an affine time off
+        affine, same = {self.t}, {}
         for eqn in self.eqns:
             moving = [i for i, v in enumerate(eqn.invars) if self.of(v) == 2]
             straight = all(eqn.invars[i] in affine for i in moving)
+            ins = [v if isinstance(v, core.Literal) else same.get(v, v) for v in eqn.invars]
+            self.straight.append(eqn.replace(invars=ins))
             level = 2 if eqn.effects else max(map(self.of, eqn.invars), default=0)
             if moving and straight and eqn.primitive is primitive and not self.of(eqn.invars[0]):
                 self.asked.append(eqn)
+                self.times.append(ins[1])
                 level = 1
             elif eqn.primitive is primitive and level == 0:
                 level = 1  # of a known time: not to be asked again and again
-            elif moving and straight and keeps_affine(eqn.primitive.name, moving):
+            elif moving and straight and keeps_affine(eqn, moving):
                 affine |= set(eqn.outvars)
+                if eqn.primitive.name in CUTS:
+                    same[eqn.outvars[0]] = ins[moving[0]]
             self.level.update(dict.fromkeys(eqn.outvars, level))
 
     def of(self, v) -> int:
         """The level of a variable."""
         return 0 if isinstance(v, core.Literal) else self.level.get(v, 0)
 
-    def known(self, t, outs) -> list:
+    def known(self, t, outs, eqns=None) -> list:
         """The values of variables that do not depend on y, at t."""
-        silent = [eqn for eqn in self.eqns if not eqn.effects]
+        silent = [eqn for eqn in eqns or self.eqns if not eqn.effects]
         t = lax.convert_element_type(t, self.t.aval.dtype)
         return call(part(silent, [*self.given, self.t], outs), {**self.values, self.t: t})
 
     def knots(self, t) -> tuple[Array, Array]:
         """Where pieces meet, as times of func, and whether the knots are in order."""
-        times = lambda t: self.known(t, [eqn.invars[1] for eqn in self.asked])
+        times = lambda t: self.known(t, self.times, self.straight)
         zero, one = jnp.zeros((), t.dtype), jnp.ones((), t.dtype)
         found, valid = [], jnp.array(True)
         for ts, at_zero, slope in zip(
@@ -461,13 +472,16 @@ class Split:
         return trace, [values[v] for v in leaves]
 
 
-def keeps_affine(name: str, moving: list[int]) -> bool:
-    """Whether this operation of something affine (its operands at these places) is affine."""
-    return (
-        name in SUMS
-        or (moving == [0] and name in (*LINEAR, "div", "mul"))
-        or (moving == [1] and name == "mul")
-    )
+def keeps_affine(eqn, moving: list[int]) -> bool:
+    """Whether an operation makes something affine of what is affine, its operands at these places; or
+    cuts it off, which adds no piece: where it does, the time has a value that it has anyway."""
+    name = eqn.primitive.name
+    if len(eqn.outvars) != 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return False
+    if name in (*LINEAR, "div"):
+        return moving == [0]
+    one = {"mul": ([0], [1]), "max": ([0], [1]), "min": ([0], [1]), "clamp": ([1],)}
+    return name in SUMS or moving in one.get(name, ())
 
 
 def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
@@ -482,13 +496,15 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     # NaN in a sum: the solve is refused, and derivatives are those of a failed one.
     t = t + lax.stop_gradient(jnp.where(valid & valid_times(t), 0, jnp.nan).astype(t.dtype))
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
-    edges = jnp.sort(jnp.concatenate([jnp.clip(knots, low, high), low[None], high[None]]))
-    edges = jnp.where(t[-1] < t[0], edges[::-1], edges)
+    knots = jnp.sort(between(knots, low, high))
+    knots = jnp.where(t[-1] < t[0], knots[::-1], knots)
+    # Not sorted with the others: the solve begins at t[0], and not at a knot that equals it.
+    edges = jnp.concatenate([t[:1], knots, t[-1:]])
 
     def stretch(carry, ends):
         y, status, stats, reached = carry
         a, b, middle = ends
-        within = jnp.clip(t, jnp.minimum(a, b), jnp.maximum(a, b))
+        within = between(t, jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], within, b[None]])
         part = solve(*split.held(split.answers(middle)), y, ts)
         y = jax.tree.map(lambda y: y[-1], part.ys)
@@ -509,6 +525,11 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     rows = jnp.arange(len(t))
     ys = jax.tree.map(lambda y: y[index, rows], parts)
     return Solution(t_given, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
+
+
+def between(t, low, high) -> Array:
+    """t, moved onto the ends where it is beyond them; at a tie its derivative is its own."""
+    return jnp.where(t < low, low, jnp.where(t > high, high, t))
 
 
 def middles(edges) -> Array:

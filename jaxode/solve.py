@@ -1,6 +1,8 @@
 """`odeint` and `solve`: arguments checked, time mapped to [0, 1], the pieces put together."""
 
 import dataclasses
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +33,7 @@ TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.od
 def odeint(
     func: Callable,
     y0: PyTree,
-    t,
+    t=None,
     *args,
     rtol=None,
     atol=None,
@@ -68,7 +70,7 @@ def odeint(
 def solve(
     func: Callable,
     y0: PyTree,
-    t,
+    t=None,
     *args,
     rtol=None,
     atol=None,
@@ -81,6 +83,7 @@ def solve(
     max_steps: int = MAX_STEPS,
     throw: bool | None = None,
     heuristics: bool = False,
+    **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
@@ -143,6 +146,10 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
+    if unknown:
+        raise TypeError(about_words(unknown))
+    if t is None:
+        raise TypeError("The output times `t` are missing: solve(func, y0, t, *args).")
     if not callable(func):
         raise TypeError(
             f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
@@ -281,6 +288,109 @@ def unit_times(t) -> tuple[Array, Array]:
     span = t[-1] - t[0]
     span = jnp.where(span == 0, jnp.ones_like(span), span)
     return (t - t[0]) / span, span
+
+
+# What the arguments of other libraries are called here.
+
+TIMES = "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])"
+STEP = (
+    "the first step is chosen from func; `dt` takes steps of equal size, `hmax` bounds all of them"
+)
+JACOBIAN = "no Jacobian is needed: every method is explicit"
+EVENTS = "there are no events: solve to a time, look at the state, and solve on"
+DENSE = "there is no interpolant to keep: ask for as many times in `t` as are needed"
+CALLED = "func is called as func(y, t, *args); write lambda y, t: f(t, y) for a function of (t, y)"
+CONTROL = "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size"
+GRADIENTS = "`adjoint` is a name such as 'replay' or 'backsolve', or a function of jaxode.adjoints"
+
+WORDS = {
+    "args": "pass them after t: solve(func, y0, t, *args)",
+    "p": "pass parameters after t: solve(func, y0, t, *args)",
+    **dict.fromkeys(
+        ("fun", "f", "terms", "rhs", "term"), "the derivative is the first argument, `func`"
+    ),
+    **dict.fromkeys(("t_eval", "t_span", "ts", "t0", "t1", "tspan", "tlist", "saveat"), TIMES),
+    **dict.fromkeys(("max_step", "hmax0", "dtmax", "dt_max"), "the largest step is `hmax`"),
+    **dict.fromkeys(("min_step", "hmin", "dtmin", "dt_min"), "there is no least step to choose"),
+    **dict.fromkeys(("first_step", "h0", "dt0", "step_size"), STEP),
+    **dict.fromkeys(
+        ("jac", "jac_sparsity", "Dfun", "col_deriv", "lband", "uband", "ml", "mu"), JACOBIAN
+    ),
+    **dict.fromkeys(("events", "event", "event_fn"), EVENTS),
+    **dict.fromkeys(("dense_output", "dense"), DENSE),
+    **dict.fromkeys(("tfirst", "vectorized"), CALLED),
+    **dict.fromkeys(("stepsize_controller", "controllers", "options"), CONTROL),
+    **dict.fromkeys(
+        ("adjoint_method", "adjoint_rtol", "adjoint_atol", "adjoint_params"), GRADIENTS
+    ),
+    **dict.fromkeys(("adjoint_options", "sensealg"), GRADIENTS),
+    **dict.fromkeys(
+        ("solver", "alg", "integrator"), "the method is `method`, a name such as 'tsit5'"
+    ),
+    **dict.fromkeys(("tcrit", "tstops", "jump_ts"), "steps end at the knots of a `jaxode.Signal`"),
+    **dict.fromkeys(("max_num_steps", "maxiters", "nsteps"), "the most steps are `max_steps`"),
+    **dict.fromkeys(
+        ("full_output", "printmessg", "stats"), "`solve` returns statistics and the status"
+    ),
+    **dict.fromkeys(("reltol", "rel_tol"), "the relative tolerance is `rtol`"),
+    **dict.fromkeys(("abstol", "abs_tol"), "the absolute tolerance is `atol`"),
+    **dict.fromkeys(
+        ("ixpr", "mxhnil", "mxordn", "mxords"), "it is one of LSODA, which is not here"
+    ),
+    **dict.fromkeys(
+        ("solver_state", "controller_state", "made_jump"), "a solve begins from y0 alone"
+    ),
+    "progress_meter": "there is none",
+}
+
+STIFF = (
+    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
+    "be done by short steps"
+)
+METHODS = {
+    "rk45": "'dopri5' is the same method, 'tsit5' a better one",
+    "dopri5": "it is 'dopri5' here",
+    "rk23": "'bosh3' is the same method",
+    "dop853": "it is 'dop853' here",
+    "dopri8": "'dop853' is the method of that order",
+    "dp5": "'dopri5' is the same method",
+    "dp8": "'dop853' is the same method",
+    "tsit5": "it is 'tsit5' here",
+    "bosh3": "it is 'bosh3' here",
+    "heun": "it is 'heun' here",
+    "euler": "it is 'euler' here",
+    "midpoint": "it is 'midpoint' here",
+    "ralston": "it is 'ralston' here",
+    "rk4": "it is 'rk4' here",
+    "adams": "'dop853' suits the same problems",
+    "vode": STIFF,
+    "leapfrogmidpoint": "'leapfrog' is symplectic, for y0 = (q, p)",
+    "semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
+    **dict.fromkeys(
+        "bdf lsoda radau radauiia5 rodas4 rodas5 rosenbrock23 trbdf2 cvode zvode".split(), STIFF
+    ),
+    **dict.fromkeys(
+        "impliciteuler kvaerno3 kvaerno4 kvaerno5 kencarp3 kencarp4 kencarp5".split(), STIFF
+    ),
+}
+
+
+def about_words(unknown) -> str:
+    """What to write instead of arguments that there are not."""
+    name = next(iter(unknown))
+    if name in WORDS:
+        return f"There is no argument `{name}=`: {WORDS[name]}."
+    options = [
+        p.name for p in inspect.signature(solve).parameters.values() if p.kind == p.KEYWORD_ONLY
+    ]
+    close = difflib.get_close_matches(name, options, 1)
+    hint = f" Did you mean `{close[0]}=`?" if close else ""
+    return f"There is no argument `{name}=`.{hint} Options: {', '.join(options)}."
+
+
+def about_method(name: str) -> str:
+    """What a method of another library is called here."""
+    return f"There is no method '{name}': {METHODS[name.lower()]}."
 
 
 # Arguments, checked at the door: before compilation where their values are known.
@@ -439,6 +549,8 @@ def per_leaf(name, value, y0) -> PyTree:
         ) from error
 
     def leaf(path, tolerance, y):
+        if not is_real(tolerance):
+            raise TypeError(f"`{name}` must hold real numbers, got {tolerance!r}.")
         array = np.asarray if known(tolerance) else jnp.asarray
         tolerance = array(tolerance, tree.real_dtype(y))
         if np.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
@@ -459,18 +571,19 @@ def valid_limits(rtol, atol, mxstep, hmax):
 
 
 def number(name, value):
-    """A real number that an argument has to be: of numpy, if it is known."""
-    try:
-        dtype = jnp.result_type(value)
-        shape = jnp.shape(value)
-    except (TypeError, ValueError):
-        dtype = shape = None
-    real = dtype is not None and (
-        jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    )
-    if shape != () or not real:
+    """A real number that an argument has to be; a Python float, if it is known."""
+    if not is_real(value) or np.ndim(value) != 0:
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     return float(value) if known(value) else jnp.asarray(value, jnp.result_type(float))
+
+
+def is_real(value) -> bool:
+    """Whether something is real numbers."""
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except (TypeError, ValueError):
+        return False
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def limit(name, value):
@@ -502,8 +615,12 @@ def controller_or_default(controller) -> Any:
 
 def named_method(method, y0) -> Any:
     """A Runge-Kutta table, or a symplectic method, for which y0 has to be a pair."""
-    splitting = isinstance(method, Splitting)
-    table: Any = method if splitting else tableaus.named(method, {**tableaus.methods, **splittings})
+    splitting, catalogue = isinstance(method, Splitting), {**tableaus.methods, **splittings}
+    name = method if isinstance(method, str) else type(method).__name__
+    if name.lower() in METHODS and not (isinstance(method, str) and method in catalogue):
+        wrong = ValueError if isinstance(method, str) else TypeError
+        raise wrong(about_method(name))
+    table: Any = method if splitting else tableaus.named(method, catalogue)
     if not isinstance(table, Splitting):
         return table
     if not isinstance(y0, tuple | list) or len(y0) != 2:
