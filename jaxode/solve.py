@@ -96,10 +96,13 @@ def solve(
             booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
             and times are computed in float32.
         t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
-            first is that of y0. In the unit of time of func; float32 or wider.
+            first is that of y0. In the unit of time of func; float32 or wider. Large ones that float32
+            cannot tell apart (seconds since 1970) are subtracted in float64, if they are known and
+            func does not use them; else refused.
         args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
             differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
-            reach func as they are. Steps are aligned with the knots of every `jaxode.Signal`.
+            reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,
+            among the args or wherever func has it from.
         rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
             pytree like y0 or a prefix of it. A step is accepted if the root mean square of
             error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to 1.4e-8, or
@@ -114,7 +117,8 @@ def solve(
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
         dt: take steps of equal size, |t[-1] - t[0]| divided by the whole number that makes them at
-            most dt. Needed by methods without an error estimate.
+            most dt. Needed by methods without an error estimate. May be traced: a solve with one
+            that is not positive and finite is then bad input.
         controller: how an error becomes the next step size; by default `Controller()`.
         max_steps: the most steps tried. Gradients by "replay" keep states at about
             2 sqrt(max_steps) places, whatever the number of steps taken.
@@ -132,7 +136,7 @@ def solve(
 
     Raises:
         TypeError: func does not return a derivative of y0 (structure, shape or dtype), or an
-            argument is of the wrong kind.
+            argument is of the wrong kind or there is none of that name.
         ValueError: an argument is out of its range, for example times that go back and forth.
         SolveError: the solve failed; the error has its `solution`.
 
@@ -448,7 +452,7 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     exact = np.asarray(t, np.float64)
     check_times(exact)
     t = exact.astype(counted)
-    if t.size:
+    if np.any(t != exact):
         since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
         eps = float(jnp.finfo(counted).eps)
         if np.any(abs(kept - since) > 2 * eps * np.max(abs(since))):
@@ -579,6 +583,8 @@ def number(name, value):
 
 def is_real(value) -> bool:
     """Whether something is real numbers."""
+    if type(value) is float:
+        return True
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
     except (TypeError, ValueError):
