@@ -17,62 +17,124 @@ from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method
-from jaxode.signals import Signal, is_signal, tracing
+from jaxode.methods.names import methods, named
+from jaxode.signals import crowded
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
 
-# What other libraries call an argument, and what it is here.
+# What the arguments of other libraries are called here.
+
+TIMES = "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])"
+STEP = (
+    "the first step is chosen from func; `dt` takes steps of equal size, `hmax` bounds all of them"
+)
+JACOBIAN = "no Jacobian is needed: every method is explicit"
+EVENTS = "there are no events: solve to a time, look at the state, and solve on"
+DENSE = "there is no interpolant to keep: ask for as many times in `t` as are needed"
+CALLED = "func is called as func(y, t, *args); write lambda y, t: f(t, y) for a function of (t, y)"
+CONTROL = "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size"
+GRADIENTS = "`adjoint` is a name such as 'replay' or 'backsolve', or a function of jaxode.adjoints"
+
 WORDS = {
     "args": "pass them after t: solve(func, y0, t, *args)",
-    "t_span": "pass the times of the outputs as `t`, such as [t0, t1]",
-    "t_eval": "pass the times of the outputs as `t`; the first is that of y0",
-    "ts": "pass the times of the outputs as `t`; the first is that of y0",
-    "saveat": "pass the times of the outputs as `t`; the first is that of y0",
-    "t0": "pass the times as `t`, such as [t0, t1]",
-    "t1": "pass the times as `t`, such as [t0, t1]",
-    "max_step": "`hmax=` is the largest step",
-    "dtmax": "`hmax=` is the largest step",
-    "first_step": "the first step is found by itself; `dt=` takes steps of equal size",
-    "dt0": "the first step is found by itself; `dt=` takes steps of equal size",
-    "step_size": "`dt=` takes steps of equal size",
-    "solver": "`method=` names the method",
-    "stepsize_controller": "pass `rtol=` and `atol=`, and for the gains `controller=jaxode.pid(...)`",
-    "reltol": "`rtol=` is the relative tolerance",
-    "abstol": "`atol=` is the absolute tolerance",
-    "tol": "pass `rtol=` and `atol=`",
-    "maxiters": "`max_steps=` bounds the steps tried",
-    "max_num_steps": "`max_steps=` bounds the steps tried",
-    "mxsteps": "`mxstep=` bounds the steps tried between two outputs, `max_steps=` all of them",
-    "events": "there are no events yet: solve in parts, or multiply by jnp.where",
-    "dense_output": "pass all times at which the solution is wanted as `t`",
-    "jac": "there are no implicit methods yet, which alone would need a Jacobian",
-    "vectorized": "apply jax.vmap to the solve",
-}
-METHODS = {
-    "rk45": "'dopri5' or 'tsit5'", "rk23": "'bosh3'", "dop853": "'dop853'", "tsit5": "'tsit5'",
-    "dopri5": "'dopri5'", "dopri8": "'dop853'", "bosh3": "'bosh3'", "heun": "'heun'", "euler": "'euler'",
-    "midpoint": "'midpoint'", "rk4": "'rk4' with `dt=`", "vern7": "'dop853'", "vern9": "'dop853'",
+    "p": "pass parameters after t: solve(func, y0, t, *args)",
     **dict.fromkeys(
-        ("bdf", "lsoda", "radau", "kvaerno3", "kvaerno5", "rodas4", "rodas5", "rosenbrock23", "cvode_bdf"),
-        "an explicit method such as 'tsit5' with many steps (`max_steps=`): there are no stiff methods yet",
+        ("fun", "f", "terms", "rhs", "term"), "the derivative is the first argument, `func`"
     ),
-}  # fmt: skip
+    **dict.fromkeys(("t_eval", "t_span", "ts", "t0", "t1", "tspan", "tlist", "saveat"), TIMES),
+    **dict.fromkeys(("max_step", "hmax0", "dtmax", "dt_max"), "the largest step is `hmax`"),
+    **dict.fromkeys(("min_step", "hmin", "dtmin", "dt_min"), "there is no least step to choose"),
+    **dict.fromkeys(("first_step", "h0", "dt0", "step_size"), STEP),
+    **dict.fromkeys(
+        ("jac", "jac_sparsity", "Dfun", "col_deriv", "lband", "uband", "ml", "mu"), JACOBIAN
+    ),
+    **dict.fromkeys(("events", "event", "event_fn"), EVENTS),
+    **dict.fromkeys(("dense_output", "dense"), DENSE),
+    **dict.fromkeys(("tfirst", "vectorized"), CALLED),
+    **dict.fromkeys(("stepsize_controller", "controllers", "options"), CONTROL),
+    **dict.fromkeys(
+        ("adjoint_method", "adjoint_rtol", "adjoint_atol", "adjoint_params"), GRADIENTS
+    ),
+    **dict.fromkeys(("adjoint_options", "sensealg"), GRADIENTS),
+    **dict.fromkeys(
+        ("solver", "alg", "integrator"), "the method is `method`, a name such as 'tsit5'"
+    ),
+    **dict.fromkeys(("tcrit", "tstops", "jump_ts"), "steps end at the knots of a `jaxode.Signal`"),
+    **dict.fromkeys(("max_num_steps", "maxiters", "nsteps"), "the most steps are `max_steps`"),
+    **dict.fromkeys(
+        ("full_output", "printmessg", "stats"), "`solve` returns statistics and the status"
+    ),
+    **dict.fromkeys(("reltol", "rel_tol"), "the relative tolerance is `rtol`"),
+    **dict.fromkeys(("abstol", "abs_tol"), "the absolute tolerance is `atol`"),
+    **dict.fromkeys(
+        ("ixpr", "mxhnil", "mxordn", "mxords"), "it is one of LSODA, which is not here"
+    ),
+    **dict.fromkeys(
+        ("solver_state", "controller_state", "made_jump"), "a solve begins from y0 alone"
+    ),
+    "progress_meter": "there is none",
+}
+
+STIFF = (
+    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
+    "be done by short steps"
+)
+METHODS = {
+    "rk45": "'dopri5' is the same method, 'tsit5' a better one",
+    "dopri5": "it is 'dopri5' here",
+    "rk23": "'bosh3' is the same method",
+    "dop853": "it is 'dop853' here",
+    "dopri8": "'dop853' is the method of that order",
+    "dp5": "'dopri5' is the same method",
+    "dp8": "'dop853' is the same method",
+    "tsit5": "it is 'tsit5' here",
+    "bosh3": "it is 'bosh3' here",
+    "heun": "it is 'heun' here",
+    "euler": "it is 'euler' here",
+    "midpoint": "it is 'midpoint' here",
+    "ralston": "it is 'ralston' here",
+    "rk4": "it is 'rk4' here",
+    "adams": "'dop853' suits the same problems",
+    "vode": STIFF,
+    "leapfrogmidpoint": "'leapfrog' is symplectic, for y0 = (q, p)",
+    "semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
+    **dict.fromkeys(
+        "bdf lsoda radau radauiia5 rodas4 rodas5 rosenbrock23 trbdf2 cvode zvode".split(), STIFF
+    ),
+    **dict.fromkeys(
+        "impliciteuler kvaerno3 kvaerno4 kvaerno5 kencarp3 kencarp4 kencarp5".split(), STIFF
+    ),
+}
 
 
-def unknown_options(options: dict) -> None:
-    """Raise if there are options that no solve has; the error says what they are called here."""
-    for name in options:
-        known = (
-            "adjoint atol controller dt heuristics hmax max_steps method mxstep rtol throw".split()
-        )
-        close = difflib.get_close_matches(name, known, 1)
-        hint = WORDS.get(name) or (
-            f"did you mean `{close[0]}`?" if close else "see help(jaxode.solve)"
-        )
-        raise TypeError(f"solve has no argument `{name}`: {hint}.")
+OPTIONS = ("rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics").split()
 
 
-def is_callable(func) -> None:
+def about_words(unknown) -> str:
+    """What to write instead of arguments that there are not."""
+    name = next(iter(unknown))
+    if name in WORDS:
+        return f"There is no argument `{name}=`: {WORDS[name]}."
+    close = difflib.get_close_matches(name, OPTIONS, 1)
+    hint = f" Did you mean `{close[0]}=`?" if close else ""
+    return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
+
+
+def own_method(method) -> Method:
+    """The method; an error for those of other libraries that says what they are called here."""
+    name = method if isinstance(method, str) else type(method).__name__
+    if name.lower() in METHODS and not (isinstance(method, str) and method in methods):
+        wrong = ValueError if isinstance(method, str) else TypeError
+        raise wrong(f"There is no method '{name}': {METHODS[name.lower()]}.")
+    return named(method)
+
+
+def present(unknown, func, t) -> None:
+    """Raise if an argument is missing, of another library, or no function."""
+    if unknown:
+        raise TypeError(about_words(unknown))
+    if t is None:
+        raise TypeError("The output times `t` are missing: solve(func, y0, t, *args).")
     if not callable(func):
         raise TypeError(
             f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
@@ -106,49 +168,47 @@ def as_state(y0: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(leaf, y0)
 
 
-def as_times(t, y0) -> tuple[Array | np.ndarray, Any, Any]:
-    """The times in the dtype that steps are counted in, the dtype in which func sees them, and (where
-    the times are known) the times on [0, 1] and the span.
+def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
+    """The times in the dtype that steps are counted in; the same in float64, if that dtype loses how far
+    they are apart (else None); and the dtype in which func sees them.
 
-    Times whose values are known stay numpy arrays, so that they can be looked at under `jit` too. What
-    is between them is then found in float64: seconds since 1970 differ by less than float32 can hold.
+    Times whose values are known stay numpy arrays, so that they can be looked at under `jit` too.
     """
     real = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
     listed = not hasattr(t, "dtype")
     try:
         t = np.asarray(t) if known(t) else jnp.asarray(t)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`t` must hold real numbers, such as [0.0, 1.0]: {error}") from error
+        raise TypeError(f"`t` must be an array of times, such as [0.0, 1.0]: {error}") from error
     if t.ndim != 1:
         raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
-    if not jnp.issubdtype(t.dtype, jnp.floating) and not jnp.issubdtype(t.dtype, jnp.integer):
+    number = jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating)
+    if t.size and not number:
         raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
-    floating = jnp.issubdtype(t.dtype, jnp.floating)
-    given = jax.dtypes.canonicalize_dtype(t.dtype) if floating and not listed else real
-    seen = tree.widest(given, jnp.float32)
+    given = real if listed or not jnp.issubdtype(t.dtype, jnp.floating) else t.dtype
+    seen = tree.widest(jax.dtypes.canonicalize_dtype(given), jnp.float32)
     counted = tree.widest(seen, real)
     if not known(t):
-        return t.astype(counted), seen, None
+        return t.astype(counted), None, seen
     exact = np.asarray(t, np.float64)
     check_times(exact)
-    units = None
-    if len(exact):
-        span = exact[-1] - exact[0]
-        units = (exact - exact[0]) / (span or 1), span or 1
-        units = tuple(np.asarray(x, counted) for x in units)
-    return exact.astype(counted), seen, units
+    t = exact.astype(counted)
+    if np.any(t != exact):
+        since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
+        eps = float(jnp.finfo(counted).eps)
+        if np.any(abs(kept - since) > 2 * eps * np.max(abs(since))):
+            return t, exact, seen
+    return t, None, seen
 
 
-def representable(trace: Trace, t, seen, units) -> None:
-    """Raise if func looks at times of which it cannot tell some from one another."""
-    if units is None or not trace.uses_time:
-        return
-    as_seen = np.asarray(t).astype(seen)
-    if np.any((np.diff(units[0]) > 0) & (np.diff(as_seen) == 0)):
-        i = np.flatnonzero((np.diff(units[0]) > 0) & (np.diff(as_seen) == 0))[0]
+def check_resolution(t, dtype):
+    """Raise if func, which looks at the time, would be told times that are too coarse."""
+    if crowded(t, dtype):
         raise ValueError(
-            f"t[{i}] and t[{i + 1}] are the same time, {as_seen[i]:g}, in {jnp.dtype(seen).name}, and func "
-            "depends on t. Shift time to start at 0, or use float64 (jax_enable_x64, and a float64 `t`)."
+            f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
+            f"{jnp.dtype(dtype).name}, in which func gets its time. Shift time to begin near 0 (pass "
+            "t - t[0], and let func add to its time what it needs), or use float64: set "
+            "jax_enable_x64, and pass `t` as a float64 array."
         )
 
 
@@ -165,8 +225,8 @@ def check_times(t):
         )
 
 
-def number_of_steps(dt, t, method: Method, name, max_steps):
-    """How many steps of equal size; None for adaptive steps."""
+def step_size(dt, method: Method, name):
+    """`dt` as a number, if there is one; None for adaptive steps."""
     if dt is None:
         if method.error_order is None:
             raise ValueError(
@@ -174,23 +234,30 @@ def number_of_steps(dt, t, method: Method, name, max_steps):
                 "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
             )
         return None
-    if isinstance(dt, str) or np.ndim(dt) or not jnp.issubdtype(jnp.result_type(dt), jnp.number):
-        raise TypeError(f"The step size `dt` must be a number, got {dt!r}.")
-    if known(dt) and not (float(dt) > 0 and np.isfinite(float(dt))):
+    dt = number("dt", dt)
+    if known(dt) and not 0 < dt < np.inf:
         raise ValueError(
             f"The step size `dt` must be positive and finite, got {dt}. Its sign follows `t`."
         )
-    most = max_steps + 1  # more of them fail just so
-    if not known(dt, t):
-        count = jnp.ceil(jnp.abs(t[-1] - t[0]) / dt * (1 - 1e-6))
-        valid = (dt > 0) & jnp.isfinite(dt)
-        count = jnp.where(valid, jnp.clip(count, 0, most), -1)
-        return count.astype(jnp.int32)
-    if len(t) == 0:
-        return 1
-    exact = abs(float(t[-1]) - float(t[0])) / float(dt)
-    exact = exact * (1 - 16 * float(jnp.finfo(t.dtype).eps))
-    return max(1, int(min(np.ceil(exact), most)))
+    return dt
+
+
+def number_of_steps(dt, t, max_steps):
+    """How many steps of equal size: -1 if `dt` is none, one too many if they are more than can be."""
+    if known(dt, t):
+        exact = abs(float(t[-1]) - float(t[0])) / float(dt)
+        if not exact < 2**31 - 1:
+            raise ValueError(
+                f"The step size `dt` = {float(dt):g} makes {exact:.3g} steps from t = {t[0]:g} to "
+                f"{t[-1]:g}, more than can be counted. Choose a larger one."
+            )
+        return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+    dt = lax.stop_gradient(jnp.asarray(dt, t.dtype))
+    fine = (dt > 0) & (dt < jnp.inf)
+    exact = jnp.abs(t[-1] - t[0]) / jnp.where(fine, dt, 1) * (1 - 1e-6)
+    most = min(max_steps + 1, 2**31 - 128)  # the largest int32 that float32 holds
+    steps = jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32)
+    return jnp.where(fine, steps, -1)
 
 
 def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
@@ -227,11 +294,10 @@ def per_leaf(name, value, y0) -> PyTree:
         ) from error
 
     def leaf(path, tolerance, y):
+        if not is_real(tolerance):
+            raise TypeError(f"`{name}` must hold real numbers, got {tolerance!r}.")
         array = np.asarray if known(tolerance) else jnp.asarray
-        try:
-            tolerance = array(tolerance, tree.real_dtype(y))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"`{name}` must be a number or an array, got {tolerance!r}.") from error
+        tolerance = array(tolerance, tree.real_dtype(y))
         if np.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
             raise ValueError(
                 f"`{name}` has shape {tolerance.shape} where y0{jax.tree_util.keystr(path)} has "
@@ -249,31 +315,38 @@ def valid_limits(rtol, atol, mxstep, hmax):
     return jnp.all(jnp.stack([*fine, mxstep > 0, hmax > 0]))
 
 
+def number(name, value):
+    """A real number that an argument has to be; a Python float, if it is known."""
+    if not is_real(value) or np.ndim(value) != 0:
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    return float(value) if known(value) else jnp.asarray(value, jnp.result_type(float))
+
+
+def is_real(value) -> bool:
+    """Whether something is real numbers."""
+    if type(value) is float:
+        return True
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except (TypeError, ValueError):
+        return False
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def limit(name, value):
     """A positive number, or infinity."""
-    if value is None or isinstance(value, str) or np.shape(value) != ():
-        raise TypeError(f"`{name}` must be a positive number, got {value!r}.")
-    if not known(value):
-        return jnp.asarray(value, jnp.result_type(float))
-    if not float(value) > 0:
+    value = number(name, value)
+    if known(value) and not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
-    return np.asarray(value, jnp.result_type(float))
+    return np.asarray(value, jnp.result_type(float)) if known(value) else value
 
 
 def whole(name, value) -> int:
-    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not number or not 1 <= value < 2**31 - 1:
-        raise ValueError(f"`{name}` must be a positive integer below 2^31 - 1, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    if value >= 2**31:
+        raise ValueError(f"`{name}` must be below 2**31, got {value}.")
     return int(value)
-
-
-def own_name(method):
-    """The method; an error for names of other libraries that says what to take."""
-    if isinstance(method, str) and method != method.lower() and method.lower() in METHODS:
-        raise ValueError(f"There is no method '{method}' here: use {METHODS[method.lower()]}.")
-    if isinstance(method, str) and method.lower() in ("bdf", "lsoda", "radau"):
-        raise ValueError(f"There is no method '{method}' here: use {METHODS[method.lower()]}.")
-    return method
 
 
 def controller_or_default(controller) -> Any:
@@ -319,30 +392,25 @@ def named_adjoint(adjoint) -> Callable:
     return adjoints.named[adjoint]
 
 
-def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list, list[Signal]]:
-    """func as a jaxpr, and the arrays it depends on: what it closes over, its own, those of args; and
-    the signals that it closes over."""
+def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list, Any]:
+    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args; and its
+    structure and static parts."""
     flat, structure = jax.tree.flatten((func, args))
     dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | float | complex) for x in flat]
     arrays = [jnp.asarray(x) for x, d in zip(flat, dynamic) if d]
-    closed_over: list[Signal] = []
 
     def derivative(arrays, y, t):
         arrays = iter(arrays)
-        with tracing(t) as trace:
-            func, args = jax.tree.unflatten(
-                structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)]
-            )
-            found = like_state(func(y, t, *args), y)
-        known = {id(x) for x in jax.tree.leaves((func, args), is_leaf=is_signal)}
-        closed_over.extend(x for x in trace.called if id(x) not in known)
-        return found
+        func, args = jax.tree.unflatten(
+            structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)]
+        )
+        return like_state(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
     origin = structure, [x for x, d in zip(flat, dynamic) if not d]
     leaves = [*map(jnp.asarray, closed.consts), *arrays]
-    return Trace(closed, jax.tree.structure(y0), origin), leaves, closed_over
+    return Trace(closed, jax.tree.structure(y0), origin), leaves, origin
 
 
 def like_state(k, y):

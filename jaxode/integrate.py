@@ -19,8 +19,7 @@ from jaxode.arguments import known
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method
-from jaxode.methods.names import named as named_method
-from jaxode.signals import piecewise, signals_in, valid_times
+from jaxode.signals import Pieces, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.stepping.field import Field, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
@@ -31,7 +30,7 @@ MAX_STEPS = 2**14
 def odeint(
     func: Callable,
     y0: PyTree,
-    t,
+    t=None,
     *args,
     rtol=None,
     atol=None,
@@ -68,7 +67,7 @@ def odeint(
 def solve(
     func: Callable,
     y0: PyTree,
-    t,
+    t=None,
     *args,
     rtol=None,
     atol=None,
@@ -85,7 +84,7 @@ def solve(
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
-    `jax.vmap` of it is a loop made for many solves at once (`jaxode.lanes`), with the same results.
+    `jax.vmap` of it is a loop made for many solves at once (`jaxode.batch.lanes`), with the same results.
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
@@ -94,10 +93,13 @@ def solve(
             booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
             and times are computed in float32.
         t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
-            first is that of y0. In the unit of time of func; float32 or wider.
+            first is that of y0. In the unit of time of func; float32 or wider. Large ones that float32
+            cannot tell apart (seconds since 1970) are subtracted in float64, if they are known and
+            func does not use them; else refused.
         args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
             differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
-            reach func as they are. Steps are aligned with the knots of every `jaxode.Signal`.
+            reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,
+            among the args or wherever func has it from.
         rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
             pytree like y0 or a prefix of it. A step is accepted if the root mean square of
             error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to 1.4e-8, or
@@ -112,7 +114,8 @@ def solve(
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
         dt: take steps of equal size, |t[-1] - t[0]| divided by the whole number that makes them at
-            most dt. Needed by methods without an error estimate.
+            most dt. Needed by methods without an error estimate. May be traced: a solve with one
+            that is not positive and finite is then bad input.
         controller: how an error becomes the next step size; by default `Controller()`.
         max_steps: the most steps tried. Gradients by "replay" keep states at about
             2 sqrt(max_steps) places, whatever the number of steps taken.
@@ -130,7 +133,7 @@ def solve(
 
     Raises:
         TypeError: func does not return a derivative of y0 (structure, shape or dtype), or an
-            argument is of the wrong kind.
+            argument is of the wrong kind or there is none of that name.
         ValueError: an argument is out of its range, for example times that go back and forth.
         SolveError: the solve failed; the error has its `solution`.
 
@@ -144,52 +147,52 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
-    arguments.unknown_options(unknown)
-    arguments.is_callable(func)
+    arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
-    t, func_time, units = arguments.as_times(t, y0)
-    name, method = method, named_method(arguments.own_name(method))
+    t, exact, func_time = arguments.as_times(t, y0)
+    name, method = method, arguments.own_method(method)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
-    steps = arguments.number_of_steps(dt, t, method, name, max_steps)
+    dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    if len(t) == 0:
-        return no_times(y0, t)
-    trace, leaves, closed_over = arguments.trace_of(func, y0, t, func_time, args)
-    if (found := signals_in((func, args))) or closed_over:
-        between = partial(
-            solve, rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint,
-            dt=dt, controller=controller, max_steps=max_steps, throw=throw or False,
-            heuristics=heuristics,
-        )  # fmt: skip
-        return checked(piecewise(between, func, y0, t, args, found, closed_over), throw)
+    trace, leaves, origin = arguments.trace_of(func, y0, t, func_time, args)
+    if exact is not None and trace.uses_time:
+        arguments.check_resolution(exact, func_time)
     method.check(trace, y0)
     if adjoint == "backsolve":
         method.backwards()
+    if len(t) == 0:
+        return no_times(y0, t)
     arguments.no_varying((leaves, y0, t, rtol, atol, limits))
-    arguments.representable(trace, t, func_time, units)
+    pieces = Pieces(trace, origin) if asks(trace.jaxpr) else None
+    since = None if exact is None else (exact - exact[0]).astype(t.dtype)
+    times, steps = t if since is None else since, None
+    if dt is not None and pieces is None:
+        steps = arguments.number_of_steps(dt, times, max_steps)
     counted = isinstance(steps, int)
     static = Static(
         trace=trace,
         method=method,
         controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint),
-        max_steps=max_steps,
+        max_steps=steps if counted else max_steps,
         steps=steps if counted else None,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
-    given = (leaves, y0, t, units, rtol, atol, *limits, None if counted else steps)
-    return checked(run(static, given), throw)
+    given = leaves, y0, t, since, rtol, atol, *limits
+    return checked(run(static, pieces, given, dt, None if counted else steps), throw)
 
 
-def run(static: "Static", given) -> Solution:
+def run(static: "Static", pieces, given, dt, steps) -> Solution:
     """The solution, with JAX's own error for forward mode put in our words."""
     try:
-        return compiled(static, *given)
+        if pieces is not None:
+            return from_knot_to_knot(static, pieces, *given, dt)
+        return compiled(static, *given, steps)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -216,9 +219,10 @@ class Static:
 
 
 @partial(jax.jit, static_argnums=0)
-def compiled(static: Static, leaves, y0, t, units, rtol, atol, mxstep, hmax, steps) -> Solution:
+def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps) -> Solution:
+    """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
-    ss, span = unit_times(t) if units is None else units
+    ss, span = unit_times(t if since is None else since)
     field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
     valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if steps is not None:
@@ -261,6 +265,30 @@ def compiled(static: Static, leaves, y0, t, units, rtol, atol, mxstep, hmax, ste
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     return Solution(t, ys, status, stats, reached, estimates)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def from_knot_to_knot(
+    static: Static, pieces: Pieces, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt
+):
+    """The solve, broken where the signals that func asks have knots."""
+    split = pieces.split(leaves, y0, jnp.zeros((), static.func_time))
+    if not split.asked:
+        steps = None if dt is None else arguments.number_of_steps(dt, t, static.max_steps)
+        return compiled(static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps)
+
+    def stretch(trace, leaves, y, t):
+        quiet = dataclasses.replace(static, trace=trace, throw=False)
+        steps = None if dt is None else arguments.number_of_steps(dt, t, static.max_steps)
+        return compiled(quiet, leaves, y, t, None, rtol, atol, mxstep, hmax, steps)
+
+    solution = piecewise(stretch, split, y0, t)
+    ys, status = solution.ys, solution.status
+    if static.throw:
+        ys, status = raising(ys, status)
+    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
+    return solution._replace(ys=ys, status=status)
 
 
 def unit_times(t) -> tuple[Array, Array]:

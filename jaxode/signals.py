@@ -1,24 +1,28 @@
 """Control signals: functions of time given by values at knots, at which steps are aligned.
 
-A `Signal` that func calls at the time of the solve is found while func is traced, wherever it lives
-(in args, in a module, closed over), and the solve is broken at its knots, so that no step crosses a
-jump or a corner of it. Gradients reach its values and its knots.
+A solve is broken at the knots of the signals that func asks, so that no step crosses a jump or a
+corner of them. It does not matter where a signal lives: among the args, in a module, in what func
+closes over, or made inside of func. To know its piece every signal asks one operation, `locate`,
+which is found in the jaxpr of func, together with the time for which it was asked. Between two knots
+its answer is one number, so that what a solve sees of a signal is a polynomial. Gradients reach its
+values and its knots.
 """
 
-import contextlib
-import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
+from jaxode import tree
+from jaxode.kernels.traces import Trace
 from jaxode.solution import Solution, Stats, Status
 
 KINDS = ("linear", "previous", "cubic")
@@ -27,24 +31,31 @@ KINDS = ("linear", "previous", "cubic")
 class Signal(eqx.Module):
     """A function of time through the points (ts[i], us[i]); constant before the first, after the last.
 
-    Steps of a solve end at the knots of a signal that func calls at its own time, `u(t)`. Called at
-    another time, such as `u(t - 1)`, it has its right value there, but steps do not know of its knots.
+    A solve ends a step at every knot, wherever func has the signal from, for `u(t)`, and for `u(s)`
+    where s is affine in t: a delay `u(t - 1)`, another unit `u(60 * t)`. At any other time, such as
+    `u(t % 24)` or `u(y[0])`, and inside of a `jax.lax.scan` or `while_loop` or a function with a custom
+    derivative rule, u has its right value, but steps are not aligned with its knots: choose `hmax`
+    below the width of what must not be missed.
 
     Args:
-        ts: knots, shape (n,), not decreasing, n >= 2. Where two are equal there is a jump, to the value
-            of the latter. NaN at the end pads.
-        us: values there, shape (n, ...). Integers and booleans become floats.
+        ts: knots, shape (n,), n >= 2, not decreasing. At equal ones u jumps; so a ragged signal may be
+            padded by its last knot and value. Integers become floats.
+        us: values there, shape (n, ...). Integers and booleans become floats. Values that are NaN
+            matter only to a solve that reaches the piece beside them.
         kind: "linear"; "previous" (u keeps its value until the next knot: a zero-order hold); or
             "cubic" (Hermite, with slopes by finite differences: Catmull-Rom).
 
     >>> import jax.numpy as jnp
     >>> from jaxode import Signal, odeint
-    >>> u = Signal(jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, 1.0, 0.0]), "previous")
+    >>> u = Signal([0, 1, 2], [0, 1, 0], "previous")
     >>> float(u(0.5)), float(u(1.0))
     (0.0, 1.0)
-    >>> ys = odeint(lambda y, t, u: u(t), jnp.array(0.0), [0.0, 1.5, 3.0], u)
+    >>> ys = odeint(lambda y, t: u(t), jnp.array(0.0), [0.0, 1.5, 3.0])
     >>> [round(float(y), 6) for y in ys]
     [0.0, 0.5, 1.0]
+    >>> ys = odeint(lambda y, t: u(t - 1), jnp.array(0.0), [0.0, 1.5, 3.0])  # a delay
+    >>> [round(float(y), 6) for y in ys]
+    [0.0, 0.0, 1.0]
     """
 
     ts: Float[Array, " n"]
@@ -54,213 +65,485 @@ class Signal(eqx.Module):
     def __init__(self, ts, us, kind: str = "linear"):
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {KINDS}, got {kind!r}.")
-        ts, us = map(as_floats, (ts, us))
+        given = ts
+        ts, us = as_floats("ts", ts), as_floats("us", us)
         if ts.ndim != 1 or len(ts) < 2 or us.shape[:1] != ts.shape:
             raise ValueError(
                 f"A signal needs knots of shape (n,), n >= 2, and values of shape (n, ...); got "
                 f"{ts.shape} and {us.shape}."
             )
-        if not isinstance(ts, Tracer) and np.any(np.diff(np.asarray(ts)) < 0):
-            raise ValueError("The knots `ts` of a signal must increase.")
-        self.ts, self.us, self.kind = ts, us, kind
-        if (trace := _trace.get()) is not None:
-            trace.made.add(id(self))
+        if jnp.iscomplexobj(ts):
+            raise TypeError(f"The knots `ts` of a signal must be real, got dtype {ts.dtype}.")
+        if not isinstance(ts, Tracer):
+            check_knots(np.asarray(given, np.float64), ts.dtype)
+        self.ts, self.us, self.kind = ts.astype(tree.widest(ts.dtype, jnp.float32)), us, kind
 
     def __call__(self, t) -> Float[Array, "..."]:
-        """u(t)."""
-        trace = _trace.get()
-        if trace is not None and trace.time is t:
-            return trace.value(self, t)
-        return self.piece(t)(t)
+        """u(t); at an array of times, the values with the axes of t in front."""
+        t = jnp.asarray(t)
+        if t.weak_type or not jnp.issubdtype(t.dtype, jnp.inexact):
+            t = lax.convert_element_type(t, self.ts.dtype)
+        known = not any(isinstance(x, Tracer) for x in (self.ts, self.us, t))
+        return (evaluated if known else evaluate)(self, t)
 
     def piece(self, t) -> "Piece":
         """The polynomial that holds around t."""
-        i = jnp.searchsorted(self.ts, t, side="right") - 1
-        inner = jnp.clip(i, 0, len(self.ts) - 2)
-        ts, us = (x[jnp.stack([inner, inner + 1])] for x in (self.ts, self.us))
-        flat = (i < 0) | (i >= len(self.ts) - 1) | jnp.isnan(ts[1])
-        held = jnp.where((i >= len(self.ts) - 1) & ~jnp.isnan(ts[1]), us[1], us[0])
+        t = jnp.asarray(t)
+        wide = tree.widest(self.ts.dtype, t.dtype) if not t.weak_type else self.ts.dtype
+        knots = lax.convert_element_type(self.ts, wide)
+        i, n = locate(knots, lax.convert_element_type(t, wide)), len(knots)
+        inner = jnp.clip(i, 0, n - 2)
+        ts, us = (lax.dynamic_slice_in_dim(x, inner, 2) for x in (knots, self.us))
+        width = ts[1] - ts[0]
+        held = jnp.where(i >= n - 1, us[1], us[0])
+        held = jnp.stack([held, held])
+        flat = (i < 0) | (i >= n - 1) | ~((width > 0) & (width < jnp.inf))
         if self.kind == "previous":
-            return Piece(ts, jnp.stack([held, held]), None)
+            flat = jnp.ones_like(flat)
         slopes = None
         if self.kind == "cubic":
-            slopes = jnp.where(flat, 0, self.slopes()[jnp.stack([inner, inner + 1])])
-        return Piece(ts, jnp.where(flat, jnp.stack([held, held]), us), slopes)
+            around = jnp.clip(inner + jnp.arange(-1, 3, dtype=inner.dtype), 0, n - 1)
+            slopes = slopes_of(*(x.at[around].get(mode="clip") for x in (knots, self.us)))
+            slopes = jnp.where(flat, 0, slopes)
+        unit = jnp.asarray(np.arange(2), wide)
+        return Piece(jnp.where(flat, unit, ts), jnp.where(flat, held, us), slopes)
 
     def slopes(self):
         """Of the cubic at its knots: central differences, one-sided at the ends."""
-        fit = lambda x: x.reshape((-1,) + (1,) * (self.us.ndim - 1))
-        difference = lambda a, b: (self.us[b] - self.us[a]) / fit(width(self.ts[a], self.ts[b]))
-        inner = difference(slice(None, -2), slice(2, None))
-        first, last = (
-            difference(slice(0, 1), slice(1, 2)),
-            difference(slice(-2, -1), slice(-1, None)),
-        )
-        return jnp.concatenate([first, inner, last])
+        around = lambda x: jnp.concatenate([x[:1], x, x[-1:]])
+        return slopes_of(around(self.ts), around(self.us))
 
 
 class Piece(eqx.Module):
-    """What a signal is between two knots."""
+    """What a signal is between two knots: what func sees of it."""
 
     ts: Float[Array, "2"]
     us: Float[Array, "2 ..."]
     slopes: Float[Array, "2 ..."] | None
 
     def __call__(self, t):
-        h = width(self.ts[0], self.ts[1])
-        x = ((t - self.ts[0]) / h).astype(self.us.dtype)
+        width = self.ts[1] - self.ts[0]
+        x = ((t - self.ts[0]) / width).astype(self.us.dtype)
         if self.slopes is None:
-            # Where both ends are equal it is that value, however far away the knots are.
-            return self.us[0] + jnp.where(self.us[1] == self.us[0], 0, x) * (
-                self.us[1] - self.us[0]
-            )
-        h = h.astype(self.us.dtype)
+            return self.us[0] + x * (self.us[1] - self.us[0])
+        h = width.astype(self.us.dtype)
         d = self.us[1] - self.us[0]
         a, b = h * self.slopes[0] - d, d - h * self.slopes[1]
         return self.us[0] + x * d + x * (1 - x) * ((1 - x) * a + x * b)
 
 
-def width(a, b):
-    """b - a; 1 where that is 0, at a jump, or NaN, beyond the last knot: nothing is between them."""
-    return jnp.where(b - a > 0, b - a, jnp.ones_like(a))
+def evaluate(signal: Signal, t):
+    """u(t)."""
+    if t.ndim:
+        return jax.vmap(partial(evaluate, signal))(t)
+    piece = signal.piece(t)
+    return piece(lax.convert_element_type(t, piece.ts.dtype))
 
 
-def as_floats(x):
-    """An array of floating-point (or complex) numbers."""
-    x = x if isinstance(x, Tracer) else jnp.asarray(x)
+evaluated = jax.jit(evaluate)  # so that an eager call compiles once
+
+
+def as_floats(name, x):
+    """Numbers as an array of floats."""
+    try:
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+            x = np.asarray(x)
+        if getattr(x, "dtype", np.dtype(float)).kind in "OSUMm":
+            raise ValueError(f"got dtype {x.dtype}")
+        x = x if isinstance(x, Tracer) else jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` of a signal must be an array of numbers: {error}") from error
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
-def is_signal(x) -> bool:
-    """Whether x is a signal with which no steps are aligned yet."""
-    return isinstance(x, Signal) and not isinstance(x, Aligned)
+def check_knots(ts, dtype):
+    """Raise if these (in float64) decrease, or if they cannot be told apart in the dtype of knots."""
+    if not np.all(ts[1:] >= ts[:-1]):
+        raise ValueError("The knots `ts` of a signal must increase (equal ones make a jump).")
+    if crowded(ts[np.isfinite(ts)], dtype):
+        raise ValueError(
+            f"The knots `ts` of a signal, {ts[0]:.17g} to {ts[-1]:.17g}, cannot be told apart in "
+            f"{jnp.dtype(dtype).name}. Count time from a moment nearby: subtract the same number from "
+            "the knots and from the times `t` of the solve; or set jax_enable_x64."
+        )
 
 
-def signals_in(tree: PyTree) -> list[Signal]:
-    """The signals among some arguments."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_signal) if is_signal(x)]
+def crowded(ts: np.ndarray, dtype) -> bool:
+    """Whether these times lose what tells them apart in this dtype, and would not if they began at 0.
 
-
-# While func is traced: which signals does it call at its own time, and what are they on this stretch?
-
-
-class Tracing:
-    """The time at which func is traced, the pieces that hold there, and the signals that it calls then."""
-
-    def __init__(self, time, pieces: dict[int, Piece]):
-        self.time, self.pieces = time, pieces
-        self.called: list[Signal] = []
-        self.made: set[int] = set()
-
-    def value(self, signal: Signal, t):
-        """The value of a signal at the time of the trace."""
-        if id(signal) in self.pieces:
-            return self.pieces[id(signal)](t)
-        if id(signal) in self.made:
-            warnings.warn(
-                "func makes a Signal: steps cannot be aligned with its knots. Make it outside of func, "
-                "and pass it as an argument.",
-                stacklevel=4,
-            )
-        elif all(signal is not other for other in self.called):
-            self.called.append(signal)
-        return signal.piece(t)(t)
-
-
-_trace: ContextVar[Any] = ContextVar("trace", default=None)
-_pieces: ContextVar[Any] = ContextVar("pieces", default=None)
-
-
-@contextlib.contextmanager
-def tracing(time):
-    """In here signals that are called at this time are collected."""
-    trace = Tracing(time, _pieces.get() or {})
-    token = _trace.set(trace)
-    try:
-        yield trace
-    finally:
-        _trace.reset(token)
-
-
-@contextlib.contextmanager
-def holding(pieces: dict[int, Piece]):
-    """In here, on this stretch, these signals are these pieces."""
-    token = _pieces.set({**(_pieces.get() or {}), **pieces})
-    try:
-        yield
-    finally:
-        _pieces.reset(token)
-
-
-class Aligned(Signal):
-    """A signal among the arguments of func, with the piece of it that holds on this stretch."""
-
-    now: Piece
-
-    def __init__(self, signal: Signal, now: Piece):
-        self.ts, self.us, self.kind, self.now = signal.ts, signal.us, signal.kind, now
-
-    def __call__(self, t):
-        trace = _trace.get()
-        return (self.now if trace is not None and trace.time is t else self.piece(t))(t)
-
-
-def piecewise(
-    solve: Callable, func, y0: PyTree, t, args, signals: list[Signal], closed_over: list[Signal]
-) -> Solution:
-    """The solve from knot to knot, by a scan: `solve(func, y0, ts, *args)` with pieces for signals.
-
-    `signals` are those among func and args, `closed_over` are others. A stretch of the solve knows all
-    outputs; those outside it are moved onto its ends, and cost nothing. Costs two evaluations of func a
-    stretch more than a solve that is not broken. Limits of steps hold for each stretch.
+    That is, a rounding is more than 1 % of the least distance, and 8 times that of ts - ts[0].
     """
-    t = jnp.asarray(t, jnp.result_type(float) if not hasattr(t, "dtype") else None)
+    gaps = np.abs(np.diff(ts))
+    if not np.any(gaps > 0):
+        return False
+    rounding = lambda ts: np.max(np.abs(ts.astype(dtype).astype(np.float64) - ts))
+    lost = rounding(ts)
+    return bool(lost > 0.01 * np.min(gaps[gaps > 0]) and lost > 8 * rounding(ts - ts[0]))
+
+
+def slopes_of(ts, us):
+    """At each knot but the first and last: a central difference, one-sided beside what is no number,
+    a jump or the end."""
+    bend = lambda x: x.reshape((-1,) + (1,) * (us.ndim - 1))
+    dtype = tree.real_dtype(us) if us.dtype.itemsize > 2 else us.dtype
+    widths = ts[1:] - ts[:-1]
+    finite = jnp.isfinite(us[1:]) & jnp.isfinite(us[:-1])
+    sound = bend((widths > 0) & (widths < jnp.inf)) & finite
+    # Zero where it is not sound, before anything is divided: then no derivative is 0 times NaN.
+    widths = jnp.where(sound, bend(widths).astype(dtype), 0)
+    rises = jnp.where(sound, us[1:] - us[:-1], 0)
+    width, rise = widths[1:] + widths[:-1], rises[1:] + rises[:-1]
+    return rise / jnp.where(width > 0, width, 1).astype(us.dtype)
+
+
+# The one operation that a signal asks.
+
+
+def index(ts, t):
+    """The last i with ts[i] <= t; -1 before all. `ts` has the first axes of `t`, and knots last."""
+    find = lambda ts, t: jnp.searchsorted(ts, t, side="right").astype(jnp.int32) - 1
+    for _ in ts.shape[:-1]:
+        find = jax.vmap(find)
+    return find(ts, t)
+
+
+def batch(args, axes):
+    (ts, t), (d_ts, d_t) = args, axes
+    if d_ts is None:  # the new axis of t goes behind those that it shares with the knots
+        shared = ts.ndim - 1
+        return locate(ts, jnp.moveaxis(t, d_t, shared)), shared
+    ts = jnp.moveaxis(ts, d_ts, 0)
+    t = jnp.broadcast_to(t, (len(ts), *t.shape)) if d_t is None else jnp.moveaxis(t, d_t, 0)
+    return locate(ts, t), 0
+
+
+def jvp(primals, _tangents):
+    i = locate(*primals)
+    return i, ad.Zero(jax.typeof(i).to_tangent_aval())
+
+
+primitive = core.Primitive("locate")
+locate = primitive.bind
+primitive.def_impl(jax.jit(index))
+primitive.def_abstract_eval(lambda ts, t: ShapedArray(t.shape, jnp.dtype("int32")))
+mlir.register_lowering(primitive, mlir.lower_fun(index, multiple_results=False))
+ad.primitive_jvps[primitive] = jvp
+batching.primitive_batchers[primitive] = batch
+
+
+# func, taken apart at the signals that it asks.
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+SHORT = 8  # equations of a call such as `jnp.clip`, which is looked into
+LINEAR = (
+    "neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "slice", "copy", "copy_p",
+)  # fmt: skip
+CUTS = ("max", "min", "clamp")
+SUMS = ("add", "sub", "concatenate", "add_any")
+
+
+def asks(jaxpr) -> bool:
+    """Whether a jaxpr asks a signal."""
+    return any(eqn.primitive is primitive or any(map(asks, inside(eqn))) for eqn in jaxpr.eqns)
+
+
+def inside(eqn) -> list:
+    """The jaxprs in the parameters of an equation."""
+    values = jax.tree.leaves(
+        list(eqn.params.values()),
+        is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
+    )
+    of = lambda x: x.jaxpr if isinstance(x, core.ClosedJaxpr) else x
+    return [of(x) for x in values if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def variables(atoms) -> list:
+    """Those that are not literals."""
+    return [v for v in atoms if not isinstance(v, core.Literal)]
+
+
+def jaxpr_of(ins, outs, eqns, effects) -> core.Jaxpr:
+    """These equations as a jaxpr without constants."""
+    about = core.DebugInfo("jaxode.Signal", "func", None, None)
+    return core.Jaxpr((), list(ins), list(outs), list(eqns), effects, about)
+
+
+def part(eqns, ins, outs) -> core.Jaxpr:
+    """The equations that the outputs need, and those with effects, as a jaxpr of the `ins` they use."""
+    needed, kept = set(variables(outs)), []
+    for eqn in reversed(eqns):
+        if eqn.effects or needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed |= set(variables(eqn.invars))
+    effects = frozenset().union(*(eqn.effects for eqn in kept))
+    return jaxpr_of([v for v in ins if v in needed], outs, kept[::-1], effects)
+
+
+def call(jaxpr, values: dict) -> list:
+    """The jaxpr at the values of its variables."""
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*(values[v] for v in jaxpr.invars))
+
+
+def inlined(jaxpr, args, answers=None):
+    """The same as the jaxpr, but calls that ask a signal are no calls: its question stands on top.
+
+    `answers`, if given, are what the signals answer, in turn.
+    """
+    values = dict(zip(jaxpr.invars, args, strict=True))
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
+    for eqn in jaxpr.eqns:
+        xs, name = list(map(read, eqn.invars)), eqn.primitive.name
+        if eqn.primitive is primitive and answers is not None:
+            outs = [next(answers)]
+        elif name in INLINED and any(asks(x) or len(x.eqns) <= SHORT for x in inside(eqn)):
+            outs = inlined(*applied(inside_of(eqn), xs), answers)
+        elif name == "cond" and any(map(asks, inside(eqn))):
+            outs = chosen(eqn.params["branches"], *xs, answers=answers)
+        else:
+            named = {v: x for v, x in zip(eqn.invars, xs) if not isinstance(v, core.Literal)}
+            kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+            alone = jaxpr_of(named, kept, [eqn], eqn.effects)
+            found = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*named.values())
+            values.update(zip(kept, found))
+            continue
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def inside_of(eqn):
+    """The jaxpr of a call."""
+    return next(x for x in eqn.params.values() if isinstance(x, core.Jaxpr | core.ClosedJaxpr))
+
+
+def opened(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """A jaxpr whose constants are its first arguments."""
+    ins = [*jaxpr.constvars, *jaxpr.invars]
+    return jaxpr_of(ins, jaxpr.outvars, jaxpr.eqns, jaxpr.effects)
+
+
+def applied(jaxpr, args) -> tuple[core.Jaxpr, list]:
+    """The same for one that may hold its constants, and all arguments."""
+    if isinstance(jaxpr, core.Jaxpr):
+        return jaxpr, list(args)
+    return opened(jaxpr.jaxpr), [*jaxpr.consts, *args]
+
+
+def chosen(branches, i, *args, answers):
+    """`cond` with the questions of its branches on top of it: an answer is only a number."""
+    taken = []
+    for branch in branches:
+        jaxpr, given = applied(branch, args)
+        told = answers is not None
+        own = [next(answers) for _ in range(count(jaxpr))] if told else questions(jaxpr, given)
+        taken.append(lambda jaxpr=jaxpr, given=given, own=own: inlined(jaxpr, given, iter(own)))
+    return lax.switch(i, taken)
+
+
+def count(jaxpr) -> int:
+    """How often a jaxpr asks, where that can be brought to the top."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is primitive:
+            total += 1
+        elif eqn.primitive.name in INLINED or eqn.primitive.name == "cond":
+            total += sum(map(count, inside(eqn)))
+    return total
+
+
+def questions(jaxpr, args) -> list:
+    """What the signals of a jaxpr answer, in turn; nothing else of it is done."""
+    flat, args = applied(jax.make_jaxpr(lambda *args: inlined(jaxpr, args))(*args), args)
+    outs = [eqn.outvars[0] for eqn in flat.eqns if eqn.primitive is primitive]
+    silent = [eqn for eqn in flat.eqns if not eqn.effects]
+    return call(part(silent, flat.invars, outs), dict(zip(flat.invars, args)))
+
+
+class Pieces:
+    """A traced func that asks signals, to be taken apart. Equal to another one whose trace is equal.
+
+    Args:
+        trace: func, as the solver has it: a jaxpr of (leaves, y, t).
+        origin: what was traced, as in `Trace`.
+    """
+
+    def __init__(self, trace: Trace, origin):
+        self.trace, self.origin = trace, origin
+
+    def __hash__(self):
+        return hash(self.trace)
+
+    def __eq__(self, other):
+        return isinstance(other, Pieces) and self.trace == other.trace
+
+    def split(self, leaves, y0, t) -> "Split":
+        """func at these leaves, taken apart."""
+        args = [*leaves, *jax.tree.leaves(y0), t]
+        func = opened(self.trace.jaxpr)
+        jaxpr, args = applied(jax.make_jaxpr(lambda *args: inlined(func, args))(*args), args)
+        return Split(self, jaxpr, args[: len(args) - 1 - len(jaxpr.outvars)])
+
+
+class Split:
+    """What func asks of its signals, and func when they have answered.
+
+    Every equation has a level: 0 if it depends neither on an answer nor on y and t; 1 if it depends on
+    answers; 2 if on y or t. `asked` are the questions with one answer between two knots: the knots are
+    of level 0, and the time is affine in t. Their answers are of level 1.
+    """
+
+    def __init__(self, pieces: Pieces, jaxpr, leaves):
+        self.pieces, self.eqns, self.outs = pieces, jaxpr.eqns, jaxpr.outvars
+        self.given, self.y = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) : -1]
+        self.t = jaxpr.invars[-1]
+        self.values = dict(zip(self.given, leaves))
+        self.level: dict = dict.fromkeys([*self.y, self.t], 2)
+        self.asked: list = []
+        self.times: list = []  # for which they are asked, were they not cut off
+        self.straight: list = []  # the equations, without those that cut an affine time off
+        affine, same = {self.t}, {}
+        for eqn in self.eqns:
+            moving = [i for i, v in enumerate(eqn.invars) if self.of(v) == 2]
+            straight = all(eqn.invars[i] in affine for i in moving)
+            ins = [v if isinstance(v, core.Literal) else same.get(v, v) for v in eqn.invars]
+            self.straight.append(eqn.replace(invars=ins))
+            level = 2 if eqn.effects else max(map(self.of, eqn.invars), default=0)
+            if moving and straight and eqn.primitive is primitive and not self.of(eqn.invars[0]):
+                self.asked.append(eqn)
+                self.times.append(ins[1])
+                level = 1
+            elif eqn.primitive is primitive and level == 0:
+                level = 1  # of a known time: not to be asked again and again
+            elif moving and straight and keeps_affine(eqn, moving):
+                affine |= set(eqn.outvars)
+                if eqn.primitive.name in CUTS:
+                    same[eqn.outvars[0]] = ins[moving[0]]
+            self.level.update(dict.fromkeys(eqn.outvars, level))
+
+    def of(self, v) -> int:
+        """The level of a variable."""
+        return 0 if isinstance(v, core.Literal) else self.level.get(v, 0)
+
+    def known(self, t, outs, eqns=None) -> list:
+        """The values of variables that do not depend on y, at t."""
+        silent = [eqn for eqn in eqns or self.eqns if not eqn.effects]
+        t = lax.convert_element_type(t, self.t.aval.dtype)
+        return call(part(silent, [*self.given, self.t], outs), {**self.values, self.t: t})
+
+    def knots(self, t) -> tuple[Array, Array]:
+        """Where pieces meet, as times of func, and whether the knots are in order."""
+        times = lambda t: self.known(t, self.times, self.straight)
+        zero, one = jnp.zeros((), t.dtype), jnp.ones((), t.dtype)
+        found, valid = [], jnp.array(True)
+        for ts, at_zero, slope in zip(
+            self.known(zero, [eqn.invars[0] for eqn in self.asked]),
+            *jax.jvp(times, (zero,), (one,)),
+        ):
+            valid = valid & jnp.all(ts[..., 1:] >= ts[..., :-1])
+            shared = (1,) * (slope.ndim - ts.ndim + 1)
+            ts = ts.reshape(*ts.shape[:-1], *shared, ts.shape[-1])
+            still = slope[..., None] == 0
+            ts = (ts - at_zero[..., None]) / jnp.where(still, 1, slope[..., None])
+            found.append(jnp.where(still, jnp.inf, ts).reshape(-1).astype(t.dtype))
+        return jnp.concatenate(found), valid
+
+    def answers(self, t) -> list:
+        """Of all that is asked, at t."""
+        return self.known(t, [eqn.outvars[0] for eqn in self.asked])
+
+    def held(self, answers) -> tuple[Trace, list]:
+        """func where signals give these answers, and the leaves of it: what depends on them is known."""
+        own = [
+            eqn
+            for eqn in self.eqns
+            if eqn.effects or any(self.of(v) != 1 for v in eqn.outvars) or not eqn.outvars
+        ]
+        used = {v for eqn in own for v in variables(eqn.invars)} | set(variables(self.outs))
+        edge = [v for v in self.level if self.level[v] == 1 and v in used]
+        asked = [eqn.outvars[0] for eqn in self.asked]
+        values = {**self.values, **dict(zip(asked, answers))}
+        rest = [e for e in self.eqns if not e.effects and not set(asked).intersection(e.outvars)]
+        ins = [*self.given, *asked]
+        values.update(zip(edge, call(part(rest, ins, edge), values)))
+        func = part(own, [*self.given, *edge, *self.y, self.t], self.outs)
+        leaves = [v for v in func.invars if v in values]
+        func = jaxpr_of([*leaves, *self.y, self.t], func.outvars, func.eqns, func.effects)
+        trace = self.pieces.trace
+        trace = Trace(core.ClosedJaxpr(func, ()), trace.out_tree, self.pieces.origin)
+        return trace, [values[v] for v in leaves]
+
+
+def keeps_affine(eqn, moving: list[int]) -> bool:
+    """Whether an operation makes something affine of what is affine, its operands at these places; or
+    cuts it off, which adds no piece: where it does, the time has a value that it has anyway."""
+    name = eqn.primitive.name
+    if len(eqn.outvars) != 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return False
+    if name in (*LINEAR, "div"):
+        return moving == [0]
+    one = {"mul": ([0], [1]), "max": ([0], [1]), "min": ([0], [1]), "clamp": ([1],)}
+    return name in SUMS or moving in one.get(name, ())
+
+
+def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
+    """The solve from knot to knot, by a scan: `solve(trace, leaves, y0, ts)` where signals are polynomials.
+
+    A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
+    nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
+    steps hold for each stretch.
+    """
+    knots, valid = split.knots(t)
+    t_given = t
+    # NaN in a sum: the solve is refused, and derivatives are those of a failed one.
+    t = t + lax.stop_gradient(jnp.where(valid & valid_times(t), 0, jnp.nan).astype(t.dtype))
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
-    knots = jnp.concatenate([s.ts.astype(t.dtype) for s in (*signals, *closed_over)])
-    knots = jnp.where(jnp.isnan(knots), high, knots)
-    edges = jnp.sort(jnp.concatenate([jnp.clip(knots, low, high), low[None], high[None]]))
-    edges = jnp.where(t[-1] < t[0], edges[::-1], edges)
+    knots = jnp.sort(between(knots, low, high))
+    knots = jnp.where(t[-1] < t[0], knots[::-1], knots)
+    # Not sorted with the others: the solve begins at t[0], and not at a knot that equals it.
+    edges = jnp.concatenate([t[:1], knots, t[-1:]])
 
     def stretch(carry, ends):
         y, status, stats, reached = carry
-        a, b = ends
-        inside = jnp.clip(t, jnp.minimum(a, b), jnp.maximum(a, b))
-        ts = jnp.concatenate([a[None], inside, b[None]])
-        middle = lax.stop_gradient((a + b) / 2)
-        align = lambda x: Aligned(x, x.piece(middle)) if is_signal(x) else x
-        func_now, given = jax.tree.map(align, (func, args), is_leaf=is_signal)
-        with holding({id(s): s.piece(middle) for s in closed_over}):
-            part = solve(func_now, y, ts, *given)
-        # Between two equal knots there is nothing to solve, and no piece that holds.
-        empty = a == b
-        ys = jax.tree.map(lambda before, rows: jnp.where(empty, before[None], rows), y, part.ys)
-        y = jax.tree.map(lambda y: y[-1], ys)
-        now = jnp.where(empty, Status.SUCCESS.value, part.status)
+        a, b, middle = ends
+        within = between(t, jnp.minimum(a, b), jnp.maximum(a, b))
+        ts = jnp.concatenate([a[None], within, b[None]])
+        part = solve(*split.held(split.answers(middle)), y, ts)
+        y = jax.tree.map(lambda y: y[-1], part.ys)
         fine = status == Status.SUCCESS.value
-        status = jnp.where(fine, now, status)
-        stats = jax.tree.map(lambda s, more: s + jnp.where(empty, 0, more), stats, part.stats)
-        reached = jnp.where(fine & ~empty, part.reached, reached)
-        rows = jax.tree.map(lambda y: y[1:-1], ys)
+        status = jnp.where(fine, part.status, status)
+        stats = jax.tree.map(jnp.add, stats, part.stats)
+        reached = jnp.where(fine, part.reached, reached)
+        rows = jax.tree.map(lambda y: y[1:-1], part.ys)
         return (y, status, stats, reached), (rows, part.heuristics)
 
     zero = jnp.zeros((), jnp.int32)
-    start = (y0, zero, Stats(zero, zero, zero), t[0])
-    (_, status, stats, reached), (parts, estimates) = lax.scan(
-        stretch, start, (edges[:-1], edges[1:])
-    )
+    start = (y0, zero, Stats(zero, zero, zero), lax.stop_gradient(t[0]))
+    ends = edges[:-1], edges[1:], middles(lax.stop_gradient(edges))
+    (_, status, stats, reached), (parts, estimates) = lax.scan(stretch, start, ends)
     forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
     # Row j belongs to the last stretch that starts before it (the first one has the start).
-    before = forward * edges[1:-1, None] < forward * t[None]
-    index = jnp.sum(before, axis=0)
+    index = jnp.sum(forward * edges[1:-1, None] < forward * t[None], axis=0)
     rows = jnp.arange(len(t))
-    valid = valid_times(t)
-    ys = jax.tree.map(lambda y: jnp.where(valid, y[index, rows], jnp.nan), parts)
-    status = jnp.where(valid, status, Status.BAD_INPUT.value)
-    return Solution(t, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
+    ys = jax.tree.map(lambda y: y[index, rows], parts)
+    return Solution(t_given, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
+
+
+def between(t, low, high) -> Array:
+    """t, moved onto the ends where it is beyond them; at a tie its derivative is its own."""
+    return jnp.where(t < low, low, jnp.where(t > high, high, t))
+
+
+def middles(edges) -> Array:
+    """A time inside of each stretch; of an empty one that of the last before it that is not, or of the
+    first, so that it has a piece which somebody sees."""
+    middle = (edges[:-1] + edges[1:]) / 2
+    full = edges[:-1] != edges[1:]
+    numbers = jnp.arange(len(middle))
+    last = lax.cummax(jnp.where(full, numbers, -1))
+    return middle[jnp.where(last < 0, jnp.argmax(full), last)]
 
 
 def valid_times(t):
-    """Whether the times are finite and increase, or decrease."""
+    """Whether these times are finite and go one way."""
     steps = jnp.diff(t) * jnp.sign(t[-1] - t[0])
     back_and_forth = (t[-1] == t[0]) & jnp.any(t != t[0])
     return jnp.all(jnp.isfinite(t)) & jnp.all(steps >= 0) & ~back_and_forth

@@ -44,8 +44,8 @@ _MESSAGES = {
         "y0, or func(y0, t0), is NaN or infinite. Check the initial state and func at the first time."
     ),
     Status.BAD_INPUT: (
-        "The times are not increasing (or decreasing) and finite, or a tolerance or limit is "
-        "negative or NaN."
+        "The times are not increasing (or decreasing) and finite; a tolerance or limit is negative or "
+        "NaN; `dt` is not positive and finite; or the knots of a signal decrease."
     ),
 }
 
@@ -58,7 +58,7 @@ class SolveError(RuntimeError):
         self.solution = solution
 
     def __reduce__(self):
-        return type(self), (str(self), self.solution)
+        return type(self), (*self.args, self.solution)  # for pickle and copy
 
 
 class Stats(NamedTuple):

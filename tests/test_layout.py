@@ -20,6 +20,7 @@ EXTENDS = {
     "kernels/one_call.py": "which operations one call can hold: reads a jaxpr; the mark of the call",
     "batch/vmap_rules.py": "the parts of a solve are primitives, with rules of their own",
     "batch/plans.py": "how many operations a field has: reads its jaxpr",
+    "signals.py": "signals are found in the jaxpr of func, by a primitive of their own",
     "adjoints/failed.py": "the derivatives of a failed solve are a primitive",
 }
 

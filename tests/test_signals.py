@@ -1,7 +1,9 @@
 """Signals: the same function as other libraries', steps that end at knots, gradients to all of it."""
 
+import functools
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicHermiteSpline, interp1d
 
-from jaxode import Signal, SolveError, odeint, solve
+from jaxode import Signal, SolveError, Status, odeint, solve
+from jaxode.nn import NeuralODE
 
 KNOTS = np.array([0.0, 0.7, 1.0, 2.5, 3.0])
 VALUES = np.array([0.0, 2.0, -1.0, 3.0, 1.0])
@@ -57,10 +60,9 @@ def test_a_solve_with_a_signal_is_right_in_both_directions_of_time(kind):
 
 
 def test_aligned_steps_are_fewer():
-    signal = Signal(KNOTS, VALUES, "previous")
-    aligned = solve(driven, jnp.array(1.0), TS, signal).stats
-    by_hand = lambda t: jnp.asarray(VALUES)[jnp.searchsorted(KNOTS, t, side="right") - 1]
-    across = solve(lambda y, t: driven(y, t, by_hand), jnp.array(1.0), TS).stats
+    aligned = solve(driven, jnp.array(1.0), TS, Signal(KNOTS, VALUES, "previous")).stats
+    held = lambda t: jnp.asarray(VALUES)[jnp.searchsorted(jnp.asarray(KNOTS), t, side="right") - 1]
+    across = solve(lambda y, t: driven(y, t, held), jnp.array(1.0), TS).stats
     assert 2 * int(aligned.evaluations) < int(across.evaluations)
     assert int(aligned.rejected) <= 2 < int(across.rejected)
 
@@ -126,3 +128,372 @@ def test_the_estimates_of_all_stretches_are_summed_and_no_times_give_no_outputs(
     whole = solve(driven, jnp.array(1.0), TS, signal, **options).heuristics
     assert float(whole.error) > 0 and float(whole.stiffness) > 0
     assert odeint(driven, jnp.array(1.0), jnp.zeros(0), signal).shape == (0,)
+
+
+# What a signal is made of.
+
+
+@pytest.mark.parametrize(
+    "us", [[0, 10], np.array([0, 10]), np.array([0, 10], np.int8), [np.int64(0), np.int64(10)]]
+)
+@pytest.mark.parametrize("ts", [[0, 10], np.array([0, 10], np.int16), [0.0, 10.0]])
+@pytest.mark.parametrize(
+    "kind, at_5, area", [("linear", 5, 50), ("previous", 0, 0), ("cubic", 5, 50)]
+)
+def test_integers_become_floats(ts, us, kind, at_5, area):
+    for lift in (lambda x: x, jnp.asarray):
+        signal = Signal(lift(ts), lift(us), kind)
+        assert float(signal(5.0)) == at_5 == float(signal(5))
+        ys = odeint(lambda y, t, u: u(t), jnp.array(0.0), [0, 10], signal)
+        np.testing.assert_allclose(ys, [0, area], atol=1e-9)
+
+
+def test_booleans_and_traced_integers_become_floats():
+    assert float(Signal([False, True], [True, False])(0.25)) == 0.75
+    traced = jax.jit(lambda ts, us, t: Signal(ts, us)(t))
+    assert float(traced(jnp.array([0, 10]), jnp.array([0, 10]), jnp.array(5))) == 5
+    batch = jax.vmap(traced, (None, 0, None))
+    us = jnp.array([[0, 10], [10, 0], [1, 2]])
+    np.testing.assert_array_equal(batch(jnp.array([0, 10]), us, jnp.array(5.0)), [5, 5, 1.5])
+    slope = jax.grad(lambda a: Signal([0, a], [0, 10])(1.0))(4.0)  # 10 / a
+    np.testing.assert_allclose(slope, -10 / 16)
+
+
+def test_a_signal_can_be_asked_at_many_times_at_once():
+    signal = Signal(KNOTS, np.stack([VALUES, -VALUES], 1))
+    ts = np.array([[0.1, 0.7], [2.0, 9.0]])
+    expected = np.stack([np.interp(ts, KNOTS, VALUES), -np.interp(ts, KNOTS, VALUES)], -1)
+    np.testing.assert_allclose(signal(ts), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("ts", [["a", "b"], [None, 1.0], [[1, 2], [3]], [0.0, 1j]])
+def test_what_are_no_numbers_is_refused(ts):
+    with pytest.raises(TypeError, match="`ts` of a signal"):
+        Signal(ts, [0.0, 1.0])
+    with pytest.raises(TypeError, match="`us` of a signal"):
+        Signal([0.0, 1.0], ["a", "b"])
+
+
+def test_knots_that_a_dtype_cannot_tell_apart_are_refused_with_the_remedy():
+    ts = np.array([1.7e9, 1.7e9 + 10, 1.7e9 + 20])
+    assert float(Signal(ts, [0, 1, 2])(ts[0] + 5)) == 0.5
+    with jax.enable_x64(False), pytest.raises(ValueError, match="subtract the same number"):
+        Signal(ts, [0, 1, 2])
+    with jax.enable_x64(False):
+        assert float(Signal(ts - ts[0], [0, 1, 2])(5.0)) == 0.5
+        Signal(np.linspace(0, 1, 1_000_001), np.zeros(1_000_001))  # as good as float32 can be
+
+
+# Wherever it lives.
+
+
+class Driven(eqx.Module):
+    drive: Signal
+
+    def __call__(self, y, t):
+        return self.drive(t) - 0 * y
+
+
+@eqx.filter_jit
+def compiled_before(y, t, u):
+    return u(t) - 0 * y
+
+
+def choosing(signal):
+    return lambda y, t: jax.lax.cond(t < 4, lambda: signal(t), lambda: 0 * y)
+
+
+def rebuilt(signal):
+    return lambda y, t: Signal(signal.ts, jnp.abs(signal.us), "previous")(t) - 0 * y
+
+
+HOMES = {
+    "args": lambda u: (lambda y, t, u: u(t) - 0 * y, u),
+    "a module in args": lambda u: (lambda y, t, m: m(y, t), Driven(u)),
+    "a module": lambda u: (Driven(u),),
+    "a closure": lambda u: (lambda y, t: u(t) - 0 * y,),
+    "a partial": lambda u: (functools.partial(lambda y, t, u: u(t) - 0 * y, u=u),),
+    "a compiled function": lambda u: (compiled_before, u),
+    "a checkpoint": lambda u: (jax.checkpoint(lambda y, t: u(t) - 0 * y),),
+    "a branch": lambda u: (choosing(u),),
+    "made by func": lambda u: (rebuilt(u),),
+    "a vmap": lambda u: (lambda y, t: jax.vmap(lambda s: s * u(t))(jnp.ones(1, y.dtype))[0],),
+    "a derivative": lambda u: (lambda y, t: jax.grad(lambda y: u(t) * y)(y),),
+}
+PULSE = np.array([0.0, 1.0, 1.1, 5.0])  # of height 10 and width 0.1: a solve steps over it
+
+
+@pytest.mark.parametrize(
+    "home, dtype", [*((h, "float64") for h in HOMES), ("a closure", "float32")]
+)
+def test_a_pulse_is_not_missed_wherever_the_signal_lives(home, dtype):
+    def end(ts, us):
+        func, *args = HOMES[home](Signal(ts, us, "previous"))
+        return odeint(func, jnp.zeros((), dtype), [0.0, 3.0], *args)[-1]
+
+    ts, us = jnp.asarray(PULSE, dtype), jnp.array([0, 10, 0, 0], dtype)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-5)
+    close(end(ts, us), 1)
+    grads = jax.jit(jax.grad(end, (0, 1)))
+    by_ts, by_us = grads(ts, us)
+    close(by_ts, [0, -10, 10, 0])
+    close(by_us, [1, 0.1, 1.9, 0])
+    batch = jnp.stack([ts, ts + 0.5]), jnp.stack([us, 2 * us])
+    by_ts, by_us = jax.vmap(grads)(*batch)
+    close(by_ts, [[0, -10, 10, 0], [0, -20, 20, 0]])
+    close(by_us, [[1, 0.1, 1.9, 0], [1.5, 0.1, 1.4, 0]])
+
+
+def test_a_neural_ode_has_a_signal_in_its_field():
+    layer = NeuralODE(Driven(Signal(PULSE, [0, 10, 0, 0], "previous")))
+    ys = layer.solve(jnp.arange(3.0), [0.0, 1.05, 3.0]).ys
+    np.testing.assert_allclose(ys, np.arange(3.0) + np.array([[0], [0.5], [1]]), atol=1e-7)
+    grads = eqx.filter_grad(lambda layer: layer.solve(jnp.array(0.0), [0.0, 3.0]).ys[-1])(layer)
+    np.testing.assert_allclose(grads.field.drive.ts, [0, -10, 10, 0], atol=1e-6)
+    np.testing.assert_allclose(grads.field.drive.us, [1, 0.1, 1.9, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve", "direct", "forward"])
+def test_every_adjoint_reaches_a_signal_that_is_closed_over(adjoint):
+    def end(us):
+        u = Signal(KNOTS, us, "previous")
+        options = dict(adjoint=adjoint, max_steps=500, rtol=1e-9, atol=1e-9)
+        return odeint(lambda y, t: u(t) - y, jnp.array(0.0), [0.0, 3.0], **options)[-1]
+
+    derivative = jax.jacfwd if adjoint == "forward" else jax.jacrev
+    expected = [*np.diff(np.exp(KNOTS - 3)), 0]
+    np.testing.assert_allclose(derivative(end)(jnp.array(VALUES)), expected, rtol=1e-4)
+
+
+def test_func_is_traced_once_with_a_signal_and_without():
+    signal, traces = Signal(KNOTS, VALUES), []
+
+    def func(y, t, u):
+        traces.append(1)
+        return u(t) - y
+
+    for u in (signal, jnp.cos):
+        traces.clear()
+        odeint(func, jnp.array(1.0), TS, u)
+        assert len(traces) == 1
+
+
+def test_a_second_call_compiles_nothing():
+    compiled = []
+    seen = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    for scale in (1.0, 2.0):
+        compiled.clear()
+        odeint(
+            lambda y, t, u: u(t) - jnp.tanh(y), jnp.array(scale), TS, Signal(KNOTS, scale * VALUES)
+        )
+        Signal(KNOTS, scale * VALUES)(scale)
+    assert not compiled
+
+
+def test_effects_of_func_stay_in_the_solve():
+    seen, signal = [], Signal([0, 1, 2], [0, 1, 0])
+
+    def func(y, t):
+        jax.debug.callback(lambda t: seen.append(float(t)), t)
+        return signal(t) - y
+
+    jax.block_until_ready(odeint(func, jnp.array(0.0), [0.0, 2.0]))
+    jax.effects_barrier()
+    assert min(seen) == 0 and max(seen) == 2 and len(seen) > 10
+
+
+# Asked at another time than t.
+
+SHIFTED = {
+    "a delay": (lambda u, t: u(t - 1.0), [0, 0, 0.5, 1]),
+    "a lead": (lambda u, t: u(t + 0.5), [0, 1, 1, 1]),
+    "another unit": (lambda u, t: u(t / 2), [0, 0, 0.5, 2]),
+    "backwards": (lambda u, t: u(2.1 - t), [0, 0.5, 1, 1]),
+    "a delay cut off": (lambda u, t: u(jnp.maximum(t - 1, 0.0)), [0, 0, 0.5, 1]),
+    "a time cut off": (lambda u, t: u(jnp.clip(t, 0.0, 1.05)), [0, 0.5, 10.5, 15]),
+    "two delays": (lambda u, t: u(t) * u(t - 0.05), [0, 0, 5, 5]),
+    "a window": (lambda u, t: u(t - jnp.arange(2.0)).sum(), [0, 0.5, 1.5, 2]),
+    "compiled": (lambda u, t: jax.jit(lambda t: u(t - 1.0))(t), [0, 0, 0.5, 1]),
+}
+
+
+@pytest.mark.parametrize("case", SHIFTED)
+def test_a_signal_of_an_affine_time_is_aligned_too(case):
+    asked, expected = SHIFTED[case]
+    signal, y0 = Signal(PULSE, [0, 10, 0, 0], "previous"), jnp.array(0.0)
+    for end in (False, True):
+        ts = np.array([0.0, 1.05, 2.05, 2.5])
+        ys = odeint(lambda y, t: asked(signal, t), y0, ts[::-1] if end else ts)
+        exact = np.array(expected, float)
+        exact = (exact - exact[-1])[::-1] if end else exact
+        np.testing.assert_allclose(ys, exact, atol=1e-6)
+
+
+def test_the_derivative_of_a_delay_is_right():
+    signal = Signal(PULSE, [0, 10, 0, 0], "previous")
+    end = lambda d: odeint(lambda y, t: signal(t - d), jnp.array(0.0), [0.0, 1.05])[-1]
+    np.testing.assert_allclose(jax.grad(end)(0.02), -10, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(end))(jnp.array([0.02, 0.04])), -10, rtol=1e-6)
+
+
+def test_a_signal_of_the_state_or_of_a_periodic_time_has_its_right_value():
+    table = Signal([0, 1, 2], [1.0, 2.0, 0.0])  # dy/dt = 1 + y up to 1, then 4 - 2 y
+    ys = odeint(lambda y, t: table(y), jnp.array(0.0), [0.0, 0.5, np.log(2), 1.5])
+    later = 2 - np.exp(-2 * (1.5 - np.log(2)))
+    np.testing.assert_allclose(ys, [0, np.exp(0.5) - 1, 1, later], rtol=1e-5)
+    wave = Signal([0, 1, 2], [0.0, 1.0, 0.0])
+    ys = odeint(lambda y, t: wave(t % 2.0), jnp.array(0.0), [0.0, 2.0, 5.0], hmax=0.1)
+    np.testing.assert_allclose(ys, [0, 1, 2.5], rtol=1e-5)
+
+
+def test_a_signal_in_a_scan_or_a_custom_rule_has_its_right_value():
+    signal = Signal(PULSE, [0, 10, 0, 0], "previous")
+
+    @jax.custom_jvp
+    def custom(t):
+        return signal(t)
+
+    custom.defjvp(lambda t, dt: (custom(*t), 0 * dt[0]))
+    scan = lambda t: jax.lax.scan(lambda c, x: (c + x * signal(t), None), 0.0, jnp.ones(2) / 2)[0]
+    for inside in (custom, scan):
+        field = lambda y, t, inside=inside: inside(t) + 0 * y
+        ys = odeint(field, jnp.array(0.0), [0.0, 3.0], hmax=0.05)
+        np.testing.assert_allclose(ys[-1], 1, rtol=1e-5)
+
+
+# Knots and values of all sorts.
+
+
+@pytest.mark.parametrize("ends", [(0.0, 3.0), (3.0, 0.0), (-1.0, 4.0), (0.5, 0.5)])
+@KINDS
+def test_a_knot_at_an_end_of_the_solve_has_its_derivative(ends, kind):
+    # The value is the integral of a signal that is 1: no knot matters, whatever it coincides with.
+    def end(ts, us, t):
+        return odeint(lambda y, t: Signal(ts, us, kind)(t), jnp.array(0.0), t)[-1]
+
+    ts, us, t = jnp.array([0.0, 1.0, 3.0]), jnp.ones(3), jnp.array(ends)
+    by_ts, by_us, by_t = jax.grad(end, (0, 1, 2))(ts, us, t)
+    np.testing.assert_allclose(by_ts, 0, atol=1e-12)
+    np.testing.assert_allclose(by_us.sum(), ends[1] - ends[0], atol=1e-9)
+    np.testing.assert_allclose(by_t, [-1, 1], atol=1e-9)
+
+
+def relaxed(ts, us, t, kind="linear"):
+    return solve(lambda y, t, u: u(t) - y, jnp.zeros((), us.dtype), t, Signal(ts, us, kind))
+
+
+RAGGED = {
+    "repeated knots": ([0, 2, 2, 2], [0, 4, 4, 4], [0, 2, 4]),
+    "infinite knots": ([0, 2, np.inf, np.inf], [0, 4, 4, 4], [0, 2, 4]),
+    "NaN after": ([0, 2, 3, 4], [0, 4, np.nan, np.nan], [0, 1, 2]),
+    "NaN before": ([-2, -1, 0, 2], [np.nan, np.nan, 0, 4], [0, 1, 2]),
+    "NaN on both sides": ([-2, -1, 0, 2, 3], [np.nan, np.nan, 0, 4, np.nan], [0, 1, 2]),
+    "knots before": ([-3, -2, 0, 2], [5, 0, 0, 4], [0, 2, 4]),
+    "knots after": ([0, 2, 6, 7], [0, 4, 4, 9], [0, 2, 4]),
+    "one knot within": ([0, 2, 2], [0, 4, 4], [1, 3]),
+}
+
+
+@pytest.mark.parametrize(
+    "case, backwards, dtype",
+    [
+        *((case, False, "float64") for case in RAGGED),
+        *((case, True, "float64") for case in ("repeated knots", "NaN on both sides")),
+        ("repeated knots", False, "float32"),
+    ],
+)
+def test_ragged_signals_are_right_and_have_finite_gradients(case, backwards, dtype):
+    knots, values, t = RAGGED[case]
+    t = np.array(t[::-1] if backwards else t, dtype)
+    ts, us = jnp.array(knots, dtype), jnp.array(values, dtype)
+
+    def exact(t, y, s):  # y' = min(2 t, 4) - y from y at time s
+        if s > t:
+            return float(
+                solve_ivp(
+                    lambda t, y: min(2 * t, 4) - y,
+                    (s, t),
+                    [y],
+                    rtol=1e-10,
+                    atol=1e-10,
+                    max_step=0.1,
+                ).y[0, -1]
+            )
+        ramp = lambda t, y, s: 2 * (t - 1) + (y - 2 * (s - 1)) * np.exp(s - t)
+        if t <= 2:
+            return ramp(t, y, s)
+        y, s = (ramp(2, y, s), 2) if s < 2 else (y, s)
+        return 4 + (y - 4) * np.exp(s - t)
+
+    expected = [exact(x, 0.0, t[0]) for x in t]
+    tolerance = dict(rtol=2e-5, atol=2e-5) if dtype == "float32" else dict(rtol=1e-6, atol=1e-7)
+    solution = relaxed(ts, us, t)
+    assert int(solution.status) == Status.SUCCESS
+    np.testing.assert_allclose(solution.ys, expected, **tolerance)
+    total = lambda ts, us, t: relaxed(ts, us, t).ys.sum()
+    grads = jax.jit(jax.grad(total, (0, 1, 2)))(ts, us, jnp.asarray(t))
+    assert all(np.all(np.isfinite(grad)) for grad in grads)
+    if case == "repeated knots":
+        batch = jax.vmap(jax.grad(total, (0, 1, 2)), (0, 0, None))
+        many = batch(jnp.stack([ts, ts]), jnp.stack([us, us]), jnp.asarray(t))
+        for grad, of_many in zip(grads, many):
+            np.testing.assert_allclose(of_many[1], grad, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+def test_a_padded_signal_has_the_gradient_of_the_one_that_is_not(kind):
+    total = lambda ts, us: relaxed(ts, us, jnp.array([0.0, 2.0, 4.0]), kind).ys.sum()
+    ts, us = jnp.array([0.0, 0.5, 2.0]), jnp.array([0.0, 3.0, 4.0])
+    by_ts, by_us = jax.grad(total, (0, 1))(ts, us)
+    pad = lambda x: jnp.concatenate([x, x[-1:], x[-1:]])
+    padded = lambda ts, us: total(pad(ts), pad(us))
+    for found, right in zip(jax.grad(padded, (0, 1))(ts, us), (by_ts, by_us)):
+        np.testing.assert_allclose(found, right, atol=1e-6)
+    np.testing.assert_allclose(padded(ts, us), total(ts, us), rtol=1e-7)
+
+
+def test_equal_knots_make_a_jump():
+    for kind in ("linear", "cubic"):
+        signal = Signal([0, 1, 1, 2], [0.0, 2.0, 5.0, 5.0], kind)
+        np.testing.assert_allclose(signal(jnp.array([0.5, 1.0, 1.5])), [1, 5, 5])
+        ys = odeint(lambda y, t, u: u(t), jnp.array(0.0), [0.0, 1.0, 2.0], signal)
+        np.testing.assert_allclose(ys, [0, 1, 6], atol=1e-8)
+
+
+def test_knots_of_two_signals_may_be_a_rounding_apart(dtype):
+    step = np.array([0, 0.3, 1], dtype)
+    apart = step.copy()
+    apart[1] = np.nextafter(apart[1], step[2])
+    one, two = (Signal(ts, np.array([1, 2, 3], dtype), "previous") for ts in (step, apart))
+    ys = odeint(lambda y, t: one(t) + two(t), jnp.zeros((), dtype), [0.0, 1.0])
+    np.testing.assert_allclose(ys[-1], 3.4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "knots, t",
+    [
+        ([0.0, 2.0, 3.0, 4.0], [0.0, 2.0, 1.0]),
+        ([0.0, 2.0, 3.0, 4.0], [0.0, 2.0, 0.0]),
+        ([0.0, 2.0, 3.0, 4.0], [0.0, np.nan, 2.0]),
+        ([0.0, 2.0, 3.0, 4.0], [0.0, 1.0, np.inf]),
+        ([0.0, 3.0, 2.0, 4.0], [0.0, 1.0, 2.0]),
+        ([0.0, np.nan, 3.0, 4.0], [0.0, 1.0, 2.0]),
+    ],
+)
+def test_traced_times_or_knots_out_of_order_are_bad_input(knots, t):
+    us = jnp.array([0.0, 1.0, 2.0, 1.0])
+    solution = jax.jit(relaxed)(jnp.array(knots), us, jnp.array(t))
+    assert Status(int(solution.status)) == Status.BAD_INPUT and np.all(np.isnan(solution.ys))
+    loss = lambda ts, us, t: relaxed(ts, us, t).ys[0]
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(jnp.array(knots), us, jnp.array(t))
+    assert all(np.all(np.isnan(grad)) for grad in grads)
+    ts = jnp.array([knots, [0.0, 1.0, 2.0, 3.0]])
+    batch = jax.vmap(relaxed, (0, None, 0))(ts, us, jnp.array([t, [0.0, 1.0, 2.0]]))
+    assert list(batch.status) == [Status.BAD_INPUT, Status.SUCCESS]
+
+
+def test_rows_before_a_failure_have_no_gradient_either():
+    pole = lambda y, t, u: u(t) * y**2
+    loss = lambda us: odeint(pole, jnp.array(1.0), [0.0, 0.5, 2.0], Signal([0, 0.7, 3], us))[1]
+    assert np.all(np.isnan(jax.jit(jax.grad(loss))(jnp.ones(3))))

@@ -187,8 +187,8 @@ def on_forcing(settings):
     for _ in range(200):
         us, slots = step(us, slots)
     aligned = solve(forced, jnp.zeros(2), ts, Signal(knots, truth, "previous")).stats
-    drive = lambda t: jnp.asarray(truth)[jnp.searchsorted(knots, t, side="right") - 1]
-    crossing = solve(lambda y, t: forced(y, t, drive), jnp.zeros(2), ts).stats
+    held = lambda t: jnp.asarray(truth)[jnp.searchsorted(knots, t, side="right") - 1]
+    crossing = solve(lambda y, t: forced(y, t, held), jnp.zeros(2), ts).stats
     error = float(jnp.sqrt(jnp.mean((us[:-1] - truth[:-1]) ** 2)))
     return {
         "error of the drive": error,

@@ -1,0 +1,189 @@
+"""At the door: arguments that would give plausible numbers are refused, with the word to use instead."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import SolveError, Status, odeint, solve
+from jaxode.nn import NeuralODE
+
+decay = lambda y, t: -0.1 * y
+EPOCH = 1.7e9  # seconds; float32 has steps of 128 there
+
+
+# Times.
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, np.array, lambda t: [int(x) for x in t], lambda t: np.array(t, np.int64)],
+    ids=["list", "tuple", "array", "integers", "an integer array"],
+)
+@pytest.mark.parametrize("gap", [10.0, 100.0, 3600.0])
+def test_large_times_that_float32_cannot_tell_apart_are_subtracted_in_float64(form, gap, x64):
+    rate = 1 / gap
+    t = form([EPOCH, EPOCH + gap, EPOCH + 2 * gap])
+    with jax.enable_x64(x64):
+        y0 = jnp.array(1.0, jnp.float32)
+        for run in (odeint, lambda *args: jax.jit(lambda y0: odeint(args[0], y0, t))(args[1])):
+            ys = run(lambda y, _: -rate * y, y0, t)
+            np.testing.assert_allclose(ys, np.exp([0, -1, -2]), rtol=3e-6)
+        backwards = odeint(lambda y, _: -rate * y, y0, t[::-1])
+        np.testing.assert_allclose(backwards, np.exp([0, 1, 2]), rtol=3e-6)
+        fixed = odeint(lambda y, _: -rate * y, y0, t, method="rk4", dt=gap / 50)
+        np.testing.assert_allclose(fixed, np.exp([0, -1, -2]), rtol=3e-6)
+        grad = jax.grad(lambda y0: odeint(lambda y, _: -rate * y, y0, t)[-1])(y0)
+        np.testing.assert_allclose(grad, np.exp(-2), rtol=3e-6)
+        many = jax.vmap(lambda y0: odeint(lambda y, _: -rate * y, y0, t)[-1])(
+            jnp.stack([y0, 2 * y0])
+        )
+        np.testing.assert_allclose(many, np.exp(-2) * np.array([1, 2]), rtol=3e-6)
+
+
+def test_equal_times_remain_equal_and_a_layer_takes_large_times_too():
+    t = [EPOCH, EPOCH + 10, EPOCH + 10, EPOCH + 20]
+    ys = odeint(decay, jnp.array(1.0, jnp.float32), t)
+    np.testing.assert_allclose(ys, np.exp([0, -1, -1, -2]), rtol=3e-6)
+    layer = NeuralODE(decay, t0=EPOCH, t1=EPOCH + 10)
+    np.testing.assert_allclose(layer(jnp.array(1.0, jnp.float32)), np.exp(-1), rtol=3e-6)
+
+
+def test_a_func_that_uses_large_times_is_told_how_to_have_them():
+    t = [EPOCH, EPOCH + 10, EPOCH + 20]
+    timed = lambda y, t: -0.1 * y * (1 + jnp.sin(t - EPOCH)).astype(y.dtype)
+    with pytest.raises(ValueError, match="begin near 0"):
+        odeint(timed, jnp.array(1.0, jnp.float32), t)
+    exact = lambda s: np.exp(-0.1 * (s + 1 - np.cos(s)))
+    ys = odeint(timed, jnp.array(1.0, jnp.float32), np.array(t), rtol=1e-6)  # float64, as it says
+    np.testing.assert_allclose(ys, exact(np.array(t) - EPOCH), rtol=1e-5)
+    shifted = lambda y, s: -0.1 * y * (1 + jnp.sin(s)).astype(y.dtype)
+    ys = odeint(shifted, jnp.array(1.0, jnp.float32), np.array(t) - EPOCH)
+    np.testing.assert_allclose(ys, exact(np.array(t) - EPOCH), rtol=1e-5)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
+        odeint(timed, jnp.array(1.0), np.array(t))
+
+
+def test_times_that_are_as_good_as_float32_are_not_refused():
+    timed = lambda y, t: jnp.cos(t).astype(y.dtype)
+    y0 = jnp.array(0.0, jnp.float32)
+    for t in (np.linspace(0, 1, 10_001), np.linspace(100, 101, 101), [-1e3, 0.0, 1e3 + 1e-3]):
+        with jax.enable_x64(False):
+            assert np.all(np.isfinite(odeint(timed, y0, t, max_steps=100_000)))
+    given = np.float32([EPOCH, EPOCH + 128, EPOCH + 256])  # float32 by choice: these are its times
+    ys = odeint(lambda y, t: -y / 128, jnp.array(1.0, jnp.float32), given)
+    np.testing.assert_allclose(ys, np.exp([0, -1, -2]), rtol=3e-6)
+
+
+# Steps of equal size.
+
+
+@pytest.mark.parametrize("dt", [np.inf, np.nan, 0.0, -0.1, -np.inf])
+def test_a_step_that_is_none_is_refused_or_bad_input(dt):
+    run = lambda y0, dt: solve(decay, y0, [0.0, 1.0, 2.0], method="rk4", dt=dt)
+    with pytest.raises(ValueError, match="`dt` must be positive and finite"):
+        run(1.0, dt)
+    with pytest.raises(ValueError, match="`dt` must be positive and finite"):
+        jax.jit(lambda y0, t: solve(decay, y0, t, method="rk4", dt=dt))(1.0, jnp.arange(3.0))
+    solution = jax.jit(run)(1.0, dt)
+    assert Status(int(solution.status)) == Status.BAD_INPUT and np.all(np.isnan(solution.ys))
+    assert np.isnan(jax.jit(jax.grad(lambda y0, dt: run(y0, dt).ys[0]))(1.0, dt))
+    many = jax.vmap(run, (None, 0))(1.0, jnp.array([dt, 0.1]))
+    assert list(many.status) == [Status.BAD_INPUT, Status.SUCCESS]
+    np.testing.assert_allclose(many.ys[1], np.exp([0, -0.1, -0.2]), rtol=1e-6)
+
+
+def test_a_traced_step_takes_as_many_steps_as_one_that_is_known(dtype):
+    y0 = jnp.array(1.0, dtype)
+    for dt in (0.1, 0.3, 5.0, 0.001):
+        run = lambda dt: solve(decay, y0, [0.0, 1.0], method="euler", dt=dt)
+        assert int(run(dt).stats.accepted) == int(jax.jit(run)(dt).stats.accepted)
+
+
+@pytest.mark.parametrize("dt", [1e-12, 1e-300])
+def test_more_steps_than_can_be_counted_are_refused(dt):
+    run = lambda dt: solve(decay, 1.0, [0.0, 1.0], method="euler", dt=dt)
+    with pytest.raises(ValueError, match=r"`dt` = 1e-.* more than can be counted"):
+        run(dt)
+    assert Status(int(jax.jit(run)(dt).status)) == Status.MAX_STEPS
+
+
+# Words.
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(dt="a", method="rk4"), TypeError, "`dt` must be a number"),
+        (dict(dt=[0.1], method="rk4"), TypeError, "`dt` must be a number"),
+        (dict(dt=1j, method="rk4"), TypeError, "`dt` must be a number"),
+        (dict(max_steps=2**31), ValueError, "`max_steps` must be below"),
+        (dict(max_steps=None), ValueError, "`max_steps`"),
+        (dict(hmax=None), TypeError, "`hmax` must be a number"),
+        (dict(hmax="large"), TypeError, "`hmax` must be a number"),
+        (dict(mxstep=[1, 2]), TypeError, "`mxstep` must be a number"),
+        (dict(mxstep=np.ones(2)), TypeError, "`mxstep` must be a number"),
+        (dict(rtol="a"), TypeError, "`rtol` must hold real numbers"),
+        (dict(atol=object()), TypeError, "`atol` must hold real numbers"),
+        (dict(rtol=1j), TypeError, "`rtol` must hold real numbers"),
+        (dict(args=(1.0,)), TypeError, r"`args=`: pass them after t: solve\(func, y0, t, \*args\)"),
+        (dict(max_step=0.1), TypeError, "`hmax`"),
+        (dict(first_step=0.1), TypeError, "`hmax`"),
+        (dict(dt0=0.1), TypeError, "`dt`"),
+        (dict(events=print), TypeError, "events"),
+        (dict(jac=print), TypeError, "Jacobian"),
+        (dict(dense_output=True), TypeError, "`t`"),
+        (dict(t_eval=[1.0]), TypeError, "third argument, `t`"),
+        (dict(t_span=(0, 1)), TypeError, "third argument, `t`"),
+        (dict(saveat=1), TypeError, "third argument, `t`"),
+        (dict(stepsize_controller=1), TypeError, "`controller=jaxode.pid"),
+        (dict(solver="tsit5"), TypeError, "`method`"),
+        (dict(tcrit=[0.5]), TypeError, "jaxode.Signal"),
+        (dict(rtoll=1.0), TypeError, "Did you mean `rtol=`"),
+        (dict(whatever=1.0), TypeError, "Options: rtol, atol"),
+        (dict(method="RK45"), ValueError, "'dopri5'"),
+        (dict(method="RK23"), ValueError, "'bosh3'"),
+        (dict(method="DOP853"), ValueError, "'dop853'"),
+        (dict(method="Tsit5"), ValueError, "'tsit5'"),
+        (dict(method="Dopri5"), ValueError, "'dopri5'"),
+        (dict(method="BDF"), ValueError, "stiff"),
+        (dict(method="LSODA"), ValueError, "stiff"),
+        (dict(method="Radau"), ValueError, "stiff"),
+        (dict(method="Kvaerno5"), ValueError, "stiff"),
+    ],
+)
+def test_an_argument_that_is_none_is_named_with_what_to_write_instead(options, error, message):
+    for call in (odeint, solve):
+        with pytest.raises(error, match=message):
+            call(decay, 1.0, [0.0, 1.0], **options)
+    with pytest.raises(error, match=message):
+        jax.jit(lambda y0: odeint(decay, y0, jnp.arange(2.0), **options))(1.0)
+
+
+def test_missing_times_are_named():
+    with pytest.raises(TypeError, match="third argument, `t`"):
+        solve(decay, 1.0, t_span=(0.0, 1.0))
+    with pytest.raises(TypeError, match="`t` are missing"):
+        odeint(decay, 1.0)
+
+
+def test_a_solver_object_of_another_library_is_named():
+    diffrax = pytest.importorskip("diffrax")
+    with pytest.raises(TypeError, match="'tsit5'"):
+        solve(decay, 1.0, [0.0, 1.0], method=diffrax.Tsit5())
+
+
+@pytest.mark.parametrize(
+    "again", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy]
+)
+def test_a_solve_error_can_be_pickled_and_copied(again):
+    with pytest.raises(SolveError) as caught:
+        solve(lambda y, t: y**2, 1.0, [0.0, 0.5, 2.0])
+    error = again(caught.value)
+    assert type(error) is SolveError and str(error) == str(caught.value)
+    assert int(error.solution.status) == int(caught.value.solution.status)
+    np.testing.assert_array_equal(error.solution.ys, caught.value.solution.ys)
