@@ -71,7 +71,7 @@ class Part:
 
     def evaluate(self, *leaves, **of):
         """Outside of `jit`: as a program of its own; with JAX's `disable_jit` as it stands."""
-        if jax.config.read("jax_disable_jit"):
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return self.run("other", *leaves, **of)
         return compiled(self, tuple(of.items()), *leaves)
 
