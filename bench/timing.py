@@ -54,13 +54,17 @@ def time_in_turn(compiled, *args, rounds=15, least=0.02) -> dict[str, Seconds]:
     return {name: Seconds.of(times) for name, times in samples.items()}
 
 
+def off(answer, reference) -> float:
+    """How far an answer is off, relative to the largest number in it; the worst of its arrays."""
+    pairs = zip(jax.tree.leaves(answer), jax.tree.leaves(reference))
+    errors = [jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))) for a, b in pairs]
+    return float(jnp.max(jnp.stack(errors)))
+
+
 def check(compiled, args, reference, tolerance):
     """No program is timed on a wrong answer."""
     for name, program in compiled.items():
-        error = max(
-            float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))))
-            for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(reference))
-        )
+        error = off(program(*args), reference)
         assert error < tolerance, f"{name} is off by {error:.1e}"
 
 
