@@ -178,7 +178,7 @@ def gray_scott_work():
 
 
 def network_work(one_state):
-    """The weights of a network's gradient, in float32: 128 samples under `jax.vmap`, or one state."""
+    """The weights of a network's field, in float32: 128 samples under `jax.vmap`, or one state."""
     sizes, single = (2, 64, 64, 2), jnp.float32
     keys = jax.random.split(jax.random.key(0), len(sizes))
     weights = [
@@ -228,7 +228,9 @@ WORKS = {
 
 
 def program(work, solve, gradient):
-    """The work by one library's solve, as a function of x."""
+    """The work by a solve, or by that of a library of this name, as a function of x."""
+    if isinstance(solve, str):
+        solve = solver(solve, gradient, work.lanes)
     one = forward = work.outputs(partial(solve, tolerance=work.tolerance))
     if gradient:
         derive = jax.value_and_grad if work.value else jax.grad
@@ -302,8 +304,7 @@ def work_rows(group=None, only="", quick=False):
         for way, names in in_programs(work):
             gradient = way == "gradient"
             compiled = {
-                n: jax.jit(program(work, solver(n, gradient), gradient)).lower(work.x).compile()
-                for n in names
+                n: jax.jit(program(work, n, gradient)).lower(work.x).compile() for n in names
             }
             for peer, ways in more.items():
                 compiled[peer] = ways[way]
@@ -352,9 +353,9 @@ def cold(name, library, way):
         lambda solve: lambda y0: solve(lambda y, t: -y, y0, jnp.linspace(0, 1, 3)), jnp.ones(2)
     )
     for gradient in (False, True):
-        jax.jit(program(tiny, solver(library, gradient), gradient)).lower(tiny.x).compile()
+        jax.jit(program(tiny, library, gradient)).lower(tiny.x).compile()
     work, gradient = works()[name](), way == "gradient"
-    function = program(work, solver(library, gradient), gradient)
+    function = program(work, library, gradient)
     began = time.perf_counter()
     jax.jit(function).lower(work.x).compile()
     yield time.perf_counter() - began

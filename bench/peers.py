@@ -53,9 +53,9 @@ SOLVERS = {
 }
 
 
-def solver(name, gradient):
-    """The function of SOLVERS, in the form that is fastest for the pass it is asked for."""
-    if name == "tinydiffeq" and not gradient:
+def solver(name, gradient, lanes):
+    """The function of SOLVERS, in the form that is fastest for what it is asked."""
+    if name == "tinydiffeq" and not gradient and not lanes:  # under vmap it takes 26 times as long
         return functools.partial(with_tinydiffeq, loop="forward")
     return SOLVERS[name]
 

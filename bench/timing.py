@@ -24,15 +24,20 @@ def compile_in_turn(make, *args, rounds=3):
 
 
 class Seconds(float):
-    """A median, and the spread about it: half of the range between the quartiles, relative."""
+    """A median, and the spread about it: half of the range between the quartiles, relative.
 
-    spread: float
+    One sample has no spread.
+    """
+
+    spread: float | None
 
     @classmethod
     def of(cls, samples):
         middle = cls(statistics.median(samples))
-        low, _, high = statistics.quantiles(samples) if len(samples) > 1 else samples * 3
-        middle.spread = (high - low) / 2 / middle
+        middle.spread = None
+        if len(samples) > 1:
+            low, _, high = statistics.quantiles(samples)
+            middle.spread = (high - low) / 2 / middle
         return middle
 
 
@@ -70,5 +75,7 @@ def check(compiled, args, reference, tolerance):
 
 def row(work, seconds, unit):
     """A line of the table: seconds of each library (or ratios, if the unit is "times")."""
-    spread = {name: s.spread for name, s in seconds.items() if isinstance(s, Seconds)}
+    spread = {
+        name: s.spread for name, s in seconds.items() if getattr(s, "spread", None) is not None
+    }
     return {"work": work, "unit": unit, "seconds": seconds, "spread": spread}
