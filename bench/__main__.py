@@ -449,7 +449,7 @@ def main():
     (HERE / "results.json").write_text(text)
     draw(results)
     how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
-    how += ", and of the everyday works once, each in a fresh process"
+    how += f", and of the everyday works medians of {options.cold_runs}, each in a fresh process"
     write_readme(f"{table(results)}\n\n{how}: {versions()}.")
 
 
