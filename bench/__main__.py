@@ -3,13 +3,17 @@
 Each row solves the same problem with the same method, order and tolerance, is checked against a
 reference before it is timed, and is reported as a ratio of warm medians taken in turn. The table is
 printed, and written to bench/results.json and, between two marks, into README.md.
+
+`python -m bench single lanes` runs two of the groups, and `python -m bench everyday --rows Lorenz` some
+works of one: those are printed, and written nowhere but to the file that --save names. `--quick` is
+one round of each of the works of `bench.everyday`. `--list` names the groups.
 """
 
+import argparse
 import json
 import platform
-import sys
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import diffrax
@@ -24,7 +28,8 @@ from scipy.integrate import solve_ivp
 
 import jaxode
 from bench.ensembles import ensemble_rows
-from bench.everyday import eager_rows, everyday_rows, other_rows
+from bench.everyday import WORKS, cold_rows, eager_rows, work_rows
+from bench.peers import OPTIONAL
 from bench.shards import shard_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
 from jaxode.nn import MLPField
@@ -38,9 +43,15 @@ PEERS = {
     "LSODA": "scipy LSODA",
     "plain vmap": "a plain vmap",
     "C": "C",
-    "gradsolve": "gradsolve",
     "tinydiffeq": "tinydiffeq",
+    "gradsolve": "gradsolve, steps given",
     "torchdiffeq": "torchdiffeq",
+    "torchode": "torchode",
+}
+EVERYDAY = {
+    **{group: partial(work_rows, group) for group in WORKS},
+    "cold": cold_rows,
+    "eager": eager_rows,
 }
 
 
@@ -293,6 +304,11 @@ def memory_rows():
         yield row(f"gradient memory, 10,000 steps over 100, {adjoint}", over, "times")
 
 
+def times(ratio) -> str:
+    """With two digits at least, also where we lose."""
+    return f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}"
+
+
 def shown(result) -> list[str]:
     """A line of the table: our time with its spread, and how many times longer each peer takes."""
     scale = {"ms": 1e3, "s": 1.0, "times": 1.0}[result["unit"]]
@@ -300,7 +316,7 @@ def shown(result) -> list[str]:
     digits = {"ms": ".3g", "s": ".2f", "times": ".2f"}[result["unit"]]
     peers = [
         "" if name not in result["seconds"]
-        else f"{result['seconds'][name] / ours:.1f}x" if result["unit"] != "times"
+        else f"{times(result['seconds'][name] / ours)}x" if result["unit"] != "times"
         else f"{result['seconds'][name]:.1f} times"
         for name in PEERS
     ]  # fmt: skip
@@ -316,24 +332,38 @@ def table(results) -> str:
 
 
 def draw(results) -> None:
-    """How many times as long as jaxode each peer takes, a row of dots for every line of the table."""
-    rows = [r for r in results if r["unit"] != "times" and len(r["seconds"]) > 1][::-1]
-    figure, axis = plt.subplots(figsize=(10, 0.3 * len(rows) + 1.4), layout="constrained")
-    for i, (name, label) in enumerate(PEERS.items()):
-        ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
-        points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
-        axis.plot(*zip(*points), "osD^v<>Pp"[i], label=label.removesuffix(" takes"), ms=6)
-    axis.axvline(1, color="#444444", lw=1)
-    axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
-    axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
-    axis.grid(axis="y", color="#dddddd")
-    figure.legend(loc="outside upper center", ncols=len(PEERS))
-    figure.savefig(HERE / "results.png", dpi=110)
+    """How many times as long as jaxode each peer takes, a row of dots for every line of the table.
+
+    Running on the left, compilation on the right.
+    """
+    compared = [r for r in results if r["unit"] != "times" and len(r["seconds"]) > 1][::-1]
+    sides = [[r for r in compared if ("compile" in r["work"]) == side] for side in (False, True)]
+    height = 0.26 * max(map(len, sides)) + 1.6
+    figure, axes = plt.subplots(1, 2, figsize=(19, height), layout="constrained")
+    for axis, rows in zip(axes, sides):
+        for marker, (name, label) in zip("osD^v<>PX*d", PEERS.items()):
+            ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
+            points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
+            x, y = zip(*points) if points else ((), ())
+            axis.plot(x, y, marker, label=label.removesuffix(" takes"), ms=6)
+        axis.axvline(1, color="#444444", lw=1)
+        axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
+        axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
+        axis.grid(axis="y", color="#dddddd")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(PEERS))
+    figure.savefig(HERE / "results.png", dpi=100)
     plt.close(figure)
 
 
 def versions() -> str:
-    names = ("jaxode", "jax", "diffrax", "equinox", "scipy")
+    names = ["jaxode", "jax", "diffrax", "equinox", "scipy"]
+    for name in OPTIONAL:
+        try:
+            version(name)
+            names.append(name)
+        except PackageNotFoundError:
+            pass
     return (
         ", ".join(f"{n} {version(n)}" for n in names)
         + f", {platform.machine()}, "
@@ -349,47 +379,79 @@ def write_readme(text: str) -> None:
     path.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
 
 
-def show(result) -> None:
-    cells = shown(result)
-    print("  ".join(f"{x:42s}" if i == 0 else f"{x:>18s}" for i, x in enumerate(cells)), flush=True)
+STUDIES = {
+    "lorenz": lorenz_rows,
+    "classic": classic_rows,
+    "mlp": mlp_rows,
+    "flow": flow_rows,
+    "outputs": output_rows,
+    "memory": memory_rows,
+    "ensembles": ensemble_rows,
+    "shards": shard_rows,
+    **EVERYDAY,
+}
 
 
-def main(words):
-    """All rows; or, of those of `bench.everyday`, the ones with some of the words, and nothing is written."""
-    jax.config.update("jax_enable_x64", True)
-    if words:
-        for result in everyday_rows(words):
-            show(result)
+def parsed():
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__.partition("\n")[0])
+    choices = [*STUDIES, "everyday"]
+    say = parser.add_argument
+    say("names", nargs="*", metavar="NAME", help="groups of rows: " + ", ".join(choices))
+    say("--only", nargs="+", default=[], metavar="NAME", help="the same")
+    say("--rows", default="", metavar="TEXT", help="everyday works whose names contain it")
+    say("--quick", action="store_true", help="one round of each everyday work")
+    say("--cold-runs", type=int, default=1, help="processes for each time to compile (default: 1)")
+    say("--save", type=Path, help="a file for the results of some groups")
+    say("--list", action="store_true", help="name the groups, and everyday works")
+    options = parser.parse_args()
+    options.names += options.only
+    unknown = set(options.names) - set(choices)
+    if unknown:
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(choices)}")
+    return options
+
+
+def chosen(options):
+    """The groups to run: all, unless some were named."""
+    names = options.names
+    if "everyday" in names or (options.rows and not names):
+        names = [n for n in names if n != "everyday"] + [n for n in EVERYDAY if n not in names]
+    for name in names or STUDIES:
+        rows = STUDIES[name]
+        if name in EVERYDAY:
+            rows = partial(rows, only=options.rows, quick=options.quick)
+        if name == "cold":
+            rows = partial(rows, runs=options.cold_runs)
+        yield rows
+
+
+def main():
+    options = parsed()
+    if options.list:
+        for name in STUDIES:
+            print(name, *(f"    {work}" for work in WORKS.get(name, ())), sep="\n")
         return
+    everything = not options.names and not options.rows and not options.quick
+    jax.config.update("jax_enable_x64", True)
     warm_up()
     results = []
-    studies = (
-        lorenz_rows,
-        everyday_rows,
-        eager_rows,
-        other_rows,
-        classic_rows,
-        mlp_rows,
-        flow_rows,
-        output_rows,
-        memory_rows,
-        ensemble_rows,
-        shard_rows,
-    )
-    for rows in studies:
+    for rows in chosen(options):
         for result in rows():
             results.append(result)
-            show(result)
-    (HERE / "results.json").write_text(
-        json.dumps({"versions": versions(), "results": results}, indent=1)
-    )
+            work, ours, *peers = shown(result)
+            peers = [f"{name} {cell}" for name, cell in zip(PEERS, peers) if cell]
+            print(f"{work:60s}  {ours:>18s}  " + ", ".join(peers), flush=True)
+    text = json.dumps({"versions": versions(), "results": results}, indent=1)
+    if options.save:
+        options.save.write_text(text)
+    if not everything:
+        return
+    (HERE / "results.json").write_text(text)
     draw(results)
-    how = (
-        "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of "
-        "three, and the least of two cold processes where a row has outputs"
-    )
+    how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
+    how += f", and of the everyday works medians of {options.cold_runs}, each in a fresh process"
     write_readme(f"{table(results)}\n\n{how}: {versions()}.")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -24,15 +24,20 @@ def compile_in_turn(make, *args, rounds=3):
 
 
 class Seconds(float):
-    """A median, and the spread about it: half of the range between the quartiles, relative."""
+    """A median, and the spread about it: half of the range between the quartiles, relative.
 
-    spread: float
+    One sample has no spread.
+    """
+
+    spread: float | None
 
     @classmethod
     def of(cls, samples):
         middle = cls(statistics.median(samples))
-        low, _, high = statistics.quantiles(samples) if len(samples) > 1 else samples * 3
-        middle.spread = (high - low) / 2 / middle
+        middle.spread = None
+        if len(samples) > 1:
+            low, _, high = statistics.quantiles(samples)
+            middle.spread = (high - low) / 2 / middle
         return middle
 
 
@@ -54,17 +59,23 @@ def time_in_turn(compiled, *args, rounds=15, least=0.02) -> dict[str, Seconds]:
     return {name: Seconds.of(times) for name, times in samples.items()}
 
 
+def off(answer, reference) -> float:
+    """How far an answer is off, relative to the largest number in it; the worst of its arrays."""
+    pairs = zip(jax.tree.leaves(answer), jax.tree.leaves(reference))
+    errors = [jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))) for a, b in pairs]
+    return float(jnp.max(jnp.stack(errors)))
+
+
 def check(compiled, args, reference, tolerance):
     """No program is timed on a wrong answer."""
     for name, program in compiled.items():
-        error = max(
-            float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(b))))
-            for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(reference))
-        )
+        error = off(program(*args), reference)
         assert error < tolerance, f"{name} is off by {error:.1e}"
 
 
 def row(work, seconds, unit):
     """A line of the table: seconds of each library (or ratios, if the unit is "times")."""
-    spread = {name: s.spread for name, s in seconds.items() if isinstance(s, Seconds)}
+    spread = {
+        name: s.spread for name, s in seconds.items() if getattr(s, "spread", None) is not None
+    }
     return {"work": work, "unit": unit, "seconds": seconds, "spread": spread}
