@@ -31,6 +31,17 @@ PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))
 REDUCTIONS = frozenset("reduce_and reduce_max reduce_min reduce_sum".split())
 CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split())
 MANY, SMALL = 10, 10_000  # kernels of a field, and numbers of a state
+# Finite derivatives wherever their value is finite; those of a root, say, are not.
+SMOOTH = (
+    frozenset(
+        """abs add add_any and ceil clamp concatenate convert_element_type copy cos cosh cumsum
+        broadcast_in_dim div dot_general dynamic_slice dynamic_update_slice eq erf erfc exp exp2
+        expand_dims expm1 floor ge gt integer_pow iota le log log1p logistic lt max min mul ne neg not or
+        reduce_max reduce_min reduce_sum reshape round select_n sign sin sinh square squeeze stack
+        stop_gradient sub tan tanh xor conv_general_dilated""".split()
+    )
+    | MOVES
+)
 TINY, FEW = 64, 40  # numbers of a state, and operations of a field, that are few in one call
 
 
@@ -108,6 +119,13 @@ def moved(place: Read, eqn, i: int) -> Read:
         box[axis] = (i, i + 1)
         return place._replace(box=tuple(box))
     return place._replace(moves=(*place.moves, eqn.outvars[i]))
+
+
+def derivatives_are_finite(jaxpr) -> bool:
+    """Whether the derivatives of a field are finite wherever its value is."""
+    inner = lambda eqn: all(map(derivatives_are_finite, core.jaxprs_in_params(eqn.params)))
+    known = SMOOTH | {"jit", "pjit", "closed_call", "core_call", "cond", "scan"}
+    return all(eqn.primitive.name in known and inner(eqn) for eqn in jaxpr.eqns)
 
 
 def count(jaxpr, primitives: frozenset | None) -> int:

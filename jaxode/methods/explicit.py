@@ -44,6 +44,7 @@ class Tableau(Method):
     extra_a: tuple[tuple[float, ...], ...] = ()
     e_low: tuple[float, ...] | None = None
     any_state = True
+    sums_slopes = True
 
     @property
     def estimate_sees_end(self) -> bool:  # type: ignore[override]

@@ -48,6 +48,8 @@ class Method:
         stage_count: how many states a step holds at a time, by which a batch is sized.
         any_state: whether the parts of a state are all treated alike, so that a state of several
             arrays may be handed over as one vector.
+        sums_slopes: whether a step only adds multiples of slopes, so that a step of the state with
+            its sensitivities is the derivative of the step.
     """
 
     order: int
@@ -56,6 +58,7 @@ class Method:
     inside_evaluations: int = 0
     explains: bool = False
     any_state: bool = False
+    sums_slopes: bool = False
     stage_count: int = 8
 
     def start(self, f, s, y: PyTree) -> PyTree:

@@ -31,6 +31,7 @@ class Splitting(Method):
     kick: tuple[float, ...]
     dense_order: int = 4
     error_order = None
+    sums_slopes = True
 
     def __post_init__(self):
         for name in ("drift", "kick"):
