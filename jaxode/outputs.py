@@ -201,8 +201,8 @@ class Cotangents(NamedTuple):
     folded: Any = None
 
 
-def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, d, pick):
-    """Cotangents of the rows inside a step, gathered on y and on the d_p.
+def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, inside: Callable, pick):
+    """Cotangents of the rows inside a step, gathered on y and on the d_p, which are `inside()`.
 
     `pick(row, rows_bar)` is the cotangent of a row of every solve. Returns the carry with those of
     the times added, and the next row to be met.
@@ -223,12 +223,19 @@ def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, d, pick):
         add = lambda x, more: jax.tree.map(jnp.add, x, more)
         return row - here.astype(jnp.int32), add(y_bar, y_more), add(d_bar, d_more), ss_bar
 
-    def one_each(state):
-        w = pick(jnp.maximum(state[0], 0), rows_bar)
-        return problems.each(one)(own, state[0], s, h, y, d, w, *state[1:])
+    some_passed = lambda state: jnp.any(problems.each(is_passed)(own, state[0], s))
+
+    def visit(state):
+        d = inside()
+
+        def one_each(state):
+            w = pick(jnp.maximum(state[0], 0), rows_bar)
+            return problems.each(one)(own, state[0], s, h, y, d, w, *state[1:])
+
+        return lax.while_loop(some_passed, one_each, state)
 
     zero = jax.tree.map(jnp.zeros_like, y)
-    some_passed = lambda state: jnp.any(problems.each(is_passed)(own, state[0], s))
-    begin = carry.row, zero, [zero] * len(d), carry.ss
-    row, y_bar, d_bar, ss_bar = lax.while_loop(some_passed, one_each, begin)
+    begin = carry.row, zero, [zero] * len(jax.eval_shape(inside)), carry.ss
+    # At most one turn, as in `write`: most steps have no row.
+    row, y_bar, d_bar, ss_bar = lax.while_loop(some_passed, visit, begin)
     return carry._replace(row=row, ss=ss_bar), y_bar, d_bar

@@ -271,37 +271,44 @@ def present_in(shared, mask):
     return jax.tree.map(lambda m, x: m and x is not None, mask, shared, is_leaf=lambda x: x is None)
 
 
-def gather_together(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, d):
+def gather_together(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, inside):
     """Cotangents of the rows of all lanes, one of each at a time."""
     axis = steps.problems.axis
     pick = lambda row, rows_bar: to_lanes(jax.tree.map(lambda w: w[lanes.who, row], rows_bar), axis)
-    return gather(steps.problems, lanes.own, carry, rows_bar, s, h, y, d, pick)
+    return gather(steps.problems, lanes.own, carry, rows_bar, s, h, y, inside, pick)
 
 
-def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, d):
+def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, inside):
     """The same inside of one call: a row is read where it is, by itself."""
     problems, axis = steps.problems, steps.problems.axis
     alone = problems._replace(axis=None)
 
-    def lane(j, state):
-        row, ss_bar = state[:2]
-        pick = lambda x: column(x, j, axis)
-        who = lanes.who[j]
+    is_passed = lambda integrator, f, ss, row, s: integrator.output.passed(ss, row, s)
+    some_passed = lambda state: jnp.any(problems.each(is_passed)(lanes.own, state[0], s))
 
-        def of_row(row, rows_bar):
-            zero = jnp.zeros_like(row)
-            part = lambda w: lax.dynamic_slice(
-                w, (who, row, *[zero] * (w.ndim - 2)), (1, 1, *w.shape[2:])
-            )
-            return jax.tree.map(lambda w: part(w).reshape(w.shape[2:]), rows_bar)
+    def visit(state):
+        d = inside()
 
-        mine = Cotangents(None, None, None, pick(row), pick(ss_bar))
-        mine, *bars = gather(
-            alone, pick(lanes.own), mine, rows_bar, pick(s), pick(h), pick(y), pick(d), of_row
-        )
-        return put_column(j, (mine.row, mine.ss, *bars), state, axis)
+        def lane(j, state):
+            row, ss_bar = state[:2]
+            pick = lambda x: column(x, j, axis)
+            who = lanes.who[j]
+
+            def of_row(row, rows_bar):
+                zero = jnp.zeros_like(row)
+                part = lambda w: lax.dynamic_slice(
+                    w, (who, row, *[zero] * (w.ndim - 2)), (1, 1, *w.shape[2:])
+                )
+                return jax.tree.map(lambda w: part(w).reshape(w.shape[2:]), rows_bar)
+
+            mine = Cotangents(None, None, None, pick(row), pick(ss_bar))
+            at = pick(s), pick(h), pick(y)
+            mine, *bars = gather(alone, pick(lanes.own), mine, rows_bar, *at, lambda: pick(d), of_row)
+            return put_column(j, (mine.row, mine.ss, *bars), state, axis)
+
+        return lax.fori_loop(0, len(lanes.who), lane, state)
 
     zero = jax.tree.map(jnp.zeros_like, y)
-    begin = carry.row, carry.ss, zero, [zero] * len(d)
-    row, ss_bar, y_bar, d_bar = lax.fori_loop(0, len(lanes.who), lane, begin)
+    begin = carry.row, carry.ss, zero, [zero] * len(jax.eval_shape(inside))
+    row, ss_bar, y_bar, d_bar = lax.while_loop(some_passed, visit, begin)
     return carry._replace(row=row, ss=ss_bar), y_bar, d_bar

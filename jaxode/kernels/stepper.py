@@ -110,7 +110,7 @@ class Stepper(NamedTuple):
     def back(self, own, mask, carry: Cotangents, s, y, memory, h, gathered, inside: bool):
         """The vjp of a step with the rows inside it: the cotangents before it.
 
-        `mask` says which leaves of the field are differentiated; `gathered(carry, d)` is
+        `mask` says which leaves of the field are differentiated; `gathered(carry, inside)` is
         `outputs.gather`.
         """
         if self.loops.backward:
@@ -126,7 +126,7 @@ class Stepper(NamedTuple):
         (_, _, d, _), vjp = self.vjp(own, mask, fn, (y, memory), (s, h))
         straight, d_bar = None, []
         if inside:
-            carry, straight, d_bar = gathered(carry, d)
+            carry, straight, d_bar = gathered(carry, lambda: d)
         f_bar, y_bar, memory_bar = vjp((carry.y, carry.memory, d_bar, carry.folded))
         f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
         return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
@@ -136,7 +136,7 @@ class Stepper(NamedTuple):
         ks, seen = self.stages.seen(own, s, y, memory, h, inside)
         straight, d_bar = None, None
         if inside:
-            carry, straight, d_bar = gathered(carry, self.stages.coefficients(y, h, ks))
+            carry, straight, d_bar = gathered(carry, lambda: self.stages.coefficients(y, h, ks))
         fn = lambda problems, own, *args: problems.slopes(own, *args)
         pull = lambda y, s, w: self.vjp(own, mask, fn, (y,), (s,))[1](w)
         found = self.stages.back(pull, seen, s, h, (carry.y, carry.memory), carry.f, d_bar)
