@@ -81,7 +81,9 @@ def test_there_is_a_field_for_every_rule_and_it_has_the_operation():
 
     case = cases.case_of_rules(list(cases.RULES))
     found = set(operations(cases.jax.make_jaxpr(case["func"])(case["y0"], 0.5).jaxpr))
-    assert {name.split()[0] for name in cases.RULES} <= found
+    # JAX 0.10.0 has no such operations yet.
+    newer = {"stack", "unstack", "empty2"} if cases.jax.__version__ == "0.10.0" else set()
+    assert {name.split()[0] for name in cases.RULES} - newer <= found
 
 
 @pytest.mark.parametrize("part", range(2))
