@@ -1,6 +1,7 @@
 """Imports go down: a mechanism never imports what is built on it; few files know JAX's inside."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
@@ -94,3 +95,11 @@ def test_functions_and_classes_are_short():
             lines = node.end_lineno - node.lineno + 1 - doc.count("\n")
             most = 150 if isinstance(node, ast.ClassDef) else 60
             assert lines <= most, f"{path}: {node.name} has {lines} lines"
+
+
+def test_what_the_notes_for_contributors_point_at_is_there():
+    notes = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| .*\? .*\| `(.+)` \| `(.+)` \|$", notes, re.MULTILINE)
+    assert len(rows) >= 20
+    for file, name in rows:
+        assert name in (PACKAGE.parent / file).read_text(), (file, name)

@@ -39,3 +39,9 @@ def test_the_table_of_speed_is_the_one_that_the_bench_wrote():
     works = [row["work"] for row in json.loads(results.read_text())["results"]]
     table = README.read_text().split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
     assert all(f"| {work} |" in table for work in works)
+
+
+def test_the_table_of_adjoints_is_the_one_that_the_code_has():
+    from jaxode.adjoints.names import table
+
+    assert f"\n\n{table()}\n\n" in README.read_text()

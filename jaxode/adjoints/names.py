@@ -63,6 +63,16 @@ adjoints: dict[str, Adjoint] = {
 named: dict[str, Callable] = {name: adjoint.differentiate for name, adjoint in adjoints.items()}
 
 
+def table() -> str:
+    """The adjoints as the README's table, in Markdown; the first one is the default."""
+    default = next(iter(adjoints))
+    lines = ["| `adjoint=` | gradient | memory | modes |", "|---|---|---|---|"]
+    for name, a in adjoints.items():
+        mark = " (default)" if name == default else ""
+        lines.append(f'| `"{name}"`{mark} | {a.gradient} | {a.memory} | {a.modes} |')
+    return "\n".join(lines)
+
+
 def having(**wanted: bool) -> str:
     """The names of the adjoints that can do this, for an error message.
 

@@ -58,7 +58,8 @@ ELEMENTWISE = frozenset(
 )
 MOVES = frozenset(
     """bitcast_convert_type broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims
-    gather iota optimization_barrier pad reshape rev slice split squeeze stack transpose unstack""".split()
+    empty2 gather iota optimization_barrier pad reshape rev slice split squeeze stack tile transpose
+    unstack""".split()
 )
 CALLS = frozenset(
     "while cond scan jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()

@@ -1,0 +1,108 @@
+"""A solve as one native call, against the same steps by a table, one operation at a time.
+
+What one call cannot hold ends the process (`kernels/one_call.py`): so every case is solved in a child
+process, which prints the name of each before it starts.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import one_call_cases as cases
+import pytest
+from jax.extend import core
+
+from jaxode.kernels import one_call
+
+CHILD = Path(__file__).parent / "one_call_cases.py"
+GROUP = 16  # operations of a field: compiling takes longer than linearly many would
+# Their vjps are no call: polygamma, and a scatter.
+NOT_BACKWARDS = {"digamma", "gather"}
+
+
+def solved(names, folder):
+    """The results of these cases, from a child process; an error that names the one that ended it."""
+    file = folder / "results"
+    program = [sys.executable, str(CHILD), str(file), *names]
+    root = str(CHILD.parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    child = subprocess.run(program, capture_output=True, text=True, env=env, timeout=600)
+    started = [line for line in child.stdout.splitlines() if line in names]
+    assert child.returncode == 0, (
+        f"the process ended with {child.returncode} in {(started or ['no case'])[-1]}: "
+        f"{child.stderr[-2000:]}"
+    )
+    return pickle.loads(file.read_bytes())
+
+
+def compare(name, result, tolerance=1e-9):
+    """What a case found, and what it should have found."""
+    assert not isinstance(result, str), f"{name}: {result}"
+    found, _, wanted, narrow = result
+    assert len(found) == len(wanted), name
+    near = 1e-4 if narrow else tolerance
+    for x, y in zip(found, wanted):
+        assert x.dtype == y.dtype, name
+        np.testing.assert_allclose(x, y, rtol=near, atol=near, err_msg=name)
+
+
+def groups(names):
+    """Names, some at a time; those without a vjp in one call by themselves."""
+    both = [name for name in names if name not in NOT_BACKWARDS]
+    return [both[i : i + GROUP] for i in range(0, len(both), GROUP)]
+
+
+def check_rules(groups, kinds, folder):
+    """Solve fields of these operations. If a child ends, each operation is tried alone, to name it."""
+    try:
+        found = solved([f"{kind}:{','.join(group)}" for group in groups for kind in kinds], folder)
+    except AssertionError:
+        for name in [name for group in groups for name in group]:
+            solved([f"{kind}:{name}" for kind in kinds], folder)
+        raise
+    for name, result in found.items():
+        compare(name, result, 1e-6)  # half of a field is in float32
+        calls = 2 if name.startswith("rules'") else 1  # a gradient is a forward and a backward pass
+        assert result[1] == calls, f"{name} is {result[1]} calls"
+
+
+def test_there_is_a_field_for_every_rule_and_it_has_the_operation():
+    assert set(one_call.RULES) - set(cases.NAMES) == {name.split()[0] for name in cases.RULES}
+
+    def operations(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from operations(inner)
+
+    case = cases.case_of_rules(list(cases.RULES))
+    found = set(operations(cases.jax.make_jaxpr(case["func"])(case["y0"], 0.5).jaxpr))
+    # JAX 0.10.0 has no such operations yet.
+    newer = {"stack", "unstack", "empty2"} if cases.jax.__version__ == "0.10.0" else set()
+    assert {name.split()[0] for name in cases.RULES} - newer <= found
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_every_operation_that_has_a_rule_is_solved_and_differentiated_in_one_call(part, tmp_path):
+    check_rules(groups([*cases.RULES, *cases.EDGES])[part::2], ["rules'"], tmp_path)
+
+
+def test_what_has_no_vjp_in_one_call_is_solved_in_one(tmp_path):
+    check_rules([sorted(NOT_BACKWARDS)], ["rules"], tmp_path)
+
+
+def test_what_nothing_uses_and_what_is_constant_does_no_harm(tmp_path):
+    names = [f"unused':{name}" for name in cases.UNUSED]
+    for name, result in solved(names, tmp_path).items():
+        compare(name, result)
+
+
+def test_random_fields_are_solved_and_differentiated_as_step_by_step(tmp_path):
+    """`python tests/one_call_cases.py FILE seed:10 seed:11 ...` tries more of them."""
+    names = [f"seed:{seed}" for seed in range(10)]
+    for name, result in solved(names, tmp_path).items():
+        compare(name, result)
