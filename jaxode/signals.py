@@ -281,7 +281,7 @@ def chosen(branches, i, *args, ask):
 
     def with_answers(branch):
         jaxpr, *given = opened(branch, args)
-        told = questions(jaxpr, given, ask)
+        told = [ask(*question) for question in questions(jaxpr, given)]
 
         def taken():
             answers = iter(told)
@@ -292,16 +292,17 @@ def chosen(branches, i, *args, ask):
     return lax.switch(i, list(map(with_answers, branches)))
 
 
-def questions(jaxpr, args, ask) -> list:
-    """What the signals of a jaxpr answer, in turn; nothing else of it is done."""
+def questions(jaxpr, args):
+    """What a jaxpr asks of signals, in turn: knots and times. Nothing else of it is done."""
 
-    def told(*args):
-        answers = []
-        inlined(jaxpr, *args, ask=lambda *asked: answers.append(ask(*asked)) or answers[-1])
-        return answers
+    def asked(*args):
+        found = []
+        inlined(jaxpr, *args, ask=lambda *question: found.append(question) or locate(*question))
+        return found
 
-    flat, *args = opened(jax.make_jaxpr(told)(*args), args)
-    return values_of(flat, flat.outvars, dict(zip(flat.invars, args)), flat.eqns)
+    flat, *args = opened(jax.make_jaxpr(asked)(*args), args)
+    found = values_of(flat, flat.outvars, dict(zip(flat.invars, args)), flat.eqns)
+    return zip(found[::2], found[1::2])
 
 
 def values_of(jaxpr, outs, values: dict, eqns) -> list:
