@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -331,21 +332,18 @@ def named_adjoint(adjoint) -> Callable:
 
 def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
     """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args."""
-    flat, structure = jax.tree.flatten((func, args))
-    dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | float | complex) for x in flat]
-    arrays = [jnp.asarray(x) for x, d in zip(flat, dynamic) if d]
+    of_numbers = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+    numbers, static = eqx.partition((func, args), of_numbers)
+    arrays = jax.tree.map(jnp.asarray, numbers)
 
     def derivative(arrays, y, t):
-        arrays = iter(arrays)
-        func, args = jax.tree.unflatten(
-            structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)]
-        )
+        func, args = eqx.combine(arrays, static)
         return like_state(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
-    origin = structure, [x for x, d in zip(flat, dynamic) if not d]
-    leaves = [*map(jnp.asarray, closed.consts), *arrays]
+    leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
+    origin = jax.tree.flatten(static)[::-1]
     return Trace(closed, jax.tree.structure(y0), origin), leaves
 
 
