@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
@@ -17,97 +17,48 @@ from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method
-from jaxode.methods.names import methods, named
+from jaxode.methods.names import by_name
 from jaxode.signals import crowded
+from jaxode.tree import known
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
 
 # What the arguments of other libraries are called here.
 
-TIMES = "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])"
 STEP = (
     "the first step is chosen from func; `dt` takes steps of equal size, `hmax` bounds all of them"
 )
-JACOBIAN = "no Jacobian is needed: every method is explicit"
-EVENTS = "there are no events: solve to a time, look at the state, and solve on"
-DENSE = "there is no interpolant to keep: ask for as many times in `t` as are needed"
 CALLED = "func is called as func(y, t, *args); write lambda y, t: f(t, y) for a function of (t, y)"
-CONTROL = "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size"
 GRADIENTS = "`adjoint` is a name such as 'replay' or 'backsolve', or a function of jaxode.adjoints"
 
-WORDS = {
+WORDS = by_name({
     "args": "pass them after t: solve(func, y0, t, *args)",
     "p": "pass parameters after t: solve(func, y0, t, *args)",
-    **dict.fromkeys(
-        ("fun", "f", "terms", "rhs", "term"), "the derivative is the first argument, `func`"
-    ),
-    **dict.fromkeys(("t_eval", "t_span", "ts", "t0", "t1", "tspan", "tlist", "saveat"), TIMES),
-    **dict.fromkeys(("max_step", "hmax0", "dtmax", "dt_max"), "the largest step is `hmax`"),
-    **dict.fromkeys(("min_step", "hmin", "dtmin", "dt_min"), "there is no least step to choose"),
-    **dict.fromkeys(("first_step", "h0", "dt0", "step_size"), STEP),
-    **dict.fromkeys(
-        ("jac", "jac_sparsity", "Dfun", "col_deriv", "lband", "uband", "ml", "mu"), JACOBIAN
-    ),
-    **dict.fromkeys(("events", "event", "event_fn"), EVENTS),
-    **dict.fromkeys(("dense_output", "dense"), DENSE),
-    **dict.fromkeys(("tfirst", "vectorized"), CALLED),
-    **dict.fromkeys(("stepsize_controller", "controllers", "options"), CONTROL),
-    **dict.fromkeys(
-        ("adjoint_method", "adjoint_rtol", "adjoint_atol", "adjoint_params"), GRADIENTS
-    ),
-    **dict.fromkeys(("adjoint_options", "sensealg"), GRADIENTS),
-    **dict.fromkeys(
-        ("solver", "alg", "integrator"), "the method is `method`, a name such as 'tsit5'"
-    ),
-    **dict.fromkeys(("tcrit", "tstops", "jump_ts"), "steps end at the knots of a `jaxode.Signal`"),
-    **dict.fromkeys(("max_num_steps", "maxiters", "nsteps"), "the most steps are `max_steps`"),
-    **dict.fromkeys(
-        ("full_output", "printmessg", "stats"), "`solve` returns statistics and the status"
-    ),
-    **dict.fromkeys(("reltol", "rel_tol"), "the relative tolerance is `rtol`"),
-    **dict.fromkeys(("abstol", "abs_tol"), "the absolute tolerance is `atol`"),
-    **dict.fromkeys(
-        ("ixpr", "mxhnil", "mxordn", "mxords"), "it is one of LSODA, which is not here"
-    ),
-    **dict.fromkeys(
-        ("solver_state", "controller_state", "made_jump"), "a solve begins from y0 alone"
-    ),
+    "fun f terms rhs term": "the derivative is the first argument, `func`",
+    "t_eval t_span ts t0 t1 tspan tlist saveat":
+        "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])",
+    "max_step hmax0 dtmax dt_max": "the largest step is `hmax`",
+    "min_step hmin dtmin dt_min": "there is no least step to choose",
+    "first_step h0 dt0 step_size": STEP,
+    "jac jac_sparsity Dfun col_deriv lband uband ml mu":
+        "no Jacobian is needed: every method is explicit",
+    "events event event_fn": "there are no events: solve to a time, look at the state, and solve on",
+    "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
+    "tfirst vectorized": CALLED,
+    "stepsize_controller controllers options":
+        "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
+    "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg": GRADIENTS,
+    "solver alg integrator": "the method is `method`, a name such as 'tsit5'",
+    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`",
+    "max_num_steps maxiters nsteps": "the most steps are `max_steps`",
+    "full_output printmessg stats": "`solve` returns statistics and the status",
+    "reltol rel_tol": "the relative tolerance is `rtol`",
+    "abstol abs_tol": "the absolute tolerance is `atol`",
+    "ixpr mxhnil mxordn mxords": "it is one of LSODA, which is not here",
+    "solver_state controller_state made_jump": "a solve begins from y0 alone",
     "progress_meter": "there is none",
-}
-
-STIFF = (
-    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
-    "be done by short steps"
-)
-METHODS = {
-    "rk45": "'dopri5' is the same method, 'tsit5' a better one",
-    "dopri5": "it is 'dopri5' here",
-    "rk23": "'bosh3' is the same method",
-    "dop853": "it is 'dop853' here",
-    "dopri8": "'dop853' is the method of that order",
-    "dp5": "'dopri5' is the same method",
-    "dp8": "'dop853' is the same method",
-    "tsit5": "it is 'tsit5' here",
-    "bosh3": "it is 'bosh3' here",
-    "heun": "it is 'heun' here",
-    "euler": "it is 'euler' here",
-    "midpoint": "it is 'midpoint' here",
-    "ralston": "it is 'ralston' here",
-    "rk4": "it is 'rk4' here",
-    "adams": "'dop853' suits the same problems",
-    "vode": STIFF,
-    "leapfrogmidpoint": "'leapfrog' is symplectic, for y0 = (q, p)",
-    "semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
-    **dict.fromkeys(
-        "bdf lsoda radau radauiia5 rodas4 rodas5 rosenbrock23 trbdf2 cvode zvode".split(), STIFF
-    ),
-    **dict.fromkeys(
-        "impliciteuler kvaerno3 kvaerno4 kvaerno5 kencarp3 kencarp4 kencarp5".split(), STIFF
-    ),
-}
-
-
-OPTIONS = ("rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics").split()
+})  # fmt: skip
+OPTIONS = "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics".split()
 
 
 def about_words(unknown) -> str:
@@ -120,15 +71,6 @@ def about_words(unknown) -> str:
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
-def own_method(method) -> Method:
-    """The method; an error for those of other libraries that says what they are called here."""
-    name = method if isinstance(method, str) else type(method).__name__
-    if name.lower() in METHODS and not (isinstance(method, str) and method in methods):
-        wrong = ValueError if isinstance(method, str) else TypeError
-        raise wrong(f"There is no method '{name}': {METHODS[name.lower()]}.")
-    return named(method)
-
-
 def present(unknown, func, t) -> None:
     """Raise if an argument is missing, of another library, or no function."""
     if unknown:
@@ -139,11 +81,6 @@ def present(unknown, func, t) -> None:
         raise TypeError(
             f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
         )
-
-
-def known(*xs) -> bool:
-    """Whether values are there to look at, outside of any transformation."""
-    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(xs))
 
 
 def as_state(y0: PyTree) -> PyTree:
@@ -193,12 +130,11 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     exact = np.asarray(t, np.float64)
     check_times(exact)
     t = exact.astype(counted)
-    if np.any(t != exact):
-        since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
-        eps = float(jnp.finfo(counted).eps)
-        if np.any(abs(kept - since) > 2 * eps * np.max(abs(since))):
-            return t, exact, seen
-    return t, None, seen
+    if np.all(t == exact):
+        return t, None, seen
+    since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
+    lost = np.max(abs(kept - since)) > 2 * float(jnp.finfo(counted).eps) * np.max(abs(since))
+    return t, exact if lost else None, seen
 
 
 def check_resolution(t, dtype):
@@ -242,22 +178,24 @@ def step_size(dt, method: Method, name):
     return dt
 
 
+def known_number_of_steps(dt, t) -> int:
+    """How many steps of equal size."""
+    exact = abs(float(t[-1]) - float(t[0])) / float(dt)
+    if not exact < 2**31 - 1:
+        raise ValueError(
+            f"The step size `dt` = {float(dt):g} makes {exact:.3g} steps from t = {t[0]:g} to "
+            f"{t[-1]:g}, more than can be counted. Choose a larger one."
+        )
+    return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+
+
 def number_of_steps(dt, t, max_steps):
-    """How many steps of equal size: -1 if `dt` is none, one too many if they are more than can be."""
-    if known(dt, t):
-        exact = abs(float(t[-1]) - float(t[0])) / float(dt)
-        if not exact < 2**31 - 1:
-            raise ValueError(
-                f"The step size `dt` = {float(dt):g} makes {exact:.3g} steps from t = {t[0]:g} to "
-                f"{t[-1]:g}, more than can be counted. Choose a larger one."
-            )
-        return max(1, int(np.ceil(exact * (1 - 16 * float(jnp.finfo(t.dtype).eps)))))
+    """The same where it is traced: -1 if `dt` is none, one too many if they are more than can be."""
     dt = lax.stop_gradient(jnp.asarray(dt, t.dtype))
     fine = (dt > 0) & (dt < jnp.inf)
     exact = jnp.abs(t[-1] - t[0]) / jnp.where(fine, dt, 1) * (1 - 1e-6)
     most = min(max_steps + 1, 2**31 - 128)  # the largest int32 that float32 holds
-    steps = jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32)
-    return jnp.where(fine, steps, -1)
+    return jnp.where(fine, jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32), -1)
 
 
 def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
@@ -392,25 +330,21 @@ def named_adjoint(adjoint) -> Callable:
     return adjoints.named[adjoint]
 
 
-def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list, Any]:
-    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args; and its
-    structure and static parts."""
-    flat, structure = jax.tree.flatten((func, args))
-    dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | float | complex) for x in flat]
-    arrays = [jnp.asarray(x) for x, d in zip(flat, dynamic) if d]
+def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
+    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args."""
+    of_numbers = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
+    numbers, static = eqx.partition((func, args), of_numbers)
+    arrays = jax.tree.map(jnp.asarray, numbers)
 
     def derivative(arrays, y, t):
-        arrays = iter(arrays)
-        func, args = jax.tree.unflatten(
-            structure, [next(arrays) if d else x for x, d in zip(flat, dynamic)]
-        )
+        func, args = eqx.combine(arrays, static)
         return like_state(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)
-    origin = structure, [x for x, d in zip(flat, dynamic) if not d]
-    leaves = [*map(jnp.asarray, closed.consts), *arrays]
-    return Trace(closed, jax.tree.structure(y0), origin), leaves, origin
+    leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
+    origin = jax.tree.flatten(static)[::-1]
+    return Trace(closed, jax.tree.structure(y0), origin), leaves
 
 
 def like_state(k, y):

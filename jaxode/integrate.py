@@ -15,14 +15,15 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, outputs
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
-from jaxode.arguments import known
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method
-from jaxode.signals import Pieces, asks, piecewise, valid_times
+from jaxode.methods.names import named
+from jaxode.signals import Split, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.stepping.field import Field, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
+from jaxode.tree import known
 
 MAX_STEPS = 2**14
 
@@ -150,13 +151,13 @@ def solve(
     arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.own_method(method)
+    name, method = method, named(method)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    trace, leaves, origin = arguments.trace_of(func, y0, t, func_time, args)
+    trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
     if exact is not None and trace.uses_time:
         arguments.check_resolution(exact, func_time)
     method.check(trace, y0)
@@ -165,34 +166,31 @@ def solve(
     if len(t) == 0:
         return no_times(y0, t)
     arguments.no_varying((leaves, y0, t, rtol, atol, limits))
-    pieces = Pieces(trace, origin) if asks(trace.jaxpr) else None
+    driven = asks(trace.jaxpr)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    times, steps = t if since is None else since, None
-    if dt is not None and pieces is None:
-        steps = arguments.number_of_steps(dt, times, max_steps)
-    counted = isinstance(steps, int)
+    steps = None
+    if dt is not None and not driven and known(dt, t):
+        steps, dt = arguments.known_number_of_steps(dt, t if since is None else since), None
     static = Static(
         trace=trace,
         method=method,
         controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint),
-        max_steps=steps if counted else max_steps,
-        steps=steps if counted else None,
+        max_steps=steps or max_steps,
+        steps=steps,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
-    given = leaves, y0, t, since, rtol, atol, *limits
-    return checked(run(static, pieces, given, dt, None if counted else steps), throw)
+    program = from_knot_to_knot if driven else compiled
+    return checked(run(program, static, leaves, y0, t, since, rtol, atol, *limits, dt), throw)
 
 
-def run(static: "Static", pieces, given, dt, steps) -> Solution:
+def run(program: Callable, *args) -> Solution:
     """The solution, with JAX's own error for forward mode put in our words."""
     try:
-        if pieces is not None:
-            return from_knot_to_knot(static, pieces, *given, dt)
-        return compiled(static, *given, steps)
+        return program(*args)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -219,14 +217,17 @@ class Static:
 
 
 @partial(jax.jit, static_argnums=0)
-def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps) -> Solution:
+def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt) -> Solution:
     """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
-    ss, span = unit_times(t if since is None else since)
+    times, steps = t if since is None else since, static.steps
+    ss, span = unit_times(times)
     field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
     valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
-    if steps is not None:
+    if dt is not None:
+        steps = arguments.number_of_steps(dt, times, static.max_steps)
         valid = valid & (steps >= 0)
+        steps = jnp.where(valid, steps, 0)
     long = lax.stop_gradient(jnp.abs(span))
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
@@ -235,7 +236,7 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, ste
         controller=static.controller,
         max_steps=static.max_steps,
         output=outputs.Times(),
-        steps=static.steps if steps is None else jnp.where(valid, steps, 0),
+        steps=steps,
         rtol=rtol,
         atol=atol,
         hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
@@ -254,39 +255,37 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, ste
         ys, report = static.adjoint(integrator, field, y0, ss)
     status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
-    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if static.throw:
-        ys, status = raising(ys, status)
-    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
     estimates = None
     if report.folded is not None:
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
-    return Solution(t, ys, status, stats, reached, estimates)
+    solution = Solution(t, ys, status, stats, reached, estimates)
+    return ended(solution, static.throw, (leaves, y0, t))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def from_knot_to_knot(
-    static: Static, pieces: Pieces, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt
-):
+@partial(jax.jit, static_argnums=0)
+def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solution:
     """The solve, broken where the signals that func asks have knots."""
-    split = pieces.split(leaves, y0, jnp.zeros((), static.func_time))
+    split = Split(static.trace, leaves, y0, jnp.zeros((), static.func_time))
     if not split.asked:
-        steps = None if dt is None else arguments.number_of_steps(dt, t, static.max_steps)
-        return compiled(static, leaves, y0, t, since, rtol, atol, mxstep, hmax, steps)
+        return compiled(static, leaves, y0, t, since, *options)
+    quiet = dataclasses.replace(static, trace=split.trace, throw=False)
+    stretch = lambda leaves, y, t: compiled(quiet, leaves, y, t, None, *options)
+    return ended(piecewise(stretch, split, y0, t), static.throw, (leaves, y0, t))
 
-    def stretch(trace, leaves, y, t):
-        quiet = dataclasses.replace(static, trace=trace, throw=False)
-        steps = None if dt is None else arguments.number_of_steps(dt, t, static.max_steps)
-        return compiled(quiet, leaves, y, t, None, rtol, atol, mxstep, hmax, steps)
 
-    solution = piecewise(stretch, split, y0, t)
+def ended(solution: Solution, throw: bool, inputs) -> Solution:
+    """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
     ys, status = solution.ys, solution.status
-    if static.throw:
-        ys, status = raising(ys, status)
-    inputs = [x for x in (*leaves, *jax.tree.leaves(y0), t) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if throw:
+        codes = [code for code in Status if code != Status.SUCCESS]
+        index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
+        messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
+        failed = status != Status.SUCCESS.value
+        ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
+    inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
     return solution._replace(ys=ys, status=status)
 
@@ -309,27 +308,14 @@ def no_times(y0, t) -> Solution:
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
-def raising(ys, status):
-    """The same, and an error as the program runs if the solve failed (by a host callback)."""
-    codes = [code for code in Status if code != Status.SUCCESS]
-    index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
-    messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-    failed = status != Status.SUCCESS.value
-    return eqx.branched_error_if((ys, status), failed, index, messages)
-
-
 def checked(solution: Solution, throw: bool | None) -> Solution:
     """Raise if the solve failed, where that is known."""
-    if throw is not False and known(solution) and np.any(np.asarray(solution.status)):
-        raise SolveError(failure(solution), solution)
-    return solution
-
-
-def failure(solution: Solution) -> str:
+    if throw is False or not known(solution) or not np.any(np.asarray(solution.status)):
+        return solution
     status = Status(int(solution.status))
-    last = np.asarray(solution.ts)[-1]
-    return (
-        f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of {last:g}, "
-        f"after {int(solution.stats.evaluations)} evaluations of func. {status.message}\n"
-        "(Pass throw=False to get NaN and a status instead.)"
+    raise SolveError(
+        f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
+        f"{np.asarray(solution.ts)[-1]:g}, after {int(solution.stats.evaluations)} evaluations of func. "
+        f"{status.message}\n(Pass throw=False to get NaN and a status instead.)",
+        solution,
     )

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray, Tracer
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
 from jaxode import tree
-from jaxode.kernels.traces import Trace
+from jaxode.kernels.traces import Trace, one_equation, variables, without_dead_code
 from jaxode.solution import Solution, Stats, Status
 
 KINDS = ("linear", "previous", "cubic")
@@ -74,7 +74,7 @@ class Signal(eqx.Module):
             )
         if jnp.iscomplexobj(ts):
             raise TypeError(f"The knots `ts` of a signal must be real, got dtype {ts.dtype}.")
-        if not isinstance(ts, Tracer):
+        if tree.known(ts):
             check_knots(np.asarray(given, np.float64), ts.dtype)
         self.ts, self.us, self.kind = ts.astype(tree.widest(ts.dtype, jnp.float32)), us, kind
 
@@ -83,8 +83,7 @@ class Signal(eqx.Module):
         t = jnp.asarray(t)
         if t.weak_type or not jnp.issubdtype(t.dtype, jnp.inexact):
             t = lax.convert_element_type(t, self.ts.dtype)
-        known = not any(isinstance(x, Tracer) for x in (self.ts, self.us, t))
-        return (evaluated if known else evaluate)(self, t)
+        return (evaluated if tree.known(self, t) else evaluate)(self, t)
 
     def piece(self, t) -> "Piece":
         """The polynomial that holds around t."""
@@ -146,11 +145,10 @@ evaluated = jax.jit(evaluate)  # so that an eager call compiles once
 def as_floats(name, x):
     """Numbers as an array of floats."""
     try:
-        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
-            x = np.asarray(x)
-        if getattr(x, "dtype", np.dtype(float)).kind in "OSUMm":
+        x = np.asarray(x) if tree.known(x) else jnp.asarray(x)
+        if x.dtype.kind in "OSUMm":
             raise ValueError(f"got dtype {x.dtype}")
-        x = x if isinstance(x, Tracer) else jnp.asarray(x)
+        x = jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` of a signal must be an array of numbers: {error}") from error
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
@@ -233,154 +231,85 @@ batching.primitive_batchers[primitive] = batch
 
 # func, taken apart at the signals that it asks.
 
-INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 SHORT = 8  # equations of a call such as `jnp.clip`, which is looked into
-LINEAR = (
-    "neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "slice", "copy", "copy_p",
-)  # fmt: skip
-CUTS = ("max", "min", "clamp")
-SUMS = ("add", "sub", "concatenate", "add_any")
+# Which operands may depend on an affine time, so that the result is affine in it, too.
+LINEAR = "neg convert_element_type reshape broadcast_in_dim squeeze slice copy copy_p div".split()
+AFFINE = {"mul": [[0], [1]], **{name: [[0]] for name in LINEAR}}
+SUMS = ("add", "sub", "concatenate", "add_any")  # any of them
+# Where these cut the time off, it has a value that it has anyway: they add no piece.
+CUTS = {"max": [[0], [1]], "min": [[0], [1]], "clamp": [[1]]}
 
 
 def asks(jaxpr) -> bool:
     """Whether a jaxpr asks a signal."""
-    return any(eqn.primitive is primitive or any(map(asks, inside(eqn))) for eqn in jaxpr.eqns)
+    inside = lambda eqn: any(map(asks, core.jaxprs_in_params(eqn.params)))
+    return any(eqn.primitive is primitive or inside(eqn) for eqn in jaxpr.eqns)
 
 
-def inside(eqn) -> list:
-    """The jaxprs in the parameters of an equation."""
-    values = jax.tree.leaves(
-        list(eqn.params.values()),
-        is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
-    )
-    of = lambda x: x.jaxpr if isinstance(x, core.ClosedJaxpr) else x
-    return [of(x) for x in values if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
-
-
-def variables(atoms) -> list:
-    """Those that are not literals."""
-    return [v for v in atoms if not isinstance(v, core.Literal)]
-
-
-def jaxpr_of(ins, outs, eqns, effects) -> core.Jaxpr:
-    """These equations as a jaxpr without constants."""
-    about = core.DebugInfo("jaxode.Signal", "func", None, None)
-    return core.Jaxpr((), list(ins), list(outs), list(eqns), effects, about)
-
-
-def part(eqns, ins, outs) -> core.Jaxpr:
-    """The equations that the outputs need, and those with effects, as a jaxpr of the `ins` they use."""
-    needed, kept = set(variables(outs)), []
-    for eqn in reversed(eqns):
-        if eqn.effects or needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed |= set(variables(eqn.invars))
-    effects = frozenset().union(*(eqn.effects for eqn in kept))
-    return jaxpr_of([v for v in ins if v in needed], outs, kept[::-1], effects)
-
-
-def call(jaxpr, values: dict) -> list:
-    """The jaxpr at the values of its variables."""
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*(values[v] for v in jaxpr.invars))
-
-
-def inlined(jaxpr, args, answers=None):
-    """The same as the jaxpr, but calls that ask a signal are no calls: its question stands on top.
-
-    `answers`, if given, are what the signals answer, in turn.
-    """
+def inlined(jaxpr: core.Jaxpr, *args, ask=locate) -> list:
+    """The values of a jaxpr. Calls that ask a signal are no calls: its question stands on top, and is
+    for `ask`."""
     values = dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
     for eqn in jaxpr.eqns:
-        xs, name = list(map(read, eqn.invars)), eqn.primitive.name
-        if eqn.primitive is primitive and answers is not None:
-            outs = [next(answers)]
-        elif name in INLINED and any(asks(x) or len(x.eqns) <= SHORT for x in inside(eqn)):
-            outs = inlined(*applied(inside_of(eqn), xs), answers)
-        elif name == "cond" and any(map(asks, inside(eqn))):
-            outs = chosen(eqn.params["branches"], *xs, answers=answers)
-        else:
-            named = {v: x for v, x in zip(eqn.invars, xs) if not isinstance(v, core.Literal)}
-            kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
-            alone = jaxpr_of(named, kept, [eqn], eqn.effects)
-            found = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*named.values())
-            values.update(zip(kept, found))
-            continue
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def inside_of(eqn):
-    """The jaxpr of a call."""
-    return next(x for x in eqn.params.values() if isinstance(x, core.Jaxpr | core.ClosedJaxpr))
-
-
-def opened(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """A jaxpr whose constants are its first arguments."""
-    ins = [*jaxpr.constvars, *jaxpr.invars]
-    return jaxpr_of(ins, jaxpr.outvars, jaxpr.eqns, jaxpr.effects)
-
-
-def applied(jaxpr, args) -> tuple[core.Jaxpr, list]:
-    """The same for one that may hold its constants, and all arguments."""
-    if isinstance(jaxpr, core.Jaxpr):
-        return jaxpr, list(args)
-    return opened(jaxpr.jaxpr), [*jaxpr.consts, *args]
-
-
-def chosen(branches, i, *args, answers):
-    """`cond` with the questions of its branches on top of it: an answer is only a number."""
-    taken = []
-    for branch in branches:
-        jaxpr, given = applied(branch, args)
-        told = answers is not None
-        own = [next(answers) for _ in range(count(jaxpr))] if told else questions(jaxpr, given)
-        taken.append(lambda jaxpr=jaxpr, given=given, own=own: inlined(jaxpr, given, iter(own)))
-    return lax.switch(i, taken)
-
-
-def count(jaxpr) -> int:
-    """How often a jaxpr asks, where that can be brought to the top."""
-    total = 0
-    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, list(core.jaxprs_in_params(eqn.params))
+        xs = list(map(read, eqn.invars))
         if eqn.primitive is primitive:
-            total += 1
-        elif eqn.primitive.name in INLINED or eqn.primitive.name == "cond":
-            total += sum(map(count, inside(eqn)))
-    return total
+            outs = [ask(*xs)]
+        elif name in CALLS and any(asks(x) or len(x.eqns) <= SHORT for x in inner):
+            called = lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+            outs = inlined(*opened(next(filter(called, eqn.params.values())), xs), ask=ask)
+        elif name == "cond" and any(map(asks, inner)):
+            outs = chosen(eqn.params["branches"], *xs, ask=ask)
+        else:
+            one, ins = one_equation(jaxpr, eqn)
+            outs = one(*map(read, ins))
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return list(map(read, jaxpr.outvars))
 
 
-def questions(jaxpr, args) -> list:
-    """What the signals of a jaxpr answer, in turn; nothing else of it is done."""
-    flat, args = applied(jax.make_jaxpr(lambda *args: inlined(jaxpr, args))(*args), args)
-    outs = [eqn.outvars[0] for eqn in flat.eqns if eqn.primitive is primitive]
-    silent = [eqn for eqn in flat.eqns if not eqn.effects]
-    return call(part(silent, flat.invars, outs), dict(zip(flat.invars, args)))
+def opened(jaxpr: core.Jaxpr | core.ClosedJaxpr, args) -> tuple:
+    """A jaxpr whose constants are its first arguments, and all arguments."""
+    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else []
+    inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    return inner.replace(constvars=(), invars=[*inner.constvars, *inner.invars]), *consts, *args
 
 
-class Pieces:
-    """A traced func that asks signals, to be taken apart. Equal to another one whose trace is equal.
+def chosen(branches, i, *args, ask):
+    """`cond` with the questions of its branches on top of it: an answer is only a number."""
 
-    Args:
-        trace: func, as the solver has it: a jaxpr of (leaves, y, t).
-        origin: what was traced, as in `Trace`.
-    """
+    def with_answers(branch):
+        jaxpr, *given = opened(branch, args)
+        told = [ask(*question) for question in questions(jaxpr, given)]
 
-    def __init__(self, trace: Trace, origin):
-        self.trace, self.origin = trace, origin
+        def taken():
+            answers = iter(told)
+            return inlined(jaxpr, *given, ask=lambda *_: next(answers))
 
-    def __hash__(self):
-        return hash(self.trace)
+        return taken
 
-    def __eq__(self, other):
-        return isinstance(other, Pieces) and self.trace == other.trace
+    return lax.switch(i, list(map(with_answers, branches)))
 
-    def split(self, leaves, y0, t) -> "Split":
-        """func at these leaves, taken apart."""
-        args = [*leaves, *jax.tree.leaves(y0), t]
-        func = opened(self.trace.jaxpr)
-        jaxpr, args = applied(jax.make_jaxpr(lambda *args: inlined(func, args))(*args), args)
-        return Split(self, jaxpr, args[: len(args) - 1 - len(jaxpr.outvars)])
+
+def questions(jaxpr, args):
+    """What a jaxpr asks of signals, in turn: knots and times. Nothing else of it is done."""
+
+    def asked(*args):
+        found = []
+        inlined(jaxpr, *args, ask=lambda *question: found.append(question) or locate(*question))
+        return found
+
+    flat, *args = opened(jax.make_jaxpr(asked)(*args), args)
+    found = values_of(flat, flat.outvars, dict(zip(flat.invars, args)), flat.eqns)
+    return zip(found[::2], found[1::2])
+
+
+def values_of(jaxpr, outs, values: dict, eqns) -> list:
+    """Variables of a jaxpr by these equations, without effects, where others have these values."""
+    eqns = [e for e in eqns if not e.effects and values.keys().isdisjoint(e.outvars)]
+    part = jaxpr.replace(constvars=(), invars=list(values), outvars=list(outs), eqns=eqns)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(without_dead_code(part), ()))(*values.values())
 
 
 class Split:
@@ -389,109 +318,92 @@ class Split:
     Every equation has a level: 0 if it depends neither on an answer nor on y and t; 1 if it depends on
     answers; 2 if on y or t. `asked` are the questions with one answer between two knots: the knots are
     of level 0, and the time is affine in t. Their answers are of level 1.
+
+    Args:
+        trace: func, as the solver has it: a jaxpr of (leaves, y, t).
     """
 
-    def __init__(self, pieces: Pieces, jaxpr, leaves):
-        self.pieces, self.eqns, self.outs = pieces, jaxpr.eqns, jaxpr.outvars
-        self.given, self.y = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) : -1]
-        self.t = jaxpr.invars[-1]
-        self.values = dict(zip(self.given, leaves))
-        self.level: dict = dict.fromkeys([*self.y, self.t], 2)
+    def __init__(self, trace: Trace, leaves, y0, t):
+        func, *args = opened(trace.jaxpr, [*leaves, *jax.tree.leaves(y0), t])
+        self.jaxpr, *args = opened(jax.make_jaxpr(partial(inlined, func))(*args), args)
+        *given, self.t = self.jaxpr.invars
+        y = given[len(given) - len(self.jaxpr.outvars) :]
+        self.values = dict(zip(given[: -len(y) or None], args))
         self.asked: list = []
-        self.times: list = []  # for which they are asked, were they not cut off
-        self.straight: list = []  # the equations, without those that cut an affine time off
-        affine, same = {self.t}, {}
-        for eqn in self.eqns:
-            moving = [i for i, v in enumerate(eqn.invars) if self.of(v) == 2]
-            straight = all(eqn.invars[i] in affine for i in moving)
-            ins = [v if isinstance(v, core.Literal) else same.get(v, v) for v in eqn.invars]
-            self.straight.append(eqn.replace(invars=ins))
-            level = 2 if eqn.effects else max(map(self.of, eqn.invars), default=0)
-            if moving and straight and eqn.primitive is primitive and not self.of(eqn.invars[0]):
-                self.asked.append(eqn)
-                self.times.append(ins[1])
+        self.uncut: list = []  # the equations, without those that cut an affine time off
+        self.level: dict = dict.fromkeys([*y, self.t], 2)
+        own = self.levelled({self.t: self.t})
+        # The equations that stay in func; it is given what they need of the others.
+        held = without_dead_code(self.jaxpr.replace(eqns=own))
+        bound = {*y, self.t, *(v for eqn in held.eqns for v in eqn.outvars)}
+        used = variables([*(v for eqn in held.eqns for v in eqn.invars), *held.outvars])
+        self.leaves = [v for v in dict.fromkeys(used) if v not in bound]
+        held = core.ClosedJaxpr(held.replace(invars=[*self.leaves, *y, self.t]), ())
+        self.trace = Trace(held, trace.out_tree, trace.key)
+
+    def levelled(self, affine: dict) -> list:
+        """The equations of levels 0 and 2. `affine` are the affine variables, and the same not cut off."""
+        own = []
+        for eqn in self.jaxpr.eqns:
+            name, levels = eqn.primitive.name, list(map(self.of, eqn.invars))
+            moving = [i for i, level in enumerate(levels) if level == 2]
+            straight = moving and all(eqn.invars[i] in affine for i in moving)
+            ins = [v if isinstance(v, core.Literal) else affine.get(v, v) for v in eqn.invars]
+            self.uncut.append(eqn.replace(invars=ins))
+            level = 2 if eqn.effects else max(levels, default=0)
+            if eqn.primitive is primitive and straight and levels[0] == 0:
+                self.asked.append(self.uncut[-1])
                 level = 1
-            elif eqn.primitive is primitive and level == 0:
-                level = 1  # of a known time: not to be asked again and again
-            elif moving and straight and keeps_affine(eqn, moving):
-                affine |= set(eqn.outvars)
-                if eqn.primitive.name in CUTS:
-                    same[eqn.outvars[0]] = ins[moving[0]]
+            elif eqn.primitive is primitive:
+                level = max(level, 1)  # of a known time: not to be asked again and again
+            elif straight and moving in CUTS.get(name, ()):
+                affine[eqn.outvars[0]] = ins[moving[0]]
+            elif straight and (name in SUMS or moving in AFFINE.get(name, ())):
+                real = [v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+                affine |= dict(zip(real, real))
             self.level.update(dict.fromkeys(eqn.outvars, level))
+            own += [eqn] if level != 1 else []
+        return own
 
     def of(self, v) -> int:
         """The level of a variable."""
         return 0 if isinstance(v, core.Literal) else self.level.get(v, 0)
 
-    def known(self, t, outs, eqns=None) -> list:
+    def at(self, t, outs, eqns=None) -> list:
         """The values of variables that do not depend on y, at t."""
-        silent = [eqn for eqn in eqns or self.eqns if not eqn.effects]
-        t = lax.convert_element_type(t, self.t.aval.dtype)
-        return call(part(silent, [*self.given, self.t], outs), {**self.values, self.t: t})
+        values = {**self.values, self.t: lax.convert_element_type(t, self.t.aval.dtype)}
+        return values_of(self.jaxpr, outs, values, eqns or self.jaxpr.eqns)
 
-    def knots(self, t) -> tuple[Array, Array]:
+    def knots(self, dtype) -> tuple[Array, Array]:
         """Where pieces meet, as times of func, and whether the knots are in order."""
-        times = lambda t: self.known(t, self.times, self.straight)
-        zero, one = jnp.zeros((), t.dtype), jnp.ones((), t.dtype)
+        knots, times = zip(*(eqn.invars for eqn in self.asked))
+        zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+        lines = jax.jvp(lambda t: self.at(t, times, self.uncut), (zero,), (one,))
         found, valid = [], jnp.array(True)
-        for ts, at_zero, slope in zip(
-            self.known(zero, [eqn.invars[0] for eqn in self.asked]),
-            *jax.jvp(times, (zero,), (one,)),
-        ):
+        for ts, at_zero, slope in zip(self.at(zero, knots), *lines):
             valid = valid & jnp.all(ts[..., 1:] >= ts[..., :-1])
             shared = (1,) * (slope.ndim - ts.ndim + 1)
             ts = ts.reshape(*ts.shape[:-1], *shared, ts.shape[-1])
             still = slope[..., None] == 0
             ts = (ts - at_zero[..., None]) / jnp.where(still, 1, slope[..., None])
-            found.append(jnp.where(still, jnp.inf, ts).reshape(-1).astype(t.dtype))
+            found.append(jnp.where(still, jnp.inf, ts).reshape(-1).astype(dtype))
         return jnp.concatenate(found), valid
 
-    def answers(self, t) -> list:
-        """Of all that is asked, at t."""
-        return self.known(t, [eqn.outvars[0] for eqn in self.asked])
-
-    def held(self, answers) -> tuple[Trace, list]:
-        """func where signals give these answers, and the leaves of it: what depends on them is known."""
-        own = [
-            eqn
-            for eqn in self.eqns
-            if eqn.effects or any(self.of(v) != 1 for v in eqn.outvars) or not eqn.outvars
-        ]
-        used = {v for eqn in own for v in variables(eqn.invars)} | set(variables(self.outs))
-        edge = [v for v in self.level if self.level[v] == 1 and v in used]
+    def held(self, t) -> list:
+        """The leaves of `trace`, func where signals answer as at t: what depends on the answers is known."""
         asked = [eqn.outvars[0] for eqn in self.asked]
-        values = {**self.values, **dict(zip(asked, answers))}
-        rest = [e for e in self.eqns if not e.effects and not set(asked).intersection(e.outvars)]
-        ins = [*self.given, *asked]
-        values.update(zip(edge, call(part(rest, ins, edge), values)))
-        func = part(own, [*self.given, *edge, *self.y, self.t], self.outs)
-        leaves = [v for v in func.invars if v in values]
-        func = jaxpr_of([*leaves, *self.y, self.t], func.outvars, func.eqns, func.effects)
-        trace = self.pieces.trace
-        trace = Trace(core.ClosedJaxpr(func, ()), trace.out_tree, self.pieces.origin)
-        return trace, [values[v] for v in leaves]
-
-
-def keeps_affine(eqn, moving: list[int]) -> bool:
-    """Whether an operation makes something affine of what is affine, its operands at these places; or
-    cuts it off, which adds no piece: where it does, the time has a value that it has anyway."""
-    name = eqn.primitive.name
-    if len(eqn.outvars) != 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        return False
-    if name in (*LINEAR, "div"):
-        return moving == [0]
-    one = {"mul": ([0], [1]), "max": ([0], [1]), "min": ([0], [1]), "clamp": ([1],)}
-    return name in SUMS or moving in one.get(name, ())
+        values = {**self.values, **dict(zip(asked, self.at(t, asked)))}
+        return values_of(self.jaxpr, self.leaves, values, self.jaxpr.eqns)
 
 
 def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
-    """The solve from knot to knot, by a scan: `solve(trace, leaves, y0, ts)` where signals are polynomials.
+    """The solve from knot to knot, by a scan: `solve(leaves, y0, ts)` of `split.trace`.
 
     A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
     nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
     steps hold for each stretch.
     """
-    knots, valid = split.knots(t)
+    knots, valid = split.knots(t.dtype)
     t_given = t
     # NaN in a sum: the solve is refused, and derivatives are those of a failed one.
     t = t + lax.stop_gradient(jnp.where(valid & valid_times(t), 0, jnp.nan).astype(t.dtype))
@@ -506,7 +418,7 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
         a, b, middle = ends
         within = between(t, jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], within, b[None]])
-        part = solve(*split.held(split.answers(middle)), y, ts)
+        part = solve(split.held(middle), y, ts)
         y = jax.tree.map(lambda y: y[-1], part.ys)
         fine = status == Status.SUCCESS.value
         status = jnp.where(fine, part.status, status)

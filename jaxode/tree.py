@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
@@ -170,6 +171,11 @@ def dot(x: PyTree, y: PyTree) -> Array:
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
+
+
+def known(*xs) -> bool:
+    """Whether values are there to look at, outside of any transformation."""
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(xs))
 
 
 def row(rooms: PyTree, i) -> PyTree:

@@ -64,12 +64,11 @@ def poisoned_jvp(primals, tangents):
     dtype = tree.widest(*map(tree.real_dtype, inputs_dot))
     # At both ends, since what is not 0 may have a sum that is.
     total = sum(jnp.sum(poison.bind(x.real.astype(dtype), ~success)) for x in inputs_dot)
-    spread = lambda y: (
-        y
-        + poison.bind(jnp.broadcast_to(total, y.shape).astype(tree.real_dtype(y)), ~success).astype(
-            y.dtype
-        )
-    )
+
+    def spread(y_dot):
+        everywhere = jnp.broadcast_to(total, y_dot.shape).astype(tree.real_dtype(y_dot))
+        return y_dot + poison.bind(everywhere, ~success).astype(y_dot.dtype)
+
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
 
@@ -86,9 +85,11 @@ def held(x: PyTree, failed):
 
 @held.defjvp
 def held_jvp(primals, tangents):
-    (x, failed), x_dot = primals, tangents[0]
-    still = jax.tree.map(lambda x: jnp.where(failed, jnp.zeros_like(x), x), x_dot)
-    return held(x, failed), still
+    return held(*primals), zero_if(primals[1], tangents[0])
+
+
+def zero_if(failed, x_dot):
+    return jax.tree.map(lambda x_dot: jnp.where(failed, jnp.zeros_like(x_dot), x_dot), x_dot)
 
 
 def held_by_status(fn: Callable, x, constants, status):
@@ -102,8 +103,6 @@ def held_by_status(fn: Callable, x, constants, status):
     def solve_jvp(primals, tangents):
         x, constants = primals
         out, push = jax.linearize(lambda x: fn(x, constants), x)
-        failed = status(out) != Status.SUCCESS.value
-        still = jax.tree.map(lambda x: jnp.where(failed, jnp.zeros_like(x), x), tangents[0])
-        return out, push(still)
+        return out, push(zero_if(status(out) != Status.SUCCESS.value, tangents[0]))
 
     return solve(x, constants)

@@ -6,11 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import (
-    CustomVJPPrimal,
-    SymbolicZero,
-    custom_vjp_primal_tree_values,
-)
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values
 
 
 def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callable:
@@ -33,7 +29,9 @@ def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callab
 
     def backward_pass(residuals, cotangents):
         bars = cotangents[0], cotangents[1].folded
-        bars = jax.tree.map(dense_cotangent, bars, is_leaf=is_symbolic_zero)
+        zero = lambda x: isinstance(x, SymbolicZero)
+        dense = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype) if zero(x) else x
+        bars = jax.tree.map(dense, bars, is_leaf=zero)
         return None, *backwards(*residuals, bars)
 
     solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
@@ -58,9 +56,7 @@ def join(x, rest):
 
 def only(mask, tree_):
     """tree_ where the mask has a leaf, None elsewhere."""
-    return jax.tree.map(
-        lambda m, x: None if m is None else x, mask, tree_, is_leaf=lambda m: m is None
-    )
+    return eqx.filter(tree_, present(mask))
 
 
 def present(x):
@@ -72,14 +68,6 @@ def no_tangent(x):
     if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return jnp.zeros_like(x)
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
-
-
-def is_symbolic_zero(x):
-    return isinstance(x, SymbolicZero)
-
-
-def dense_cotangent(x):
-    return jnp.zeros(x.aval.shape, x.aval.dtype) if is_symbolic_zero(x) else x
 
 
 def is_asked(bars):

@@ -54,10 +54,7 @@ def twice_differentiable(passes: Passes) -> Callable:
         still = jax.tree.map(no_tangent, (report, residuals))
         return (out, (report, residuals)), (out_dot, still)
 
-    @jax.custom_jvp
-    def pulled(x, rest, residuals, bars):
-        """Cotangents of (f, y0, ss), None where there are none."""
-        return passes.pull(x, rest, residuals, bars)
+    pulled = jax.custom_jvp(passes.pull)
 
     @pulled.defjvp
     def pulled_jvp(primals, tangents):

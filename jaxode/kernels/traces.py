@@ -39,7 +39,7 @@ class Trace:
         y = self.jaxpr.invars[-1 - len(self.jaxpr.outvars) : -1]
         reached = {y[i] for i in inputs}
         for eqn in self.jaxpr.eqns:
-            if any(not isinstance(x, core.Literal) and x in reached for x in eqn.invars):
+            if not reached.isdisjoint(variables(eqn.invars)):
                 reached |= set(eqn.outvars)
         return any(self.jaxpr.outvars[i] in reached for i in outputs)
 
@@ -105,9 +105,7 @@ def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
 
 def derivative(jaxpr, eqn, unknown: list, orders: int):
     """The fingerprint of the derivative that a custom rule gives: of its vjp, which has all of it."""
-    invars = list({x: None for x in eqn.invars if not isinstance(x, core.Literal)})
-    alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
-    one = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    one, invars = one_equation(jaxpr, eqn)
     shapes = lambda xs: [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in xs]
     if not orders:
         return "rule"
@@ -121,14 +119,26 @@ def derivative(jaxpr, eqn, unknown: list, orders: int):
     return fingerprint(without_dead_code(closed.jaxpr), unknown, orders - 1), consts
 
 
+def one_equation(jaxpr, eqn):
+    """An equation as a function, and its variables."""
+    invars = list(dict.fromkeys(variables(eqn.invars)))
+    alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), invars
+
+
 def without_dead_code(jaxpr):
     """The jaxpr without operations that nothing uses: a rule that uses its own function's value has one."""
-    used, alive = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}, []
+    used, alive = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(x in used for x in eqn.outvars):
+        if eqn.effects or not used.isdisjoint(eqn.outvars):
             alive.append(eqn)
-            used |= {x for x in eqn.invars if not isinstance(x, core.Literal)}
+            used |= set(variables(eqn.invars))
     return jaxpr.replace(eqns=alive[::-1])
+
+
+def variables(atoms) -> list:
+    """Those that are not literals."""
+    return [x for x in atoms if not isinstance(x, core.Literal)]
 
 
 def frozen(value, unknown: list, orders: int):

@@ -8,6 +8,8 @@ References: Hairer, Norsett, Wanner (1993), Solving Ordinary Differential Equati
 """
 
 import dataclasses
+import itertools
+from fractions import Fraction
 
 from jaxtyping import PyTree
 
@@ -108,23 +110,13 @@ class Tableau(Method):
 
 
 def tableau(
-    order,
-    *,
-    c,
-    a,
-    b,
-    e=None,
-    e_low=None,
-    error_order=None,
-    dense=None,
-    dense_order=None,
-    extra_c=(),
-    extra_a=(),
-) -> Tableau:
+    order, *, c, a, b, e=None, e_low=None, error_order=None,
+    dense=None, d=(), dense_order=None, extra_c=(), extra_a=(),
+) -> Tableau:  # fmt: skip
     """A table as the literature prints it: closed if it is not, checked, and made floats.
 
     `error_order` is order - 1 unless given. Without `dense`, dense output is the cubic Hermite
-    interpolant of the two ends of the step (HNW eq. II.6.7), of order min(order, 4).
+    interpolant of the two ends of the step, of order min(order, 4), and what `d` adds (see `hermite`).
 
     Raises:
         ValueError: shapes do not fit, a row does not sum to its node, the weights do not sum to 1,
@@ -138,37 +130,59 @@ def tableau(
     closed = len(b) > 1 and c[-1] == 1 and a[-1] == b[:-1] and b[-1] == 0
     if not closed:
         c, a, b = [*c, 1], [*a, b], [*b, 0]
-    stages = len(c)
-    e, e_low = (None if x is None else [*x, *[0] * (stages - len(x))] for x in (e, e_low))
-    dense = (
-        hermite(b)
-        if dense is None
-        else [[*row, *[0] * (stages + len(extra_c) - len(row))] for row in dense]
-    )
-    check(c, a, b, e, e_low, dense, extra_c, extra_a)
+    padded = lambda row, more=0: [*row, *[0] * (len(c) + more - len(row))]
+    errors = {name: padded(x) for name, x in {"e": e, "e_low": e_low}.items() if x is not None}
+    extra = len(extra_c)
+    dense = hermite(b, d, extra) if dense is None else [padded(x, extra) for x in dense]
+    check(c, a, b, errors, dense, extra_c, extra_a)
+    floats = lambda xs: tuple(map(float, xs))
     return Tableau(
         order=order,
         c=floats(c),
         a=tuple(map(floats, a)),
         b=floats(b),
-        e=None if e is None else floats(e),
         error_order=None if e is None else error_order or order - 1,
         dense=tuple(map(floats, dense)),
         dense_order=dense_order or min(order, 4),
         extra_c=floats(extra_c),
         extra_a=tuple(map(floats, extra_a)),
-        e_low=None if e_low is None else floats(e_low),
+        **{"e": None, **{name: floats(x) for name, x in errors.items()}},
     )
 
 
-def floats(xs) -> tuple[float, ...]:
-    return tuple(map(float, xs))
+def printed(text: str) -> Tableau:
+    """`tableau` of a text: the `order`, a line `c_i | a_i1 a_i2 ...` for each stage, the weights `b`.
+
+    After them come those of the error, `e` and `e_low`, further stages that dense output uses, and its
+    `d`. Nothing before the bar continues the line above. Fractions and decimals are read exactly.
+
+    >>> heun = '''
+    ... order | 2
+    ... 0 |
+    ... 1 | 1
+    ... b | 1/2 1/2
+    ... e | -1/2 1/2'''
+    >>> printed(heun) == tableau(2, c=[0, 1], a=[[], [1]], b=[1/2, 1/2], e=[-1/2, 1/2])
+    True
+    """
+    rows: list[tuple[str, list]] = []
+    for line in text.strip().splitlines():
+        head, numbers = line.split("|")
+        if head.strip():
+            rows.append((head.strip(), []))
+        rows[-1][1].extend(map(Fraction, numbers.split()))
+    main = [head for head, _ in rows].index("b")
+    stages = lambda rows: zip(*[(Fraction(head), row) for head, row in rows if head[0].isdigit()])
+    (c, a), (extra_c, extra_a) = stages(rows[:main]), tuple(stages(rows[main:])) or ((), ())
+    orders = {name: int(row[0]) for name, row in rows if name.endswith("order")}
+    weights = {name: row for name, row in rows if name in ("b", "e", "e_low")}
+    d = [row for name, row in rows if name == "d"]
+    return tableau(c=c, a=a, d=d, extra_c=extra_c, extra_a=extra_a, **weights, **orders)
 
 
-def check(c, a, b, e, e_low, dense, extra_c, extra_a):
+def check(c, a, b, errors, dense, extra_c, extra_a):
     """Raise a ValueError that names what is wrong with a table."""
     stages = len(c)
-    errors = {name: x for name, x in {"e": e, "e_low": e_low}.items() if x is not None}
     if any(len(x) != stages for x in (a, b, *errors.values())):
         raise ValueError(
             f"A table with {stages} nodes c needs as many rows a and weights b (and e, e_low)."
@@ -178,7 +192,7 @@ def check(c, a, b, e, e_low, dense, extra_c, extra_a):
             f"`extra_a` needs one row for each node of `extra_c`: "
             f"got {len(extra_a)} rows and {len(extra_c)} nodes."
         )
-    if e is None and e_low is not None:
+    if "e_low" in errors and "e" not in errors:
         raise ValueError("`e_low` only sharpens the estimate `e`: pass `e` as well.")
     if not near(sum(b), 1):
         raise ValueError(f"The weights `b` must sum to 1, got {float(sum(b))}.")
@@ -212,12 +226,23 @@ def near(x, y, tolerance=1e-12) -> bool:
     return abs(float(x) - float(y)) <= tolerance
 
 
-def hermite(b):
-    """The cubic through y, y', y1, y1', as weights of k (HNW eq. II.6.7)."""
-    first = [int(i == 0) for i in range(len(b))]
-    last = [int(i == len(b) - 1) for i in range(len(b))]
+# Coefficients of theta, theta^2, ...: of y', y1 - y and y1' in the cubic through them (HNW eq. II.6.7),
+# and theta^2 (1 - theta)^2 times 1, theta, theta (1 - theta), theta^2 (1 - theta).
+CUBIC = (1, -2, 1), (0, 3, -2), (0, -1, 1)
+BUMPS = (0, 1, -2, 1), (0, 0, 1, -2, 1), (0, 0, 1, -3, 3, -1), (0, 0, 0, 1, -3, 3, -1)
+
+
+def hermite(b, d, extra):
+    """Dense output with the slopes of the solution at both ends: the cubic, and h sum_i d_ji k_i times
+    the j-th of `BUMPS` (HNW sec. II.6 for dopri5, II.10 for dop853).
+
+    `extra` stages come after those of the step.
+    """
+    count = len(b) + extra
+    unit = lambda at: [int(i == at) for i in range(count)]
+    padded = [[*row, *[0] * (count - len(row))] for row in (b, *d)]
+    weights = [unit(0), padded[0], unit(len(b) - 1), *padded[1:]]
+    powers = itertools.zip_longest(*(*CUBIC, *BUMPS[: len(d)]), fillvalue=0)
     return [
-        first,
-        [3 * w - 2 * i - j for w, i, j in zip(b, first, last)],
-        [-2 * w + i + j for w, i, j in zip(b, first, last)],
+        [sum(x * w for x, w in zip(power, column)) for column in zip(*weights)] for power in powers
     ]

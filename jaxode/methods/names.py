@@ -9,22 +9,50 @@ from jaxode.methods.tables import methods as tables
 methods: dict[str, Method] = {**tables, **splittings}
 
 
+def by_name(meanings: dict[str, str]) -> dict[str, str]:
+    """A meaning for each of the names that stand together."""
+    return {name: meaning for names, meaning in meanings.items() for name in names.split()}
+
+
+# What those of other libraries are called here.
+STIFF = (
+    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
+    "be done by short steps"
+)
+ELSEWHERE = by_name({
+    "rk45": "'dopri5' is the same method, 'tsit5' a better one",
+    "dp5": "'dopri5' is the same method",
+    "rk23": "'bosh3' is the same method",
+    "dp8": "'dop853' is the same method",
+    "dopri8": "'dop853' is the method of that order",
+    "adams": "'dop853' suits the same problems",
+    "leapfrogmidpoint semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
+    "bdf lsoda radau radauiia5 rodas4 rodas5 rosenbrock23 trbdf2 vode cvode zvode": STIFF,
+    "impliciteuler kvaerno3 kvaerno4 kvaerno5 kencarp3 kencarp4 kencarp5": STIFF,
+})  # fmt: skip
+
+
 def named(method: str | Method) -> Method:
     """The method of that name, or the method itself.
 
     Raises:
-        TypeError: neither a name nor a method.
+        TypeError: neither a name nor a method; it says which one stands for a solver of another library.
         ValueError: there is no method of that name; the error says which are close.
     """
     if isinstance(method, Method):
         return method
-    if not isinstance(method, str):
+    is_name = isinstance(method, str)
+    if is_name and method in methods:
+        return methods[method]
+    name = method if is_name else type(method).__name__
+    here = f"it is '{name.lower()}' here" if name.lower() in methods else None
+    if remedy := ELSEWHERE.get(name.lower(), here):
+        raise (ValueError if is_name else TypeError)(f"There is no method '{name}': {remedy}.")
+    if not is_name:
         raise TypeError(
             "`method` must be a name or a Tableau (see jaxode.tableaus.tableau), or another "
-            f"jaxode.methods.Method; got {type(method).__name__}."
+            f"jaxode.methods.Method; got {name}."
         )
-    if method not in methods:
-        close = difflib.get_close_matches(method.lower(), methods, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"There is no method '{method}'.{hint} Methods: {', '.join(methods)}.")
-    return methods[method]
+    close = difflib.get_close_matches(name.lower(), methods, 1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise ValueError(f"There is no method '{name}'.{hint} Methods: {', '.join(methods)}.")
