@@ -10,7 +10,8 @@ ORDER = """
     tableaus splittings controllers kernels.one_call kernels.forms kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
-    adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.replay_in_lanes
+    adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
+    adjoints.replay_in_lanes
     adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments integrate problems
     nn data train experiments
 """.split()

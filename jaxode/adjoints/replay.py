@@ -60,6 +60,7 @@ def pull(x, rest, recorded: Recorded, bars, fused=False):
     def visit(carry, n, y, memory):
         s, s1 = tree.row(recorded.tape.grid, n), tree.row(recorded.tape.grid, n + 1)
         pick = lambda row, rows_bar: tree.row(rows_bar, row)
+
         def gathered(carry, inside):
             return gather(problems, own, carry, rows_bar, s, s1 - s, y, inside, pick)
 

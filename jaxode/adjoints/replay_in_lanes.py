@@ -303,7 +303,9 @@ def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, 
 
             mine = Cotangents(None, None, None, pick(row), pick(ss_bar))
             at = pick(s), pick(h), pick(y)
-            mine, *bars = gather(alone, pick(lanes.own), mine, rows_bar, *at, lambda: pick(d), of_row)
+            mine, *bars = gather(
+                alone, pick(lanes.own), mine, rows_bar, *at, lambda: pick(d), of_row
+            )
             return put_column(j, (mine.row, mine.ss, *bars), state, axis)
 
         return lax.fori_loop(0, len(lanes.who), lane, state)

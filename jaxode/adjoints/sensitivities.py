@@ -23,7 +23,8 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.adjoints.inputs import join
 from jaxode.batch.vmap_rules import summed
-from jaxode.kernels.forms import PRODUCTS, count as count_of, derivatives_are_finite
+from jaxode.kernels.forms import PRODUCTS, derivatives_are_finite
+from jaxode.kernels.forms import count as count_of
 from jaxode.outputs import Times
 
 # Numbers that are differentiated, up to which it is faster than to go back (measured on a CPU,
@@ -51,7 +52,9 @@ class Variational(eqx.Module):
         directions = len(jax.tree.leaves(sensitivities)[0])
         ones = units(self.x, directions, 0)
         k, push = jax.linearize(field, self.x, of_state(ys))
-        if count_of(self.trace.jaxpr, PRODUCTS):  # with a matrix: k vectors are faster than one matrix
+        if count_of(
+            self.trace.jaxpr, PRODUCTS
+        ):  # with a matrix: k vectors are faster than one matrix
             of = lambda i: push(*jax.tree.map(lambda x: x[i], (ones, sensitivities)))
             found = [of(i) for i in range(directions)]
             return jax.tree.map(lambda *k: jnp.stack(k), k, *found)
