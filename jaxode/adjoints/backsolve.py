@@ -219,7 +219,9 @@ class Back(NamedTuple):
                 return tree.row(rows_bar, row)
             return to_lanes(jax.tree.map(lambda w: w[who, row], rows_bar), problems.axis)
 
-        gathered = lambda carry, d: gather(problems, own, carry, self.rows_bar, s, h, y, d, pick)
+        def gathered(carry, inside):
+            return gather(problems, own, carry, self.rows_bar, s, h, y, inside, pick)
+
         carry = self.forwards.back(own, self.mask, carry, s, y, memory, h, gathered, True)
         f_more, y_more = pull_start(carry.memory)
         a = jax.tree.map(lambda *a: sum(a), a, carry.y, y_more)

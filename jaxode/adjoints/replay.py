@@ -34,6 +34,8 @@ def replay(integrator, f, y0, ss):
     another (Zhuang et al. 2020, arXiv 2006.02493). Rejected steps are never entered again. Costs
     one evaluation and one vjp of f a stage, and another evaluation where states are rebuilt. Under
     `jax.vmap` both passes are loops over lanes (`jaxode.batch.lanes`), and nothing is recorded.
+
+    In few numbers the same derivatives are carried along instead (`jaxode.adjoints.sensitivities`).
     """
     return solve_part(integrator, f, y0, ss)
 
