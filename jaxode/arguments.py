@@ -1,5 +1,6 @@
 """Arguments, checked at the door: before compilation where their values are known."""
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jaxode import tree
 from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
+from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.methods.names import methods, named
 from jaxode.signals import crowded
@@ -28,7 +30,10 @@ TIMES = "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0
 STEP = (
     "the first step is chosen from func; `dt` takes steps of equal size, `hmax` bounds all of them"
 )
-JACOBIAN = "no Jacobian is needed: every method is explicit"
+JACOBIAN = (
+    "the Jacobian is derived from func, where the method needs one; what is known of its structure "
+    "is `linear=`, such as jaxode.methods.Banded(lower, upper)"
+)
 EVENTS = "there are no events: solve to a time, look at the state, and solve on"
 DENSE = "there is no interpolant to keep: ask for as many times in `t` as are needed"
 CALLED = "func is called as func(y, t, *args); write lambda y, t: f(t, y) for a function of (t, y)"
@@ -75,10 +80,7 @@ WORDS = {
     "progress_meter": "there is none",
 }
 
-STIFF = (
-    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
-    "be done by short steps"
-)
+STIFF = "it is for stiff problems, and so are 'rodas5p' and 'rodas4' here"
 METHODS = {
     "rk45": "'dopri5' is the same method, 'tsit5' a better one",
     "dopri5": "it is 'dopri5' here",
@@ -107,7 +109,9 @@ METHODS = {
 }
 
 
-OPTIONS = ("rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics").split()
+OPTIONS = (
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear"
+).split()
 
 
 def about_words(unknown) -> str:
@@ -120,13 +124,28 @@ def about_words(unknown) -> str:
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
-def own_method(method) -> Method:
-    """The method; an error for those of other libraries that says what they are called here."""
+def own_method(method, linear=None) -> Method:
+    """The method, with its linear algebra if that is given.
+
+    An error for methods of other libraries says what they are called here.
+    """
     name = method if isinstance(method, str) else type(method).__name__
     if name.lower() in METHODS and not (isinstance(method, str) and method in methods):
         wrong = ValueError if isinstance(method, str) else TypeError
         raise wrong(f"There is no method '{name}': {METHODS[name.lower()]}.")
-    return named(method)
+    method = named(method)
+    if linear is None:
+        return method
+    if not isinstance(linear, Linear):
+        raise TypeError(
+            "`linear` must be the structure of the Jacobian, such as jaxode.methods.Banded(1, 1) or "
+            f"Dense(); got {linear!r}."
+        )
+    if not hasattr(method, "linear"):
+        raise ValueError(
+            f"`linear` is for implicit methods such as 'rodas5p'; '{name}' solves no linear systems."
+        )
+    return dataclasses.replace(method, linear=linear)  # type: ignore[type-var]
 
 
 def present(unknown, func, t) -> None:

@@ -18,6 +18,7 @@ from jaxode.adjoints.names import having
 from jaxode.arguments import known
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
+from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.signals import Pieces, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
@@ -80,6 +81,7 @@ def solve(
     max_steps: int = MAX_STEPS,
     throw: bool | None = None,
     heuristics: bool = False,
+    linear: Linear | None = None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -108,8 +110,9 @@ def solve(
         mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
         hmax: the largest step, in units of t. May be traced.
         method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
-            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`). Outputs
-            come from dense output: steps do not stop at output times.
+            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
+            stiff problem, an implicit one ("rodas5p", "rodas4", "rodas4p"). Outputs come from dense
+            output: steps do not stop at output times.
         adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
@@ -127,6 +130,8 @@ def solve(
         heuristics: give `Solution.heuristics` too, the solver's estimates of its own error and of
             stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
             stages are at the end of the step ("tsit5", "dopri5").
+        linear: the structure of df/dy, for an implicit method: `jaxode.methods.Banded(lower, upper)`,
+            `Diagonal()`, or `Dense()`, the default. Of the state as one vector.
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.
@@ -150,7 +155,7 @@ def solve(
     arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.own_method(method)
+    name, method = method, arguments.own_method(method, linear)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)

@@ -3,10 +3,11 @@
 import difflib
 
 from jaxode.methods.method import Method
+from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
 
-methods: dict[str, Method] = {**tables, **splittings}
+methods: dict[str, Method] = {**tables, **splittings, **rosenbrock}
 
 
 def named(method: str | Method) -> Method:
