@@ -111,7 +111,7 @@ def solve(
         hmax: the largest step, in units of t. May be traced.
         method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
-            stiff problem, an implicit one ("rodas5p", "rodas4", "rodas4p"). Outputs come from dense
+            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
             output: steps do not stop at output times.
         adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
@@ -228,7 +228,8 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, ste
     """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     ss, span = unit_times(t if since is None else since)
-    field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
+    given = static.trace, leaves, t[0], t[-1], span, static.func_time
+    field = Field(*given, static.method.beyond)
     valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if steps is not None:
         valid = valid & (steps >= 0)

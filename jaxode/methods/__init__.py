@@ -1,5 +1,6 @@
 """Methods: one family a file, and every name."""
 
+from jaxode.methods.esdirk import Esdirk as Esdirk
 from jaxode.methods.explicit import Tableau as Tableau
 from jaxode.methods.explicit import tableau as tableau
 from jaxode.methods.linear import Banded as Banded

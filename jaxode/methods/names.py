@@ -2,12 +2,13 @@
 
 import difflib
 
+from jaxode.methods.esdirk import methods as esdirk
 from jaxode.methods.method import Method
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
 
-methods: dict[str, Method] = {**tables, **splittings, **rosenbrock}
+methods: dict[str, Method] = {**tables, **splittings, **rosenbrock, **esdirk}
 
 
 def named(method: str | Method) -> Method:

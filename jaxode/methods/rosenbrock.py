@@ -49,6 +49,7 @@ class Rosenbrock(Method):
     dense_order: int
     linear: Linear = DENSE
     any_state = True
+    implicit = True
 
     @property
     def stage_count(self) -> int:  # type: ignore[override]
@@ -68,7 +69,8 @@ class Rosenbrock(Method):
         us, last = form(field, s, y0, k0, of_time, h, solve)
         y1 = unpack(last + us[-1])
         k1 = f(y1, s + h)
-        return Step(y1, k1, k1, [unpack(us[-1])], us, evaluations=len(self.c))
+        solved = tree.all_finite(us[0])  # else df/dy is not finite, or the matrix singular
+        return Step(y1, k1, k1, [unpack(us[-1])], us, solved, len(self.c))
 
     def written_out(self, field, s, y, k, of_time, h, solve):
         """The u_i, and the last y_i."""
