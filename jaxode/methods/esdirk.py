@@ -100,8 +100,10 @@ class Esdirk(Method):
         if self.filtered:
             error = self.linear.substitute(factors, error)
         k1 = unpack(ks[-1])
+        # The inverse of an infinite matrix is 0: Newton's method would stop where it began.
+        solved = (good > 0) & tree.all_finite(jacobian)
         evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
-        return Step(unpack(y1), k1, k1, [unpack(error)], memory, good > 0, evaluations)
+        return Step(unpack(y1), k1, k1, [unpack(error)], memory, solved, evaluations)
 
     def slope_of(self, field, begin, guess, s, h, factors):
         """k with k = f(begin + gamma h k, s), whether it was found, and in how many evaluations.

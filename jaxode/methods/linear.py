@@ -52,21 +52,15 @@ def solver(linear: Linear, jacobian: Array, w):
     """b -> x with (I - w df/dy) x = b, factored once."""
     matrix = linear.shifted(jacobian, w)
     factors = linear.factor(lax.stop_gradient(matrix))
-    return partial(solution, linear, matrix, factors)
+    times = partial(linear.product, matrix)
+    substitute = partial(linear.substitute, factors)
 
+    def solve(b):
+        # A rule of JAX that stays one when it is transposed: so second derivatives are right, too.
+        back = lambda _, b: jax.linear_transpose(substitute, b)(b)[0]
+        return lax.custom_linear_solve(times, b, lambda _, b: substitute(b), back)
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def solution(linear: Linear, matrix, factors, b) -> Array:
-    """x with matrix x = b."""
-    return linear.substitute(factors, b)
-
-
-@solution.defjvp
-def solution_jvp(linear: Linear, primals, tangents):
-    (matrix, factors, b), (matrix_dot, _, b_dot) = primals, tangents
-    x = solution(linear, matrix, factors, b)
-    rest = b_dot - linear.product(matrix_dot, x)
-    return x, solution(linear, matrix, factors, rest)
+    return solve
 
 
 @dataclasses.dataclass(frozen=True)

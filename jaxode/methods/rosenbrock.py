@@ -61,15 +61,15 @@ class Rosenbrock(Method):
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
         y0, k0 = pack(y), pack(memory)
-        solve = solver(
-            self.linear, self.linear.jacobian(lambda y: field(y, s), y0), tree.scale(self.gamma, h)
-        )
+        jacobian = self.linear.jacobian(lambda y: field(y, s), y0)
+        solve = solver(self.linear, jacobian, tree.scale(self.gamma, h))
         of_time = time_derivative(f, field, s, y0)
         form = self.written_out if len(y0) <= WRITTEN_OUT else self.looped
         us, last = form(field, s, y0, k0, of_time, h, solve)
         y1 = unpack(last + us[-1])
         k1 = f(y1, s + h)
-        solved = tree.all_finite(us[0])  # else df/dy is not finite, or the matrix singular
+        # The inverse of an infinite matrix is 0, which would look like a solution at rest.
+        solved = tree.all_finite(jacobian, us[0])
         return Step(y1, k1, k1, [unpack(us[-1])], us, solved, len(self.c))
 
     def written_out(self, field, s, y, k, of_time, h, solve):
