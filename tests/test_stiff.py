@@ -175,7 +175,7 @@ def test_a_batch_is_what_scipy_finds_each_with_its_own_jacobian(name):
         )  # fmt: skip
         f_np = lambda t, y, f=f: f(t, y).astype(float)
         expected = solve_ivp(f_np, (0, 40), [1.0, 0, 0], "Radau", t_eval=t, rtol=1e-9, atol=1e-13)
-        np.testing.assert_allclose(found.ys[i], expected.y.T, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(found.ys[i], expected.y.T, rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(many[i], alone(rates[i]), rtol=1e-6)
 
 

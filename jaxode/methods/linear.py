@@ -160,17 +160,19 @@ def eliminated_in_a_loop(matrix):
 
 
 def substituted_in_a_loop(factors, b):
+    """By sums with a mask where b is read: the transpose of an index would be a scatter in lanes."""
     u, x = factors
     n = len(b)
     i = np.arange(n, dtype=np.int32)
 
-    def column(turn, b):
-        k = n - 1 - turn
-        entries = lax.dynamic_index_in_dim(u, k, 1, False)
-        value = lax.dynamic_index_in_dim(b, k, 0) / lax.dynamic_index_in_dim(entries, k, 0)
-        return jnp.where(i == k, value, b - jnp.where(i < k, entries, 0) * value)
+    def column(b, given):
+        k, entries = given
+        at_k = i == k
+        value, pivot = (jnp.sum(jnp.where(at_k, x, 0), keepdims=True) for x in (b, entries))
+        value = value / pivot
+        return jnp.where(at_k, value, b - jnp.where(i < k, entries, 0) * value), None
 
-    return lax.fori_loop(0, n, column, jnp.sum(x * b[None, :], 1))
+    return lax.scan(column, jnp.sum(x * b[None, :], 1), (jnp.asarray(i), u.T), reverse=True)[0]
 
 
 @dataclasses.dataclass(frozen=True)
