@@ -168,8 +168,8 @@ class Integrator(eqx.Module):
             fine = self.finite(step.y, step.slope) & step.converged
             accept, stop = fine & go, ~fine & go
             h = jnp.where(stop, 0, state.h)
-            bad = jnp.nan if step.converged is True else jnp.where(step.converged, jnp.nan, jnp.inf)
-            ratio, history = jnp.where(stop, bad, state.ratio), state.history
+            ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
+            history = state.history
         else:
             ratio = self.error_over_tolerance(state.y, step)
             accept = (ratio <= 1) & go
@@ -201,14 +201,19 @@ class Integrator(eqx.Module):
         ratio = norms[0] if len(norms) == 1 else combined(*norms)
         if not self.method.estimate_sees_end:
             ratio = jnp.where(self.finite(step.slope), ratio, jnp.nan)
-        if step.converged is not True:
-            ratio = jnp.where(ratio == jnp.inf, jnp.nan, ratio)
-            ratio = jnp.where(step.converged, ratio, jnp.inf)
+        ratio = of_failed(ratio, step.converged)
         return lax.stop_gradient(lax.convert_element_type(ratio, self.hmax.dtype))
 
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def of_failed(ratio, converged):
+    """An error ratio that is infinite where, and only where, the equations of a step were not solved."""
+    if converged is True:
+        return ratio
+    return jnp.where(converged, jnp.where(ratio == jnp.inf, jnp.nan, ratio), jnp.inf)
 
 
 def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
