@@ -187,16 +187,6 @@ def van_der_pol_scaled(y, t, mu):
     return jnp.stack([v, mu * ((1 - x**2) * v - x)])
 
 
-def e5(y, t):
-    """Enright, Hull and Lindberg (1975), E5: concentrations of 1e-20 and times of 1e13."""
-    a, b, c, d = y
-    one, two, three, four = 7.89e-10 * a, 1.1e7 * a * c, 1.13e9 * b * c, 1.13e3 * d
-    db, dd = one - three, two - four
-    return jnp.stack(
-        [-one - two, db, db - dd, dd]
-    )  # so b - c - d stays what it is, to the last bit
-
-
 def kaps(y, t, stiffness):
     """Kaps (1981): in the limit of great stiffness a differential-algebraic equation."""
     a, b = y
@@ -369,18 +359,6 @@ problems: dict[str, Problem] = {
         args=(1e6,),
         stiff=True,
         end=(0.1706167732170483e1, -0.8928097010247975),  # test set
-    ),
-    "e5": Problem(
-        e5,
-        (1.76e-3, 0.0, 0.0, 0.0),
-        1e13,
-        stiff=True,
-        end=(  # test set
-            0.1152903278711829e-290,
-            0.8867655517642120e-22,
-            0.8854814626268838e-22,
-            0.0,
-        ),
     ),
     "kaps": Problem(
         kaps,

@@ -97,8 +97,7 @@ def test_linear_systems_are_solved_and_differentiated_as_by_numpy(n, linear):
 
 # What a tolerance of 1 is, absolutely, where numbers are small.
 SCALES = {"robertson": 1e-4, "robertson_long": 1e-10, "hires": 1e-4}
-# Chemistry at 1e-20, where no method here is right yet; and what is short of nothing but time.
-STIFF = [name for name, p in problems.items() if p.stiff and name != "e5"]
+STIFF = [name for name, p in problems.items() if p.stiff]
 
 
 @pytest.mark.parametrize("problem", STIFF)
