@@ -1,5 +1,6 @@
 """Arguments, checked at the door: before compilation where their values are known."""
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jaxode import tree
 from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
+from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.methods.names import by_name
 from jaxode.signals import crowded
@@ -41,7 +43,8 @@ WORDS = by_name({
     "min_step hmin dtmin dt_min": "there is no least step to choose",
     "first_step h0 dt0 step_size": STEP,
     "jac jac_sparsity Dfun col_deriv lband uband ml mu":
-        "no Jacobian is needed: every method is explicit",
+        "the Jacobian is derived from func, where the method needs one; what is known of its "
+        "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
     "events event event_fn": "there are no events: solve to a time, look at the state, and solve on",
     "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
     "tfirst vectorized": CALLED,
@@ -58,7 +61,9 @@ WORDS = by_name({
     "solver_state controller_state made_jump": "a solve begins from y0 alone",
     "progress_meter": "there is none",
 })  # fmt: skip
-OPTIONS = "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics".split()
+OPTIONS = (
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear"
+).split()
 
 
 def about_words(unknown) -> str:
@@ -69,6 +74,22 @@ def about_words(unknown) -> str:
     close = difflib.get_close_matches(name, OPTIONS, 1)
     hint = f" Did you mean `{close[0]}=`?" if close else ""
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
+
+
+def with_linear(method: Method, name, linear) -> Method:
+    """The method, with its linear algebra if that is given."""
+    if linear is None:
+        return method
+    if not isinstance(linear, Linear):
+        raise TypeError(
+            "`linear` must be the structure of the Jacobian, such as jaxode.methods.Banded(1, 1) or "
+            f"Dense(); got {linear!r}."
+        )
+    if not hasattr(method, "linear"):
+        raise ValueError(
+            f"`linear` is for implicit methods such as 'rodas5p'; '{name}' solves no linear systems."
+        )
+    return dataclasses.replace(method, linear=linear)  # type: ignore[type-var]
 
 
 def present(unknown, func, t) -> None:

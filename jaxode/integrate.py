@@ -17,6 +17,7 @@ from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
+from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.methods.names import named
 from jaxode.signals import Split, asks, piecewise, valid_times
@@ -81,6 +82,7 @@ def solve(
     max_steps: int = MAX_STEPS,
     throw: bool | None = None,
     heuristics: bool = False,
+    linear: Linear | None = None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -109,8 +111,9 @@ def solve(
         mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
         hmax: the largest step, in units of t. May be traced.
         method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
-            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`). Outputs
-            come from dense output: steps do not stop at output times.
+            a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
+            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
+            output: steps do not stop at output times.
         adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
@@ -128,6 +131,8 @@ def solve(
         heuristics: give `Solution.heuristics` too, the solver's estimates of its own error and of
             stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
             stages are at the end of the step ("tsit5", "dopri5").
+        linear: the structure of df/dy, for an implicit method: `jaxode.methods.Banded(lower, upper)`,
+            `Diagonal()`, or `Dense()`, the default. Of the state as one vector.
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.
@@ -151,7 +156,7 @@ def solve(
     arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, named(method)
+    name, method = method, arguments.with_linear(named(method), method, linear)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
@@ -222,7 +227,8 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     times, steps = t if since is None else since, static.steps
     ss, span = unit_times(times)
-    field = Field(static.trace, leaves, t[0], t[-1], span, static.func_time)
+    given = static.trace, leaves, t[0], t[-1], span, static.func_time
+    field = Field(*given, static.method.beyond)
     valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if dt is not None:
         steps = arguments.number_of_steps(dt, times, static.max_steps)

@@ -155,6 +155,59 @@ def robertson(y, t):
     return jnp.stack([two - one, one - two - three, three])
 
 
+def hires(y, t):
+    """Schaefer (1975), high irradiance responses of photomorphogenesis (HW eq. IV.10.4)."""
+    a, b, c, d, e, f, g, h = y
+    bound = 280 * f * h
+    return jnp.stack(
+        [
+            -1.71 * a + 0.43 * b + 8.32 * c + 0.0007,
+            1.71 * a - 8.75 * b,
+            -10.03 * c + 0.43 * d + 0.035 * e,
+            8.32 * b + 1.71 * c - 1.12 * d,
+            -1.745 * e + 0.43 * f + 0.43 * g,
+            -bound + 0.69 * d + 1.71 * e - 0.43 * f + 0.69 * g,
+            bound - 1.81 * g,
+            1.81 * g - bound,
+        ]
+    )
+
+
+def oregonator(y, t):
+    """Field and Noyes (1974), the Belousov-Zhabotinsky reaction (HW eq. IV.10.3)."""
+    a, b, c = y
+    return jnp.stack(
+        [77.27 * (b + a * (1 - 8.375e-6 * a - b)), (c - (1 + a) * b) / 77.27, 0.161 * (a - c)]
+    )
+
+
+def van_der_pol_scaled(y, t, mu):
+    """van der Pol's equation in units of its slow time (HW eq. IV.10.2, with 1 / epsilon = mu)."""
+    x, v = y
+    return jnp.stack([v, mu * ((1 - x**2) * v - x)])
+
+
+def kaps(y, t, stiffness):
+    """Kaps (1981): in the limit of great stiffness a differential-algebraic equation."""
+    a, b = y
+    return jnp.stack([-(stiffness + 2) * a + stiffness * b**2, a - b - b**2])
+
+
+def brusselator_line(y, t, diffusion):
+    """The Brusselator with diffusion on a line (HW eq. IV.10.6): u and v in turn, df/dy has a band of 2."""
+    u, v = jnp.asarray(y).reshape(-1, 2).T
+    rate = diffusion * (len(u) + 1) ** 2
+    spread = lambda x, end: rate * jnp.diff(jnp.pad(x, 1, constant_values=end), n=2)
+    du = 1 + u**2 * v - 4 * u + spread(u, 1)
+    dv = 3 * u - u**2 * v + spread(v, 3)
+    return jnp.stack([du, dv], 1).reshape(-1)
+
+
+def brusselator_start(points):
+    x = np.arange(1, points + 1) / (points + 1)
+    return np.stack([1 + np.sin(2 * np.pi * x), np.full(points, 3.0)], 1).reshape(-1)
+
+
 ARENSTORF = (0.994, 0.0, 0.0, -2.00158510637908252240537862224)
 PLEIADES = (
     *(3.0, 3.0, -1.0, -3.0, 2.0, -2.0, 2.0),
@@ -259,5 +312,112 @@ problems: dict[str, Problem] = {
         40.0,
         stiff=True,
         end=(0.715827068719456, 9.1855347645598e-06, 0.284163745745778),
+    ),
+    # References: Mazzia and Magherini, Test set for IVP solvers, release 2.4; or SciPy's Radau at 1e-12.
+    "robertson_long": Problem(
+        robertson,
+        (1.0, 0.0, 0.0),
+        1e11,
+        stiff=True,
+        end=(0.2083340149701255e-07, 0.8333360770334713e-13, 0.9999999791665050),  # test set
+    ),
+    "hires": Problem(
+        hires,
+        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0057),
+        321.8122,
+        stiff=True,
+        end=(  # test set
+            0.7371312573325668e-3,
+            0.1442485726316185e-3,
+            0.5888729740967575e-4,
+            0.1175651343283149e-2,
+            0.2386356198831331e-2,
+            0.6238968252742796e-2,
+            0.2849998395185769e-2,
+            0.2850001604814231e-2,
+        ),
+    ),
+    "oregonator": Problem(
+        oregonator,
+        (1.0, 2.0, 3.0),
+        360.0,
+        stiff=True,
+        end=(0.1000814870318523e1, 0.1228178521549917e4, 0.1320554942846706e3),  # test set
+    ),
+    "van_der_pol_1e3": Problem(
+        van_der_pol_scaled,
+        (2.0, 0.0),
+        2.0,
+        args=(1e3,),
+        stiff=True,
+        end=(1.763234540203, -0.8356886816777),  # SciPy
+    ),
+    "van_der_pol_1e6": Problem(
+        van_der_pol_scaled,
+        (2.0, 0.0),
+        2.0,
+        args=(1e6,),
+        stiff=True,
+        end=(0.1706167732170483e1, -0.8928097010247975),  # test set
+    ),
+    "kaps": Problem(
+        kaps,
+        (1.0, 1.0),
+        5.0,
+        args=(1e6,),
+        stiff=True,
+        exact=lambda t: np.array([np.exp(-2 * t), np.exp(-t)]),
+    ),
+    "prothero_robinson": Problem(
+        forced, (1.0,), 10.0, args=(1e6,), stiff=True, exact=lambda t: np.array([np.cos(t)])
+    ),
+    "brusselator_line": Problem(
+        brusselator_line,
+        brusselator_start(20),
+        10.0,
+        args=(1 / 50,),
+        stiff=True,
+        end=(
+            0.8776530097283,
+            3.15470390906,
+            0.7658928273838,
+            3.295548820091,
+            0.6712478470947,
+            3.413643265487,
+            0.5958550017513,
+            3.505830090093,
+            0.538646967714,
+            3.573451166363,
+            0.496938601873,
+            3.620405791384,
+            0.4676720876727,
+            3.651446867542,
+            0.44813203482,
+            3.67104542309,
+            0.4362471260013,
+            3.682770846862,
+            0.4306606757477,
+            3.689013042768,
+            0.4307112500402,
+            3.690887551249,
+            0.4364053271659,
+            3.688219383002,
+            0.4484169183818,
+            3.679556662845,
+            0.4681131789868,
+            3.662214785968,
+            0.4975692041709,
+            3.632401031451,
+            0.5394886457357,
+            3.585523548819,
+            0.5968897247447,
+            3.516839975568,
+            0.6723805302574,
+            3.422609112103,
+            0.7669226841237,
+            3.301778439248,
+            0.8782943216043,
+            3.157853117242,
+        ),  # SciPy
     ),
 }

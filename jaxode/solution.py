@@ -17,6 +17,7 @@ class Status(enum.IntEnum):
     DT_TOO_SMALL = 3
     NON_FINITE = 4
     NON_FINITE_INITIAL = 5
+    NOT_CONVERGED = 6
     BAD_INPUT = 9
 
     @property
@@ -42,6 +43,11 @@ _MESSAGES = {
     ),
     Status.NON_FINITE_INITIAL: (
         "y0, or func(y0, t0), is NaN or infinite. Check the initial state and func at the first time."
+    ),
+    Status.NOT_CONVERGED: (
+        "The equations of an implicit step could not be solved for any step size tried: Newton's method "
+        "did not converge, or the derivative of func with respect to y is NaN or infinite. Check func "
+        "near this time: it may have a kink or a jump, or have left its domain (sqrt and powers at 0)."
     ),
     Status.BAD_INPUT: (
         "The times are not increasing (or decreasing) and finite; a tolerance or limit is negative or "

@@ -125,6 +125,14 @@ def polynomial(y: PyTree, theta, d: list[PyTree]) -> PyTree:
     return jax.tree.map(leaf, y, *d)
 
 
+def hermite(h, moved: PyTree, k: PyTree, k1: PyTree) -> list[PyTree]:
+    """The d_p of the cubic through y, y', y + moved, y1' (HNW eq. II.6.7)."""
+    first, last = (weighted_sum(h, [(1.0, k)]) for k in (k, k1))
+    third = jax.tree.map(lambda a, b, d: a + b - 2 * d, first, last, moved)
+    second = difference(moved, jax.tree.map(lambda a, t: a + t, first, third))
+    return [first, second, third]
+
+
 def largest(xs):
     """The maximum of several arrays, entry by entry."""
     return functools.reduce(lax.max, xs)

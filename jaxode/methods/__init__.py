@@ -1,10 +1,19 @@
 """Methods: one family a file, and every name."""
 
+from jaxode.methods.esdirk import Esdirk as Esdirk
 from jaxode.methods.explicit import Tableau as Tableau
 from jaxode.methods.explicit import tableau as tableau
+from jaxode.methods.linear import Banded as Banded
+from jaxode.methods.linear import Dense as Dense
+from jaxode.methods.linear import Diagonal as Diagonal
+from jaxode.methods.linear import Linear as Linear
 from jaxode.methods.method import Method as Method
 from jaxode.methods.method import Step as Step
 from jaxode.methods.names import methods as methods
 from jaxode.methods.names import named as named
+from jaxode.methods.rosenbrock import Rosenbrock as Rosenbrock
+from jaxode.methods.rosenbrock import rodas4 as rodas4
+from jaxode.methods.rosenbrock import rodas4p as rodas4p
+from jaxode.methods.rosenbrock import rodas5p as rodas5p
 from jaxode.methods.symplectic import Splitting as Splitting
 from jaxode.methods.symplectic import composed as composed

@@ -46,6 +46,8 @@ class Method:
         inside_evaluations: evaluations of func that `inside` adds to those of a step.
         explains: whether `heuristics` can be made from `stages`.
         stage_count: how many states a step holds at a time, by which a batch is sized.
+        implicit: whether a step solves equations, so that `converged` may be false.
+        beyond: whether a stage lies after the end of its step: func then sees times after the last.
         any_state: whether the parts of a state are all treated alike, so that a state of several
             arrays may be handed over as one vector.
         sums_slopes: whether a step only adds multiples of slopes, so that a step of the state with
@@ -57,6 +59,8 @@ class Method:
     estimate_sees_end: bool = False
     inside_evaluations: int = 0
     explains: bool = False
+    implicit: bool = False
+    beyond: bool = False
     any_state: bool = False
     sums_slopes: bool = False
     stage_count: int = 8

@@ -2,11 +2,13 @@
 
 import difflib
 
+from jaxode.methods.esdirk import methods as esdirk
 from jaxode.methods.method import Method
+from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
 
-methods: dict[str, Method] = {**tables, **splittings}
+methods: dict[str, Method] = {**tables, **splittings, **rosenbrock, **esdirk}
 
 
 def by_name(meanings: dict[str, str]) -> dict[str, str]:
@@ -15,10 +17,7 @@ def by_name(meanings: dict[str, str]) -> dict[str, str]:
 
 
 # What those of other libraries are called here.
-STIFF = (
-    "it is implicit, for stiff problems; all methods here are explicit: 'tsit5' or 'dop853' do what can "
-    "be done by short steps"
-)
+STIFF = "it is for stiff problems, and so are 'rodas5p' and 'rodas4' here"
 ELSEWHERE = by_name({
     "rk45": "'dopri5' is the same method, 'tsit5' a better one",
     "dp5": "'dopri5' is the same method",
@@ -27,8 +26,9 @@ ELSEWHERE = by_name({
     "dopri8": "'dop853' is the method of that order",
     "adams": "'dop853' suits the same problems",
     "leapfrogmidpoint semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
-    "bdf lsoda radau radauiia5 rodas4 rodas5 rosenbrock23 trbdf2 vode cvode zvode": STIFF,
-    "impliciteuler kvaerno3 kvaerno4 kvaerno5 kencarp3 kencarp4 kencarp5": STIFF,
+    "bdf lsoda radau radauiia5 rodas5 rosenbrock23 vode cvode zvode": STIFF,
+    "kvaerno4 kencarp3 kencarp5": STIFF,
+    "impliciteuler": "it is 'implicit_euler' here",
 })  # fmt: skip
 
 

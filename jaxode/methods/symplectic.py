@@ -59,14 +59,7 @@ class Splitting(Method):
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """The cubic through y, y', y1, y1' (HNW eq. II.6.7)."""
-        first, last = (tree.weighted_sum(h, [(1.0, k)]) for k in (step.stages, step.slope))
-        moved = tree.difference(step.y, y)
-        third = jax.tree.map(lambda a, b, d: a + b - 2 * d, first, last, moved)
-        return [
-            first,
-            tree.difference(moved, jax.tree.map(lambda a, t: a + t, first, third)),
-            third,
-        ]
+        return tree.hermite(h, tree.difference(step.y, y), step.stages, step.slope)
 
     def check(self, func, y0: PyTree) -> None:
         """Raise if the state is not a pair, or if dq/dt depends on q, or dp/dt on p."""

@@ -33,12 +33,20 @@ class Field(eqx.Module):
     t1: Array
     span: Array  # t1 - t0; 1 if they are equal
     time_dtype: Any = eqx.field(static=True)
+    beyond: bool = eqx.field(
+        static=True, default=False
+    )  # stages after the end of a step are allowed
 
     def time(self, s):
-        """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it."""
+        """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it.
+
+        A method with stages after the end of its step sees times after t1.
+        """
         if not self.trace.uses_time:
             return self.t0
         t = self.t0 + self.span * s
+        if self.beyond:
+            return t
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         # `where`, not `clip`: at a tie the derivative is that of t.
         return jnp.where(t < low, low, jnp.where(t > high, high, t))

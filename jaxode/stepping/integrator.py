@@ -168,7 +168,8 @@ class Integrator(eqx.Module):
             fine = self.finite(step.y, step.slope) & step.converged
             accept, stop = fine & go, ~fine & go
             h = jnp.where(stop, 0, state.h)
-            ratio, history = jnp.where(stop, jnp.nan, state.ratio), state.history
+            ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
+            history = state.history
         else:
             ratio = self.error_over_tolerance(state.y, step)
             accept = (ratio <= 1) & go
@@ -191,19 +192,28 @@ class Integrator(eqx.Module):
         )  # fmt: skip
 
     def error_over_tolerance(self, y, step: Step):
-        """The error of a step over what is tolerated: at most 1 is accepted; NaN is not."""
+        """The error of a step over what is tolerated: at most 1 is accepted; NaN is not.
+
+        Infinity says that the equations of an implicit step were not solved.
+        """
         scale = self.tolerated(y, step.y)
         norms = [tree.norm(self.controlled(e), scale) for e in step.errors]
         ratio = norms[0] if len(norms) == 1 else combined(*norms)
         if not self.method.estimate_sees_end:
             ratio = jnp.where(self.finite(step.slope), ratio, jnp.nan)
-        if step.converged is not True:
-            ratio = jnp.where(step.converged, ratio, jnp.nan)
+        ratio = of_failed(ratio, step.converged)
         return lax.stop_gradient(lax.convert_element_type(ratio, self.hmax.dtype))
 
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def of_failed(ratio, converged):
+    """An error ratio that is infinite where, and only where, the equations of a step were not solved."""
+    if converged is True:
+        return ratio
+    return jnp.where(converged, jnp.where(ratio == jnp.inf, jnp.nan, ratio), jnp.inf)
 
 
 def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
@@ -217,6 +227,8 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     if state.since is not None:
         spent = spent | ~self.in_time(state)
     cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)
+    if self.method.implicit:
+        cut = jnp.where(state.ratio == jnp.inf, Status.NOT_CONVERGED.value, cut)
     status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
     status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
     return Report(

@@ -1,0 +1,317 @@
+"""Diagonally implicit Runge-Kutta methods with an explicit first stage (ESDIRK), for stiff problems.
+
+References: Hairer and Wanner (1996), Solving Ordinary Differential Equations II (HW), IV.6 and IV.8;
+Kennedy and Carpenter (2016), Diagonally implicit Runge-Kutta methods for ordinary differential
+equations, a review.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.methods.linear import DENSE, Linear, solver
+from jaxode.methods.method import Method, Step
+from jaxode.methods.rosenbrock import NO_BACKSOLVE
+from jaxode.methods.vectors import vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Esdirk(Method):
+    """A stiffly accurate ESDIRK method, whose slopes are found by a simplified Newton's method.
+
+        k_i = f(y + h sum_(j < i) a_ij k_j + h gamma k_i, s + c_i h),    k_0 = f(y, s);
+
+    y1 is the argument of the last k_i, and this k_i is the slope there: the k_0 of the next step. Each
+    is differentiated as the implicit function that it is, so that no derivative knows of iterations.
+
+    Attributes:
+        order, error_order: of y1, and of the embedded solution.
+        gamma, c, a: the coefficients; row i of a has i entries, without gamma.
+        e: weights of the error, h sum_i e_i k_i; `filtered` by (I - h gamma J)^-1 where it would be large
+            for fast modes that have died out (HW eq. IV.8.20).
+        guess: weights of the slopes before in the first guess of k_i.
+        dense_order: the order with which dense output converges: the cubic Hermite interpolant, or for
+            order 1 the straight line.
+        iterations: the most iterations for a stage; a step in which one needs more is rejected.
+        accuracy: a stage is solved when an iteration changes no number of it by more than this times
+            its size, or times 1e-6 of the largest one (at least 100 roundings).
+        linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
+    """
+
+    order: int
+    error_order: int
+    gamma: float
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    e: tuple[float, ...]
+    guess: tuple[tuple[float, ...], ...]
+    dense_order: int
+    filtered: bool = False
+    iterations: int = 10
+    accuracy: float = 1e-9
+    linear: Linear = DENSE
+    any_state = True
+    implicit = True
+
+    @property
+    def stage_count(self) -> int:  # type: ignore[override]
+        return len(self.c)
+
+    @property
+    def beyond(self) -> bool:  # type: ignore[override]
+        return max(self.c) > 1
+
+    def start(self, f, s, y: PyTree) -> PyTree:
+        return f(y, s)
+
+    def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
+        field, pack, unpack = vectors(f, y)
+        y0, k0 = pack(y), pack(memory)
+        jacobian = self.linear.jacobian(lambda y: field(y, s), y0)
+        matrix = self.linear.shifted(jacobian, tree.scale(self.gamma, h))
+        factors = self.linear.factor(lax.stop_gradient(matrix))
+        a, guess = square(self.a, y0.dtype), square(self.guess, y0.dtype)
+
+        def stage(carry, given):
+            ys, guesses, found = carry
+            i, c, a, guess = given
+            begin, first = (lax.dynamic_index_in_dim(x, i, 0, False) for x in (ys, guesses))
+            k, (good, more) = self.slope_of(field, begin, first, s + tree.scale(c, h), h, factors)
+            ys, guesses = added(ys, tree.scale(h, k), a), added(guesses, k, guess)
+            return (ys, guesses, (found[0] * good, found[1] + more)), (k, begin)
+
+        wide = jnp.broadcast_to(y0, (len(self.c), *y0.shape))
+        begin = (
+            added(wide, tree.scale(h, k0), a[:, 0]),
+            added(jnp.zeros_like(wide), k0, guess[:, 0]),
+            (jnp.ones((), y0.dtype), jnp.zeros((), y0.dtype)),
+        )
+        rest = jnp.asarray(self.c[1:], h.dtype), jnp.asarray(a.T[1:]), jnp.asarray(guess.T[1:])
+        given = jnp.arange(1, len(self.c), dtype=jnp.int32), *rest
+        (_, _, (good, count)), (ks, begins) = lax.scan(stage, begin, given)
+        y1 = begins[-1] + tree.scale(self.gamma, tree.scale(h, ks[-1]))
+        error = tree.scale(self.e[0], k0) + jnp.tensordot(np.asarray(self.e[1:], y0.dtype), ks, 1)
+        error = tree.scale(h, error)
+        if self.filtered:
+            error = self.linear.substitute(factors, error)
+        k1 = unpack(ks[-1])
+        # The inverse of an infinite matrix is 0: Newton's method would stop where it began.
+        solved = (good > 0) & tree.all_finite(jacobian)
+        evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
+        return Step(unpack(y1), k1, k1, [unpack(error)], memory, solved, evaluations)
+
+    def slope_of(self, field, begin, guess, s, h, factors):
+        """k with k = f(begin + gamma h k, s), whether it was found, and in how many evaluations.
+
+        Its derivative is that of the implicit function: (I - gamma h df/dy) dk = df, at the solution.
+        """
+        width = tree.scale(self.gamma, h)
+        residual = lambda k: k - field(begin + tree.scale(width, k), s)
+
+        def newton(residual, k):
+            return self.newton(residual, k, begin, width, factors)
+
+        def tangent(linear_part, right):
+            scaled = self.linear.jacobian(lambda v: v - linear_part(v), jnp.zeros_like(right))
+            return solver(self.linear, scaled, jnp.ones_like(width))(right)
+
+        return lax.custom_root(residual, guess, newton, tangent, has_aux=True)
+
+    def newton(self, residual, k, begin, width, factors):
+        """Simplified: with df/dy at the start of the step (HW sec. IV.8)."""
+        least = max(self.accuracy, 100 * float(jnp.finfo(k.dtype).eps))
+
+        def unfinished(carry):
+            _, count, size, last = carry
+            return (count < self.iterations) & (size > least) & (size <= 2 * last)
+
+        def iterate(carry):
+            k, count, size, _ = carry
+            change = self.linear.substitute(factors, residual(k))
+            moved = lax.abs(tree.scale(width, change))
+            y = lax.abs(begin + tree.scale(width, k))
+            floor = tree.scale(1e-6, jnp.max(y)) + jnp.finfo(k.dtype).tiny
+            return k - change, count + 1, jnp.max(moved / (y + floor)), size
+
+        huge = jnp.asarray(jnp.finfo(k.dtype).max, k.dtype)
+        start = k, jnp.zeros((), jnp.int32), huge, huge
+        k, count, size, _ = lax.while_loop(unfinished, iterate, start)
+        # As floats: integers have no tangents that `custom_root` knows.
+        as_number = lambda x: lax.convert_element_type(x, k.dtype)
+        return k, (as_number(size <= least), as_number(count))
+
+    def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
+        """The cubic through y, y', y1, y1' (HNW eq. II.6.7); the straight line for a method of order 1."""
+        moved = tree.difference(step.y, y)
+        if self.order == 1:
+            return [moved]
+        return tree.hermite(h, moved, step.stages, step.slope)
+
+    def backwards(self) -> Method:
+        raise ValueError(NO_BACKSOLVE)
+
+
+def added(sums: Array, x: Array, weights) -> Array:
+    """What all stages need, with a new slope added to each."""
+    return sums + jnp.asarray(weights)[:, None] * x[None, :]
+
+
+def square(rows, dtype):
+    """Rows of a table as a matrix."""
+    return np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows], dtype)
+
+
+def esdirk(
+    order, *, gamma, c, a, e, guess, dense_order, error_order=None, filtered=False
+) -> Esdirk:
+    """An ESDIRK method as the literature prints it, but for the diagonal of a."""
+    floats: Any = lambda row: tuple(map(float, row))
+    rows = lambda rows: tuple(map(floats, rows))
+    return Esdirk(
+        order, error_order or order - 1, float(gamma), floats(c), rows(a), floats(e), rows(guess),
+        dense_order, filtered,
+    )  # fmt: skip
+
+
+implicit_euler = esdirk(
+    1,
+    gamma=1,
+    c=[0, 1],
+    a=[[], [0]],
+    e=[-1 / 2, 1 / 2],
+    guess=[[], [1]],
+    error_order=1,
+    dense_order=1,
+    filtered=True,
+)
+"""Backward Euler, of order 1; its error by the trapezoidal rule."""
+
+_root = 2**0.5
+trbdf2 = esdirk(
+    2,
+    gamma=1 - _root / 2,
+    c=[0, 2 - _root, 1],
+    a=[[], [1 - _root / 2], [_root / 4, _root / 4]],
+    e=[(1 - _root) / 3, 1 / 3, (_root - 2) / 3],
+    guess=[[], [1], [-0.5, 1.5]],
+    error_order=2,
+    dense_order=2,
+    filtered=True,
+)
+"""Bank et al. (1985), as Hosea and Shampine (1996): a trapezoidal step and one of BDF2, of order 2."""
+
+kvaerno3 = esdirk(
+    3,
+    gamma=0.4358665215,
+    c=[0, 0.871733043, 1, 1],
+    a=[
+        [],
+        [0.4358665215],
+        [0.4905633884191082, 0.0735700900808919],
+        [0.30880996997303606, 1.490563388254108, -1.2352398797271447],
+    ],
+    e=[-0.18175341844607212, 1.416993298173216, -1.6711064012271446, 0.4358665215],
+    guess=[
+        [],
+        [1],
+        [-0.14714018016178376, 1.1471401801617838],
+        [0.4905633884191082, 0.0735700900808919, 0.4358665215],
+    ],
+    dense_order=3,
+)
+"""Kvaerno (2004), Singly diagonally implicit Runge-Kutta methods with an explicit first stage: 3(2)."""
+
+kvaerno5 = esdirk(
+    5,
+    gamma=0.26,
+    c=[0, 0.52, 1.230333209967908, 0.8957659843500759, 0.43639360985864756, 1, 1],
+    a=[
+        [],
+        [0.26],
+        [0.13, 0.8403332099679081],
+        [0.22371961478320504, 0.476755323197997, -0.06470895363112615],
+        [0.16648564323248322, 0.1045001884159172, 0.03631482272098715, -0.13090704451073998],
+        [0.13855640231268224, 0, -0.04245337201752043, 0.02446657898003141, 0.6194303907248068],
+        [
+            0.13659751177640292,
+            0,
+            -0.05496908796538376,
+            -0.04118626728321046,
+            0.629933048990164,
+            0.06962479448202728,
+        ],
+    ],
+    e=[
+        -0.0019588905362793174,
+        0,
+        -0.012515715947863326,
+        -0.06565284626324187,
+        0.010502658265357234,
+        -0.1903752055179727,
+        0.26,
+    ],
+    guess=[
+        [],
+        [1],
+        [-1.366025403784441, 2.3660254037844357],
+        [-0.19650552613122207, 0.8113579546496623, 0.38514757148155954],
+        [0.10375304369958693, 0.937994698066431, -0.04174774176601781, 0],
+        [-0.17281112873898072, 0.6235784481025847, 0.5492326806363959, 0, 0],
+        [
+            0.13855640231268224,
+            0,
+            -0.04245337201752043,
+            0.02446657898003141,
+            0.6194303907248068,
+            0.26,
+        ],
+    ],
+    dense_order=4,
+)
+"""The same paper: order 5(4), seven stages."""
+
+kencarp4 = esdirk(
+    4,
+    gamma=0.25,
+    c=[0, 0.5, 0.332, 0.62, 0.85, 1],
+    a=[
+        [],
+        [0.25],
+        [0.137776, -0.055776],
+        [0.14463686602698217, -0.22393190761334475, 0.4492950415863626],
+        [0.09825878328356477, -0.5915442428196704, 0.8101210538282996, 0.283164405707806],
+        [0.15791629516167136, 0, 0.18675894052400077, 0.6805652953093346, -0.27524053099500667],
+    ],
+    e=[
+        0.0032044943984591845,
+        0,
+        -0.002446251136679456,
+        -0.021480075919587227,
+        0.04394686806857245,
+        -0.02322503541076487,
+    ],
+    guess=[
+        [],
+        [1],
+        [0.33599999999999997, 0.664],
+        [-0.24, 1.24, 0],
+        [-0.37096774193548376, 0, 0, 1.3709677419354838],
+        [-0.17647058823529416, 0, 0, 0, 1.1764705882352942],
+    ],
+    dense_order=4,
+)
+"""Kennedy and Carpenter (2003), ARK4(3)6L[2]SA, its implicit part: order 4(3), six stages."""
+
+methods: dict[str, Method] = {
+    "implicit_euler": implicit_euler,
+    "trbdf2": trbdf2,
+    "kvaerno3": kvaerno3,
+    "kencarp4": kencarp4,
+    "kvaerno5": kvaerno5,
+}
+"""Every method by its name."""

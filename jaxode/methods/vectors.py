@@ -1,0 +1,43 @@
+"""States as vectors of real numbers, which linear algebra needs."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from jaxode import tree
+
+
+def vectors(f, y: PyTree) -> tuple[Callable, Callable, Callable]:
+    """A field as one of real vectors, and how states become vectors and come back.
+
+    A complex number is two real ones; half precision is computed in float32.
+    """
+    leaves, structure = jax.tree.flatten(y)
+    dtype = tree.widest(*map(tree.real_dtype, leaves)) if leaves else jnp.dtype(jnp.float32)
+    plain = structure == jax.tree.structure(0) and leaves[0].ndim == 1 and leaves[0].dtype == dtype
+    if plain:
+        return f, lambda y: y, lambda x: x
+    widths = [leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+
+    def real(leaf):
+        leaf = leaf.reshape(-1)
+        parts = [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
+        return [lax.convert_element_type(part, dtype) for part in parts]
+
+    def pack(y):
+        return jnp.concatenate([part for leaf in jax.tree.leaves(y) for part in real(leaf)])
+
+    def unpack(x):
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        parts = [x[end - width : end] for end, width in zip(ends, widths)]
+        made = []
+        for part, leaf in zip(parts, leaves):
+            if jnp.iscomplexobj(leaf):
+                part = lax.complex(part[: leaf.size], part[leaf.size :])
+            made.append(lax.convert_element_type(part.reshape(leaf.shape), leaf.dtype))
+        return structure.unflatten(made)
+
+    return lambda x, s: pack(f(unpack(x), s)), pack, unpack

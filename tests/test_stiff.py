@@ -1,0 +1,228 @@
+"""Implicit methods: order, stability, linear algebra, stiff problems with references, failures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from jaxode import Status, odeint, solve
+from jaxode.methods import Banded, Dense, Diagonal, named
+from jaxode.methods.esdirk import methods as esdirk
+from jaxode.methods.linear import LOOPED, solver
+from jaxode.methods.rosenbrock import methods as rosenbrock
+from jaxode.problems import problems
+
+METHODS = {**rosenbrock, **esdirk}
+method = pytest.mark.parametrize("name", METHODS)
+
+
+def smooth(y, t):
+    """Nonlinear, and not autonomous."""
+    return jnp.stack([-y[0] * y[1] * jnp.cos(t), y[0] - y[1] * t])
+
+
+SMOOTH = dict(y0=jnp.array([1.0, 0.5]), t=jnp.linspace(0.0, 1.0, 8))
+
+
+@method
+def test_every_method_has_the_order_it_declares(name):
+    exact = solve_ivp(lambda t, y: np.asarray(smooth(y, t)), (0, 1), SMOOTH["y0"], method="DOP853",
+                      rtol=1e-13, atol=1e-14, t_eval=SMOOTH["t"]).y.T  # fmt: skip
+    # Not so small that what Newton's method leaves undone is seen.
+    steps = [h / 8 if named(name).order >= 5 else h / 20 for h in (1, 1 / 2, 1 / 4)]
+    run = jax.jit(lambda dt: odeint(smooth, **SMOOTH, method=name, dt=dt))
+    errors = [np.abs(run(dt) - exact) for dt in steps]
+    ends = [e[-1].max() for e in errors]
+    slope = np.log2(ends[0] / ends[2]) / 2
+    assert named(name).order - 0.4 < slope < named(name).order + 0.8
+    dense = np.log2(errors[0].max() / errors[2].max()) / 2
+    assert dense > named(name).dense_order - 0.4
+
+
+@method
+def test_dense_output_has_the_slope_of_the_solution_at_the_start(name):
+    m, f = named(name), lambda y, s: smooth(y, s)
+    s, h, y = jnp.zeros(()), jnp.asarray(1e-3), SMOOTH["y0"]
+    step = m.step(f, s, y, m.start(f, s, y), h)
+    d = m.inside(f, s, y, h, step)
+    np.testing.assert_allclose(sum(d), step.y - y, rtol=1e-12)
+    np.testing.assert_allclose(d[0], h * f(y, s), rtol=2e-3)
+
+
+@method
+def test_every_method_is_l_stable(name):
+    m, y = named(name), jnp.array([1.0])
+    factor = jax.jit(lambda z: m.step(lambda y, s: z * y, 0 * z, y, z * y, jnp.ones_like(z)).y[0])
+    zs = -np.logspace(-3, 7, 40)
+    values = np.array([float(factor(z)) for z in zs])
+    assert np.all(np.abs(values) <= 1)
+    assert abs(values[-1]) < 1e-4
+    small = np.abs(zs) < 0.02
+    np.testing.assert_allclose(values[small], np.exp(zs[small]), rtol=3e-4)
+
+
+MATRICES = [(n, Dense()) for n in (1, 3, 4, 5, 9, LOOPED + 1)]
+MATRICES += [
+    (n, Banded(*of)) for n, of in ((1, (0, 0)), (9, (2, 3)), (7, (3, 0)), (30, (1, 1)), (5, (0, 2)))
+]
+MATRICES += [(6, Diagonal())]
+
+
+@pytest.mark.parametrize(("n", "linear"), MATRICES)
+def test_linear_systems_are_solved_and_differentiated_as_by_numpy(n, linear):
+    rng = np.random.default_rng(n)
+    i, j = np.indices((n, n))
+    a = rng.normal(size=(n, n))
+    if isinstance(linear, Banded):
+        a[(i - j > linear.lower) | (j - i > linear.upper)] = 0
+    if isinstance(linear, Diagonal):
+        a[i != j] = 0
+    b, v = rng.normal(size=(2, n))
+    whole = np.eye(n) - 0.7 * a
+
+    def found(a, b):
+        jacobian = linear.jacobian(lambda y: a @ jnp.sin(y), jnp.zeros(n))
+        return solver(linear, jacobian, jnp.asarray(0.7))(b)
+
+    x, back = np.linalg.solve(whole, b), np.linalg.solve(whole.T, v)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-7 * np.abs(b).max())
+    close(found(jnp.asarray(a), b), x)
+    a_bar, b_bar = jax.grad(lambda a, b: v @ found(a, b), (0, 1))(jnp.asarray(a), jnp.asarray(b))
+    close(b_bar, back)
+    close(np.where(a == 0, 0, a_bar), np.where(a == 0, 0, 0.7 * np.outer(back, x)))
+    many = jax.vmap(found, (None, 1), 1)(jnp.asarray(a), jnp.stack([b, v], 1))
+    close(many, np.linalg.solve(whole, np.stack([b, v], 1)))
+
+
+# What a tolerance of 1 is, absolutely, where numbers are small.
+SCALES = {"robertson": 1e-4, "robertson_long": 1e-10, "hires": 1e-4}
+STIFF = [name for name, p in problems.items() if p.stiff]
+
+
+@pytest.mark.parametrize("problem", STIFF)
+@pytest.mark.parametrize("name", ["rodas4", "rodas4p", "rodas5p"])
+def test_stiff_problems_are_solved_to_ten_tolerances(problem, name):
+    p, scale = problems[problem], SCALES.get(problem, 1.0)
+    for rtol in (1e-4, 1e-6, 1e-8):
+        found = solve(
+            p.f, p.y0, [p.t0, p.t1], *p.args, method=name, rtol=rtol, atol=scale * rtol, throw=False
+        )
+        error = np.abs(found.ys[-1] - p.answer()) / (scale + np.abs(p.answer()))
+        assert int(found.status) == Status.MAX_STEPS or error.max() < 10 * rtol, rtol
+
+
+def rate_equations(y, t, k):
+    """Robertson's, of a dictionary."""
+    a, b, c = y["a"], y["bc"][0], y["bc"][1]
+    one, two, three = k[0] * a, k[1] * b * c, k[2] * b**2
+    return {"a": two - one, "bc": jnp.stack([one - two - three, three])}
+
+
+RATES = jnp.array([0.04, 1e4, 3e7])
+MILD = jnp.array([0.4, 1e2, 3e2])  # for steps of equal size
+START = {"a": jnp.array(1.0), "bc": jnp.zeros(2)}
+
+
+@pytest.mark.parametrize("name", ["rodas4", "rodas5p", "kvaerno5", "trbdf2"])
+def test_every_adjoint_gives_the_derivative_of_the_numbers_returned(name):
+    def loss(y0, k, adjoint="replay"):
+        # Equal steps on a time of its own scale: a difference does not see another choice of them.
+        ys = odeint(rate_equations, y0, [0.0, 0.1, 0.4], k, method=name, dt=0.01, adjoint=adjoint)
+        return 1e3 * jnp.sum(ys["a"]) + 1e3 * jnp.sum(ys["bc"][1:, 0])
+
+    exact = jax.jit(jax.grad(loss, (0, 1)))(START, MILD)
+    direct = jax.jit(jax.grad(lambda *x: loss(*x, "direct"), (0, 1)))(START, MILD)
+    forward = jax.jit(jax.jacfwd(lambda *x: loss(*x, "forward"), (0, 1)))(START, MILD)
+    for other in (direct, forward):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), other, exact)
+    for i in range(3):
+        e = 1e-5 * MILD[i] * np.eye(3)[i]
+        difference = (loss(START, MILD + e) - loss(START, MILD - e)) / (2e-5 * MILD[i])
+        np.testing.assert_allclose(exact[1][i], difference, rtol=1e-5)
+    second = jax.jit(jax.jacfwd(jax.grad(loss, 1), 1))(START, MILD)
+    e = 1e-5 * MILD[0] * np.eye(3)[0]
+    slope = jax.jit(jax.grad(loss, 1))
+    difference = (slope(START, MILD + e) - slope(START, MILD - e)) / (2e-5 * MILD[0])
+    np.testing.assert_allclose(second[:, 0], difference, rtol=1e-4)
+
+
+def test_backsolve_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="replay"):
+        odeint(lambda y, t: -y, 1.0, [0.0, 1.0], method="rodas5p", adjoint="backsolve")
+
+
+@pytest.mark.parametrize("name", ["rodas5p", "kvaerno5"])
+def test_a_batch_is_what_scipy_finds_each_with_its_own_jacobian(name):
+    rates = RATES[None] * np.exp(np.linspace(-1, 1, 12))[:, None]
+    t = np.array([0.0, 1.0, 40.0])
+
+    def field(y, t, k):
+        r = k[0] * y[0], k[1] * y[1] * y[2], k[2] * y[1] ** 2
+        return jnp.stack([r[1] - r[0], r[0] - r[1] - r[2], r[2]])
+
+    one = lambda k: solve(
+        field, jnp.array([1.0, 0, 0]), t, k, method=name, rtol=1e-7, atol=1e-11, max_steps=2000
+    )
+    found = jax.jit(jax.vmap(one))(rates)
+    gradient = jax.grad(lambda k: one(k).ys[-1, 0])
+    many, alone = jax.jit(jax.vmap(gradient))(rates), jax.jit(gradient)
+    for i in (0, 7, 11):
+        f = lambda t, y, k=rates[i]: np.array(
+            [k[1] * y[1] * y[2] - k[0] * y[0],
+             k[0] * y[0] - k[1] * y[1] * y[2] - k[2] * y[1] ** 2, k[2] * y[1] ** 2]
+        )  # fmt: skip
+        f_np = lambda t, y, f=f: f(t, y).astype(float)
+        expected = solve_ivp(f_np, (0, 40), [1.0, 0, 0], "Radau", t_eval=t, rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(found.ys[i], expected.y.T, rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(many[i], alone(rates[i]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
+def test_float32_stays_float32(name):
+    f = lambda y, t: -1e4 * (y - jnp.cos(t))
+    ys = odeint(f, jnp.ones(2, jnp.float32), jnp.array([0.0, 1.0], jnp.float32), method=name)
+    assert ys.dtype == jnp.float32
+    np.testing.assert_allclose(ys[-1], np.cos(1.0), atol=2e-4)
+
+
+@pytest.mark.parametrize("linear", [Banded(2, 2), Dense()])
+def test_a_line_of_reactions_is_solved_with_a_band(linear):
+    p = problems["brusselator_line"]
+    ys = odeint(
+        p.f, p.y0, [0.0, 10.0], *p.args, method="rodas5p", linear=linear, rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_allclose(ys[-1], p.answer(), atol=1e-5)
+
+
+def test_a_complex_state_and_a_diagonal_jacobian():
+    rates = jnp.array([1.0, 1e3, 1e6])
+    f = lambda y, t, k: -k.astype(y.dtype) * y * jnp.asarray(1 + 1j, y.dtype)
+    for name in ("rodas5p", "kvaerno5"):
+        found = odeint(
+            f, jnp.ones(3, jnp.complex128), [0.0, 0.5], rates, method=name, rtol=1e-6, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found[-1], np.exp(-np.asarray(rates) * 0.5 * (1 + 1j)), atol=1e-5
+        )
+        real = odeint(
+            lambda y, t, k: -k * y, jnp.ones(3), [0.0, 0.5], rates, method=name, linear=Diagonal(),
+            rtol=1e-6, atol=1e-6,
+        )  # fmt: skip
+        np.testing.assert_allclose(real[-1], np.exp(-rates * 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
+def test_equations_that_cannot_be_solved_are_a_status_of_their_own(name):
+    root = lambda y, t: 1 - jnp.sqrt(y)  # its derivative at 0 is infinite
+    found = solve(root, jnp.array([0.0]), [0.0, 1.0], method=name, throw=False)
+    assert int(found.status) == Status.NOT_CONVERGED
+    many = jax.vmap(lambda y: solve(root, y, [0.0, 1.0], method=name))(jnp.array([[0.0], [4.0]]))
+    assert many.status.tolist() == [Status.NOT_CONVERGED, Status.SUCCESS]
+
+
+def test_linear_is_for_implicit_methods():
+    with pytest.raises(ValueError, match="implicit"):
+        odeint(lambda y, t: -y, 1.0, [0.0, 1.0], linear=Banded(1, 1))
+    with pytest.raises(TypeError, match="Banded"):
+        odeint(lambda y, t: -y, 1.0, [0.0, 1.0], method="rodas4", linear="banded")
