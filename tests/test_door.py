@@ -153,7 +153,8 @@ def test_more_steps_than_can_be_counted_are_refused(dt):
         (dict(method="BDF"), ValueError, "stiff"),
         (dict(method="LSODA"), ValueError, "stiff"),
         (dict(method="Radau"), ValueError, "stiff"),
-        (dict(method="Kvaerno5"), ValueError, "stiff"),
+        (dict(method="Kvaerno5"), ValueError, "'kvaerno5'"),
+        (dict(method="Rodas5"), ValueError, "'rodas5p'"),
     ],
 )
 def test_an_argument_that_is_none_is_named_with_what_to_write_instead(options, error, message):
