@@ -179,6 +179,9 @@ CALLS = {
     "jit": lambda y: jax.jit(lambda y: 2 * y)(y),
     "custom_jvp_call": softened,
     "custom_vjp_call": halved,
+    "custom_linear_solve": lambda y: lax.custom_linear_solve(
+        lambda x: 2 * x, y, lambda _, b: b / 2, lambda _, b: b / 2
+    ),
 }
 REDUCTIONS = {
     "argmax": lambda y: y * weight(jnp.argmax(y), y),

@@ -62,7 +62,8 @@ MOVES = frozenset(
     unstack""".split()
 )
 CALLS = frozenset(
-    "while cond scan jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_linear_solve".split()
+    """while cond scan jit pjit closed_call core_call custom_jvp_call custom_vjp_call
+    custom_linear_solve""".split()
 )
 # What one call can be made of, and when: found out by compiling each (tests/test_one_call.py does it
 # again). Anything else (sort, scatter, fft, linear algebra, callbacks) goes the plain way.
