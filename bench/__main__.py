@@ -11,6 +11,7 @@ one round of each of the works of `bench.everyday`. `--list` names the groups.
 
 import argparse
 import json
+import os
 import platform
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -367,7 +368,8 @@ def versions() -> str:
     return (
         ", ".join(f"{n} {version(n)}" for n in names)
         + f", {platform.machine()}, "
-        + (f"{jax.devices()[0].platform}, Python {platform.python_version()}")
+        + f"{jax.devices()[0].platform} ({len(os.sched_getaffinity(0))} cores), "
+        + f"Python {platform.python_version()}"
     )
 
 
