@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
     tree solution methods.method methods.explicit methods.tables methods.symplectic
-    methods.vectors methods.linear methods.rosenbrock methods.esdirk methods.names
+    methods.implicit methods.linear methods.rosenbrock methods.esdirk methods.names
     tableaus splittings controllers kernels.one_call kernels.forms kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes

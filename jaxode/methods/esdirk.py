@@ -14,14 +14,13 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.methods.implicit import Implicit, vectors
 from jaxode.methods.linear import DENSE, Linear, solver
 from jaxode.methods.method import Method, Step
-from jaxode.methods.rosenbrock import NO_BACKSOLVE
-from jaxode.methods.vectors import vectors
 
 
 @dataclasses.dataclass(frozen=True)
-class Esdirk(Method):
+class Esdirk(Implicit):
     """A stiffly accurate ESDIRK method, whose slopes are found by a simplified Newton's method.
 
         k_i = f(y + h sum_(j < i) a_ij k_j + h gamma k_i, s + c_i h),    k_0 = f(y, s);
@@ -55,19 +54,10 @@ class Esdirk(Method):
     iterations: int = 10
     accuracy: float = 1e-9
     linear: Linear = DENSE
-    any_state = True
-    implicit = True
-
-    @property
-    def stage_count(self) -> int:  # type: ignore[override]
-        return len(self.c)
 
     @property
     def beyond(self) -> bool:  # type: ignore[override]
         return max(self.c) > 1
-
-    def start(self, f, s, y: PyTree) -> PyTree:
-        return f(y, s)
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
@@ -151,9 +141,6 @@ class Esdirk(Method):
         if self.order == 1:
             return [moved]
         return tree.hermite(h, moved, step.stages, step.slope)
-
-    def backwards(self) -> Method:
-        raise ValueError(NO_BACKSOLVE)
 
 
 def added(sums: Array, x: Array, weights) -> Array:

@@ -13,13 +13,13 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.methods.implicit import Implicit, vectors
 from jaxode.methods.linear import DENSE, WRITTEN_OUT, Linear, solver
 from jaxode.methods.method import Method, Step
-from jaxode.methods.vectors import vectors
 
 
 @dataclasses.dataclass(frozen=True)
-class Rosenbrock(Method):
+class Rosenbrock(Implicit):
     """A stiffly accurate Rosenbrock method, transformed so that no matrix is multiplied (HW eq. IV.7.25).
 
     With J = df/dy at the start of the step,
@@ -48,15 +48,6 @@ class Rosenbrock(Method):
     dense: tuple[tuple[float, ...], ...]
     dense_order: int
     linear: Linear = DENSE
-    any_state = True
-    implicit = True
-
-    @property
-    def stage_count(self) -> int:  # type: ignore[override]
-        return len(self.c)
-
-    def start(self, f, s, y: PyTree) -> PyTree:
-        return f(y, s)
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
@@ -132,15 +123,6 @@ class Rosenbrock(Method):
         rows = [sum(tree.scale(w, u) for w, u in zip(row, step.stages) if w) for row in self.dense]
         d = [moved + rows[0], *[b - a for a, b in itertools.pairwise(rows)], -rows[-1]]
         return [unpack(x) for x in d]
-
-    def backwards(self) -> Method:
-        raise ValueError(NO_BACKSOLVE)
-
-
-NO_BACKSOLVE = (
-    "adjoint='backsolve' has no implicit methods: it solves y(t) backwards in time, where the fast "
-    "modes of a stiff problem explode. Use 'replay'."
-)
 
 
 def time_derivative(f, field, s, y):

@@ -1,4 +1,4 @@
-"""States as vectors of real numbers, which linear algebra needs."""
+"""What families of implicit methods share: what they hand to the next step, and states as vectors."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,32 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.methods.method import Method
+
+
+class Implicit(Method):
+    """A method that solves equations in each step. Its memory is the slope, which the next step uses.
+
+    Attributes:
+        c: the nodes of its stages.
+    """
+
+    c: tuple[float, ...]
+    any_state = True
+    implicit = True
+
+    @property
+    def stage_count(self) -> int:  # type: ignore[override]
+        return len(self.c)
+
+    def start(self, f, s, y: PyTree) -> PyTree:
+        return f(y, s)
+
+    def backwards(self) -> Method:
+        raise ValueError(
+            "adjoint='backsolve' has no implicit methods: it solves y(t) backwards in time, where the "
+            "fast modes of a stiff problem explode. Use 'replay'."
+        )
 
 
 def vectors(f, y: PyTree) -> tuple[Callable, Callable, Callable]:
