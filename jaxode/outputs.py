@@ -201,15 +201,19 @@ class Cotangents(NamedTuple):
     folded: Any = None
 
 
+def passed(problems, own, row, s):
+    """Whether, going back to s, a row of every solve has been passed."""
+    return problems.each(lambda integrator, f, ss, row, s: integrator.output.passed(ss, row, s))(
+        own, row, s
+    )
+
+
 def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, inside: Callable, pick):
     """Cotangents of the rows inside a step, gathered on y and on the d_p, which are `inside()`.
 
     `pick(row, rows_bar)` is the cotangent of a row of every solve. Returns the carry with those of
     the times added, and the next row to be met.
     """
-
-    def is_passed(integrator, f, ss, row, s):
-        return integrator.output.passed(ss, row, s)
 
     def one(integrator, f, ss, row, s, h, y, d, w, y_bar, d_bar, ss_bar):
         here = integrator.output.passed(ss, row, s)
@@ -223,7 +227,7 @@ def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, inside: Callable
         add = lambda x, more: jax.tree.map(jnp.add, x, more)
         return row - here.astype(jnp.int32), add(y_bar, y_more), add(d_bar, d_more), ss_bar
 
-    some_passed = lambda state: jnp.any(problems.each(is_passed)(own, state[0], s))
+    some_passed = lambda state: jnp.any(passed(problems, own, state[0], s))
 
     def visit(state):
         d = inside()

@@ -408,7 +408,7 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     # NaN in a sum: the solve is refused, and derivatives are those of a failed one.
     t = t + lax.stop_gradient(jnp.where(valid & valid_times(t), 0, jnp.nan).astype(t.dtype))
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
-    knots = jnp.sort(between(knots, low, high))
+    knots = jnp.sort(tree.between(knots, low, high))
     knots = jnp.where(t[-1] < t[0], knots[::-1], knots)
     # Not sorted with the others: the solve begins at t[0], and not at a knot that equals it.
     edges = jnp.concatenate([t[:1], knots, t[-1:]])
@@ -416,7 +416,7 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     def stretch(carry, ends):
         y, status, stats, reached = carry
         a, b, middle = ends
-        within = between(t, jnp.minimum(a, b), jnp.maximum(a, b))
+        within = tree.between(t, jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], within, b[None]])
         part = solve(split.held(middle), y, ts)
         y = jax.tree.map(lambda y: y[-1], part.ys)
@@ -437,11 +437,6 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     rows = jnp.arange(len(t))
     ys = jax.tree.map(lambda y: y[index, rows], parts)
     return Solution(t_given, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
-
-
-def between(t, low, high) -> Array:
-    """t, moved onto the ends where it is beyond them; at a tie its derivative is its own."""
-    return jnp.where(t < low, low, jnp.where(t > high, high, t))
 
 
 def middles(edges) -> Array:

@@ -181,6 +181,12 @@ def dot(x: PyTree, y: PyTree) -> Array:
     return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
 
 
+def between(t, low, high) -> Array:
+    """t, moved onto the ends where it is beyond them. `where`, not `clip`: at a tie its derivative is
+    its own."""
+    return jnp.where(t < low, low, jnp.where(t > high, high, t))
+
+
 def known(*xs) -> bool:
     """Whether values are there to look at, outside of any transformation."""
     return not any(isinstance(x, Tracer) for x in jax.tree.leaves(xs))

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.adjoints.ends import from_the_end
-from jaxode.adjoints.inputs import is_asked, join, only, present, with_vjp
+from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present, with_vjp
 from jaxode.adjoints.replay import like_pull, like_solve, solve_part, spread_pull
 from jaxode.batch import lanes, queue
 from jaxode.batch.lanes import first_of
@@ -26,7 +26,7 @@ from jaxode.batch.plans import alone, plan
 from jaxode.batch.vmap_rules import Form, Part, spread, summed
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
-from jaxode.outputs import Cotangents, Times, gather
+from jaxode.outputs import Cotangents, Times, gather, passed
 from jaxode.solution import Status
 from jaxode.stepping import loop
 from jaxode.stepping.loop import Recorded
@@ -95,19 +95,13 @@ def differentiable(form: Form, pull_part: Part):
     """The solve as a function that JAX can differentiate."""
     if form.size is None:
         return with_vjp(solve_part, ends_part, pull_part)
-    size, (of_integrator, *of_given) = form.size, form.flags
-    every = partial(jax.tree.map, lambda _: True)
-
-    def flags_of(x):
-        of_x = only(x, tuple(of_given))
-        of_rest = jax.tree.map(lambda m, flag: None if m else flag, present(x), tuple(of_given))
-        return of_x, (of_integrator, of_rest)
+    size, every = form.size, partial(jax.tree.map, lambda _: True)
 
     def ends_of_all(x, rest):
-        return ends_part.of_many(size, flags_of(x), x, rest)
+        return ends_part.of_many(size, flags_of(x, form.flags), x, rest)
 
     def pull_all(x, rest, recorded, bars):
-        flags = *flags_of(x), every(recorded), every(bars)
+        flags = *flags_of(x, form.flags), every(recorded), every(bars)
         return pull_part.of_many(size, flags, x, rest, recorded, bars)
 
     return with_vjp(partial(solve_part.of_many, size, form.flags), ends_of_all, pull_all)
@@ -177,8 +171,7 @@ class Back(NamedTuple):
         f_bar, total = at_most_once(jnp.any(accepted), add, (f_bar, total))
         if self.rows_bar is None:
             return new, (f_bar, row, ss_bar), total
-        is_passed = lambda integrator, f, ss, row, s: integrator.output.passed(ss, row, s)
-        pending = self.forwards.problems.each(is_passed)(own, row, end - new.s) & accepted
+        pending = passed(self.forwards.problems, own, row, end - new.s) & accepted
 
         def move(carry):
             return self.move(own, own_back, pending, h, end, who, *carry)

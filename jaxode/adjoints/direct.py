@@ -56,9 +56,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
         s, s1 = ends
         step = method.step(f, s, y, memory, s1 - s)
         cost = jnp.asarray(step.evaluations, jnp.int32)
-        fine = integrator.finite(step.y, step.slope)
-        if step.converged is not True:
-            fine = fine & step.converged
+        fine = integrator.finite(step.y, step.slope) & step.converged
         kept: dict[str, Any] = {"went": (fine, cost)}
         if inside:
             d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else [step.y]

@@ -54,6 +54,13 @@ def join(x, rest):
     return rest[0], eqx.combine(x, rest[1])
 
 
+def flags_of(x, flags):
+    """The flags of (x, rest), from those of (integrator, f, y0, ss)."""
+    of_integrator, *of_given = flags
+    of_x, of_rest = eqx.partition(tuple(of_given), present(x))
+    return of_x, (of_integrator, of_rest)
+
+
 def only(mask, tree_):
     """tree_ where the mask has a leaf, None elsewhere."""
     return eqx.filter(tree_, present(mask))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxode import tree
 from jaxode.adjoints import replay_in_lanes, sensitivities
 from jaxode.adjoints.ends import from_the_end, to_the_start
-from jaxode.adjoints.inputs import is_asked, join, only, present
+from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present
 from jaxode.adjoints.second_order import Passes, twice_differentiable
 from jaxode.batch import lanes
 from jaxode.batch.plans import alone
@@ -174,45 +174,39 @@ pull_part = Part(
 
 def differentiable(form: Form):
     """The solve as a function that JAX can differentiate."""
-    size, (of_integrator, *of_given) = form.size, form.flags
+    size = form.size
     every = lambda tree_: jax.tree.map(lambda _: size is not None, tree_)
-
-    def flags_of(x):
-        """The flags of (x, rest)."""
-        of_x = only(x, tuple(of_given))
-        of_rest = jax.tree.map(lambda m, flag: None if m else flag, present(x), tuple(of_given))
-        return of_x, (of_integrator, of_rest)
+    solve_many = partial(solve_part.of_many, size)
 
     def flags_of_pull(x, recorded, bars):
         of_recorded = every(recorded)
         if size is not None:
             of_recorded = own_of_record(None, (None, None, recorded))[2]
-        return *flags_of(x), of_recorded, every(bars)
-
-    def solve_all(*args):
-        return solve_part.of_many(size, form.flags, *args)
+        return *flags_of(x, form.flags), of_recorded, every(bars)
 
     def record_all(x, rest):
-        if sensitivities.suit(size, x, rest, flags_of(x)):
-            plain = lambda flags, *args: solve_part.of_many(size, flags, *args)
-            return sensitivities.record(plain, x, rest, flags_of(x))
-        return record_part.of_many(size, flags_of(x), x, rest)
+        flags = flags_of(x, form.flags)
+        if sensitivities.suit(size, x, rest, flags):
+            return sensitivities.record(solve_many, x, rest, flags)
+        return record_part.of_many(size, flags, x, rest)
 
     def pull_all(x, rest, residuals, bars):
         if not isinstance(residuals, Recorded):
-            found = sensitivities.pull(size, x[:2], residuals, bars[0], flags_of(x)[0][:2])
+            found = sensitivities.pull(
+                size, x[:2], residuals, bars[0], flags_of(x, form.flags)[0][:2]
+            )
             return *found, None
         flags = flags_of_pull(x, residuals, bars)
         return pull_part.of_many(size, flags, x, rest, residuals, bars)
 
     def plain_record(x, rest):
-        return run_record(form._replace(flags=flags_of(x)), x, rest)
+        return run_record(form._replace(flags=flags_of(x, form.flags)), x, rest)
 
     def plain_pull(x, rest, recorded, bars):
         given = x, rest, recorded, bars
         return run_pull(form._replace(flags=flags_of_pull(x, recorded, bars)), *given)
 
-    plain_solve = partial(run_solve, form)
+    solves = partial(solve_many, form.flags), partial(run_solve, form)
     return twice_differentiable(
-        Passes(solve_all, record_all, pull_all, plain_solve, plain_record, plain_pull)
+        Passes(solves[0], record_all, pull_all, solves[1], plain_record, plain_pull)
     )

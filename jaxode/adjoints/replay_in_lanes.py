@@ -27,7 +27,7 @@ from jaxode.batch.plans import Plan, plan
 from jaxode.batch.vmap_rules import Form, spread, summed
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
-from jaxode.outputs import Cotangents, gather
+from jaxode.outputs import Cotangents, gather, passed
 from jaxode.stepping import checkpoints
 from jaxode.stepping.integrator import State
 from jaxode.stepping.loop import Recorded
@@ -283,8 +283,7 @@ def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, 
     problems, axis = steps.problems, steps.problems.axis
     alone = problems._replace(axis=None)
 
-    is_passed = lambda integrator, f, ss, row, s: integrator.output.passed(ss, row, s)
-    some_passed = lambda state: jnp.any(problems.each(is_passed)(lanes.own, state[0], s))
+    some_passed = lambda state: jnp.any(passed(problems, lanes.own, state[0], s))
 
     def visit(state):
         d = inside()

@@ -23,8 +23,7 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.adjoints.inputs import join
 from jaxode.batch.vmap_rules import summed
-from jaxode.kernels.forms import PRODUCTS, derivatives_are_finite
-from jaxode.kernels.forms import count as count_of
+from jaxode.kernels.forms import PRODUCTS, count, derivatives_are_finite
 from jaxode.outputs import Times
 
 # Numbers that are differentiated, up to which it is faster than to go back (measured on a CPU,
@@ -52,9 +51,7 @@ class Variational(eqx.Module):
         directions = len(jax.tree.leaves(sensitivities)[0])
         ones = units(self.x, directions, 0)
         k, push = jax.linearize(field, self.x, of_state(ys))
-        if count_of(
-            self.trace.jaxpr, PRODUCTS
-        ):  # with a matrix: k vectors are faster than one matrix
+        if count(self.trace.jaxpr, PRODUCTS):  # with a matrix: k vectors are faster than one matrix
             of = lambda i: push(*jax.tree.map(lambda x: x[i], (ones, sensitivities)))
             found = [of(i) for i in range(directions)]
             return jax.tree.map(lambda *k: jnp.stack(k), k, *found)
@@ -70,7 +67,7 @@ def stacked(y: PyTree, sensitivities: PyTree) -> PyTree:
     return jax.tree.map(lambda y, s: jnp.concatenate([y[None], s]), y, sensitivities)
 
 
-def count(x, flags) -> int:
+def numbers(x, flags) -> int:
     """How many numbers there are, of one solve."""
     size = lambda x, flag: math.prod(jnp.shape(x)[1:] if flag else jnp.shape(x))
     return sum(jax.tree.leaves(jax.tree.map(size, x, flags)))
@@ -96,14 +93,14 @@ def suit(size, x, rest, flags) -> bool:
     """
     integrator, (f, y0, _) = join(x, rest)
     of_y0 = eqx.combine(flags[0][1], flags[1][1][1])
-    large = count(y0, of_y0) > LARGE_STATE or (size or 1) > LARGE_BATCH
+    large = numbers(y0, of_y0) > LARGE_STATE or (size or 1) > LARGE_BATCH
     return (
         x[2] is None
         and integrator.output == Times()
         and integrator.fold is None
         and integrator.method.sums_slopes
         and not any(map(jnp.iscomplexobj, jax.tree.leaves(x)))
-        and 0 < count(x[:2], flags[0][:2]) <= (FEW_OF_MANY if large else FEW)
+        and 0 < numbers(x[:2], flags[0][:2]) <= (FEW_OF_MANY if large else FEW)
         and derivatives_are_finite(f.trace.jaxpr)
     )
 
@@ -125,7 +122,7 @@ def extended(x, rest, flags):
     (of_f, of_y0, _), (of_integrator, of_rest) = flags
     integrator, (_, y0, ss) = join(x, rest)
     integrator = dataclasses.replace(integrator, controlled=of_state)
-    first, total = count(x[0], of_f), count(x[:2], flags[0][:2])
+    first, total = numbers(x[0], of_f), numbers(x[:2], flags[0][:2])
 
     def start(y0):
         zero = jax.tree.map(lambda y: np.zeros((total, *y.shape), y.dtype), y0)
@@ -158,8 +155,8 @@ def paired(x, sensitivities: PyTree, ys_bar: PyTree):
         terms = jnp.real(jnp.where(w == 0, 0, s) * w)
         return jnp.sum(terms, [i for i in range(terms.ndim) if i != 1], tree.real_dtype(w))
 
-    numbers = sum(jax.tree.leaves(jax.tree.map(leaf, ys_bar, sensitivities)))
+    found = sum(jax.tree.leaves(jax.tree.map(leaf, ys_bar, sensitivities)))
     leaves, structure = jax.tree.flatten(x)
     ends = np.cumsum([leaf.size for leaf in leaves])
-    parts = [numbers[end - x.size : end] for x, end in zip(leaves, ends)]  # type: ignore[index]
+    parts = [found[end - x.size : end] for x, end in zip(leaves, ends)]  # type: ignore[index]
     return structure.unflatten([p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves)])

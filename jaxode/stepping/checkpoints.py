@@ -14,9 +14,8 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 
-SEGMENT = (
-    64  # 64 states stored and 64 rebuilt serve 4,096 steps at the price of one more forward pass
-)
+# 64 states stored and 64 rebuilt serve 4,096 steps at the price of one more forward pass.
+SEGMENT = 64
 # More states than that are stored while they are small, up to so many bytes or states: in a `lax.scan`
 # every solve has a tape of its own. With twice as much a gradient of 200 short solves took a half more,
 # and one of a single solve of 300 steps a tenth less.

@@ -33,9 +33,7 @@ class Field(eqx.Module):
     t1: Array
     span: Array  # t1 - t0; 1 if they are equal
     time_dtype: Any = eqx.field(static=True)
-    beyond: bool = eqx.field(
-        static=True, default=False
-    )  # stages after the end of a step are allowed
+    beyond: bool = eqx.field(static=True, default=False)  # as of a `Method`
 
     def time(self, s):
         """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it.
@@ -47,9 +45,7 @@ class Field(eqx.Module):
         t = self.t0 + self.span * s
         if self.beyond:
             return t
-        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
-        # `where`, not `clip`: at a tie the derivative is that of t.
-        return jnp.where(t < low, low, jnp.where(t > high, high, t))
+        return tree.between(t, jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1))
 
     def __call__(self, y: PyTree, s) -> PyTree:
         out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
