@@ -24,7 +24,7 @@ from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import to_lanes
 from jaxode.batch.plans import alone, plan
 from jaxode.batch.vmap_rules import Form, Part, spread, summed
-from jaxode.kernels.one_call import one_call
+from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, Times, gather, passed
 from jaxode.solution import Status
@@ -74,9 +74,8 @@ def run_ends(form: Form, x, rest):
         form = form._replace(flags=(of_integrator, *eqx.combine(of_x, of_rest)))
         ys, report, end, slope0 = lanes.solve(form, integrator, *given)
     else:
-        run = lambda fused: lambda i, f, y, ss: loop.run(i, f, y, ss, None, fused)[:4]
-        run = one_call(run(True), run(False)) if alone(form, *given) else run(False)
-        ys, report, end, slope0 = run(integrator, *given)
+        run = lambda *args, kernel=PLAIN: loop.run(*args, kernel=kernel)[:4]
+        ys, report, end, slope0 = alone(form, run, given, integrator, *given)
     return ys, report, Recorded(None, slope0, end.y, end.memory, report)  # type: ignore[arg-type]
 
 
@@ -109,13 +108,10 @@ def differentiable(form: Form, pull_part: Part):
 
 def run_pull(tolerances, form: Form, x, rest, recorded, bars):
     """The backward solve."""
-    _, (f, y0, ss) = join(x, rest)
     if form.size is not None:
         return pull_all_in_lanes(tolerances, form, x, rest, recorded, bars)
-    pull = partial(pull_one, tolerances)
-    if alone(form, f, y0, ss):
-        return one_call(partial(pull, fused=True), pull)(x, rest, recorded, bars)
-    return pull(x, rest, recorded, bars)
+    given = join(x, rest)[1]
+    return alone(form, partial(pull_one, tolerances), given, x, rest, recorded, bars)
 
 
 def backwards(integrator, rtol, atol):
@@ -243,7 +239,7 @@ def at_most_once(flag, fn, carry):
 # One solve.
 
 
-def pull_one(tolerances, x, rest, recorded: Recorded, bars, fused=False):
+def pull_one(tolerances, x, rest, recorded: Recorded, bars, kernel=PLAIN):
     """Cotangents of (f, y0, ss) by one solve from the end to the start."""
     integrator, (f, y0, ss) = join(x, rest)
     asked, mask = is_asked(bars), present(x[0])
@@ -251,8 +247,8 @@ def pull_one(tolerances, x, rest, recorded: Recorded, bars, fused=False):
     problems, own = one(integrator, f, ss)
     problems_back, own_back = one(*reverse(tolerances, integrator, f, ss))
     start = recorded.y, carry.y
-    forwards = stepper(problems, own, y0, fused)
-    back = Back(forwards, stepper(problems_back, own_back, start, fused), mask, rows_bar)
+    forwards = stepper(problems, own, y0, kernel)
+    back = Back(forwards, stepper(problems_back, own_back, start, kernel), mask, rows_bar)
     state, slope = back.backwards.start(own_back, start)
     state = state._replace(h=jnp.where(asked, state.h, 0))
     f_bar = jax.tree.map(jnp.zeros_like, x[0])
@@ -313,8 +309,8 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     y0 = spread(size, y0, of_given[1])
     mask = present(x[0])
     back = Back(
-        stepper(problems, own, y0, False),
-        stepper(problems_back, own_back, start, False),
+        stepper(problems, own, y0),
+        stepper(problems_back, own_back, start),
         mask,
         rows_bar,
     )

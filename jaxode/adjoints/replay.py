@@ -17,7 +17,7 @@ from jaxode.adjoints.second_order import Passes, twice_differentiable
 from jaxode.batch import lanes
 from jaxode.batch.plans import alone
 from jaxode.batch.vmap_rules import Form, Part
-from jaxode.kernels.one_call import one_call
+from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
 from jaxode.outputs import gather
 from jaxode.stepping import checkpoints, loop
@@ -43,17 +43,17 @@ def replay(integrator, f, y0, ss):
 # One solve.
 
 
-def record(x, rest, fused=False):
+def record(x, rest, kernel=PLAIN):
     """The solve with its tape."""
     integrator, given = join(x, rest)
-    return loop.record(integrator, *given, fused=fused)
+    return loop.record(integrator, *given, kernel=kernel)
 
 
-def pull(x, rest, recorded: Recorded, bars, fused=False):
+def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
     """The vjp of the recorded steps, last to first: cotangents of (f, y0, ss)."""
     integrator, (f, y0, ss) = join(x, rest)
     problems, own = one(integrator, f, ss)
-    steps, mask = stepper(problems, own, y0, fused), present(x[0])
+    steps, mask = stepper(problems, own, y0, kernel), present(x[0])
     inside, asked = integrator.output.rows(ss) > 0, is_asked(bars)
     carry, rows_bar, starts = from_the_end(x, rest, recorded, bars)
     if carry.f is None:
@@ -83,19 +83,14 @@ def run_solve(form: Form, integrator, f, y0, ss):
     """The solve."""
     if form.size is not None:
         return lanes.solve(form, integrator, f, y0, ss)[:2]
-    if not alone(form, f, y0, ss):
-        return loop.solve(integrator, f, y0, ss)
-    return one_call(partial(loop.solve, fused=True), loop.solve)(integrator, f, y0, ss)
+    return alone(form, loop.solve, (f, y0, ss), integrator, f, y0, ss)
 
 
 def run_record(form: Form, x, rest):
     """The solve, and what its backward pass needs."""
     if form.size is not None:
         return replay_in_lanes.record(form, x, rest)
-    _, (f, y0, ss) = join(x, rest)
-    if not alone(form, f, y0, ss):
-        return record(x, rest)
-    return one_call(partial(record, fused=True), record)(x, rest)
+    return alone(form, record, join(x, rest)[1], x, rest)
 
 
 def run_pull(form: Form, x, rest, recorded, bars):
@@ -107,10 +102,7 @@ def run_pull(form: Form, x, rest, recorded, bars):
                    for of in ((x, form.flags[0]), (rest, form.flags[1])))  # fmt: skip
         axes = jax.tree.map(lambda flag: 0 if flag else None, form.flags[2:])
         return jax.vmap(partial(pull, x, rest), axes)(recorded, bars)
-    _, (f, y0, ss) = join(x, rest)
-    if not alone(form, f, y0, ss):
-        return pull(x, rest, recorded, bars)
-    return one_call(partial(pull, fused=True), pull)(x, rest, recorded, bars)
+    return alone(form, pull, join(x, rest)[1], x, rest, recorded, bars)
 
 
 def like_solve(integrator, f, y0, ss):

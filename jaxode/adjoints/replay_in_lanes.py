@@ -25,6 +25,7 @@ from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import column, columns, from_lanes, put_column, put_columns, to_lanes
 from jaxode.batch.plans import Plan, plan
 from jaxode.batch.vmap_rules import Form, spread, summed
+from jaxode.kernels.forms import ONE_CALL
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, gather, passed
@@ -80,7 +81,7 @@ def one_after_another(size: int, flags, x, rest, recorded: Recorded, bars):
     def one(total, given):
         own, bars = given
         x, rest = eqx.combine(own, shared)
-        found = pull(x, rest, record(x, rest, fused=True)[2], bars, fused=True)
+        found = pull(x, rest, record(x, rest, ONE_CALL)[2], bars, ONE_CALL)
         mine, more = eqx.partition(found, of_x)
         return jax.tree.map(jnp.add, total, more), mine
 
@@ -157,7 +158,7 @@ def chunk_by_chunk(how: Plan, chunks: int, mask, batch: Batch, shared, rows_bar)
     axis, width = how.axis, how.width
     first = columns(batch, 0, width, axis)
     problems = Problems(shared, axis)
-    steps = stepper(problems, first.own, first.y0, how.fused)
+    steps = stepper(problems, first.own, first.y0, how.kernel)
     back = Back(steps, mask, how)
     rooms = back.rooms(first)
     mine = eqx.filter(batch.own[1], mask), batch.y0, batch.carry.ss

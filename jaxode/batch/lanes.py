@@ -17,6 +17,7 @@ from jaxode.batch import queue
 from jaxode.batch.layout import column, from_lanes, put_column, to_lanes
 from jaxode.batch.plans import Plan, plan
 from jaxode.batch.vmap_rules import Form, spread
+from jaxode.kernels.forms import ONE_CALL
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import write
@@ -42,7 +43,7 @@ def solve(form: Form, integrator, f, y0, ss):
 def one_after_another(form: Form, *args):
     """Each by itself: for a few solves, and those whose lanes would be slower."""
     own, shared = eqx.partition(args, form.flags)
-    one = lambda _, own: (None, loop.run(*eqx.combine(own, shared), tape=None, fused=True)[:4])
+    one = lambda _, own: (None, loop.run(*eqx.combine(own, shared), kernel=ONE_CALL)[:4])
     return lax.scan(one, None, own, length=form.size)[1]
 
 
@@ -52,7 +53,7 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
     own, shared = eqx.partition((integrator, f, ss), (of_integrator, of_f, of_ss))
     own, y0 = to_lanes((own, spread(form.size, y0, of_y0)), how.axis)
     # Not in the one call: arrays of all problems are too wide for it.
-    begin, slope0 = stepper(Problems(shared, how.axis), own, y0, how.fused).start(own, y0)
+    begin, slope0 = stepper(Problems(shared, how.axis), own, y0, how.kernel).start(own, y0)
     core = partial(run, form.size, how)
     if how.fused:
         core = one_call(core, partial(run, form.size, how._replace(fused=False, width=form.size)))
@@ -73,7 +74,7 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
 def run(size: int, how: Plan, own, shared, begin):
     """Trial steps until all problems are done: how they ended, and the rows."""
     problems = Problems(shared, how.axis)
-    steps = stepper(problems, own, begin.y, how.fused)
+    steps = stepper(problems, own, begin.y, how.kernel)
     rows = room_for_all(size, how.axis, own, shared, begin.y)
     once = partial(trial, steps, size, how)
     unfinished = lambda own, state: steps.unfinished(own, state)

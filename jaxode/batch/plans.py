@@ -1,5 +1,7 @@
 """How many solves are done: one after another, in lanes, or all at once; and as one call or not."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,7 +11,8 @@ from jax.extend import core
 
 from jaxode import tree
 from jaxode.batch.vmap_rules import Form
-from jaxode.kernels.one_call import LARGE, able, suits
+from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
+from jaxode.kernels.one_call import LARGE, able, one_call, suits
 
 CACHE = 128 * 1024  # bytes that the stages of all lanes may take
 FEW = 8  # so many solves are done one after another
@@ -29,10 +32,20 @@ class Plan(NamedTuple):
     axis: int
     fused: bool
 
+    @property
+    def kernel(self) -> str:
+        return ONE_CALL if self.fused else PLAIN
 
-def alone(form: Form, f, y0, ss) -> bool:
-    """Whether one solve is one call."""
-    return form.platform == "cpu" and suits(lambda f, y, s: f(y, s), f, y0, ss[0])
+
+def alone(form: Form, fn: Callable, problem, *args):
+    """fn(*args, kernel=...) of one solve, in the form that suits it; `problem` is (f, y0, ss)."""
+    if form.platform != "cpu":
+        return fn(*args)
+    f, y0, ss = problem
+    in_calls = partial(fn, kernel=CALLS)
+    if not suits(lambda f, y, s: f(y, s), f, y0, ss[0]):
+        return in_calls(*args)
+    return one_call(partial(fn, kernel=ONE_CALL), in_calls)(*args)
 
 
 def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:

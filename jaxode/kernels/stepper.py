@@ -1,9 +1,9 @@
 """The form of a step, chosen once: for one solve and for many, forwards and backwards.
 
-| form | for | its vjp |
+| a step is | for | its vjp |
 |---|---|---|
 | written out | any method | `jax.vjp` of the step |
-| stages | a method with a table | stage by stage, in a loop |
+| a loop over stages | a method with a table | stage by stage, in a loop |
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxode.kernels import forms
+from jaxode.kernels.calls import in_calls
+from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
 from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
@@ -25,17 +27,22 @@ from jaxode.stepping.problems import Problems, end_of
 class Stepper(NamedTuple):
     """Trial steps of one solve or of many, and the way back through them.
 
-    `loops` says whether the stages are a loop, forwards and backwards; `fused` that all is one call.
+    `kernel` is one of `jaxode.kernels.forms`; `loops` says whether the stages are a loop, forwards and
+    backwards.
     """
 
     problems: Problems
     method: Any
+    kernel: str
     loops: forms.Loops
-    fused: bool
 
     @property
     def stages(self) -> Stages:
-        return Stages(self.method, self.problems, self.fused)
+        return Stages(self.method, self.problems, self.kernel == ONE_CALL)
+
+    def field(self, f, mask=None):
+        """The field of one solve as a step is to see it."""
+        return in_calls(f, mask) if self.kernel == CALLS and self.method.sums_slopes else f
 
     # Forwards.
 
@@ -78,7 +85,7 @@ class Stepper(NamedTuple):
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go."""
         s1, h, go = self.move(integrator, f, ss, state)
-        step = self.method.step(f, state.s, state.y, state.memory, h)
+        step = self.method.step(self.field(f), state.s, state.y, state.memory, h)
         new = integrator.accept_or_reject(state, step, s1, h, go)
         return new, h, arrays_of(step)
 
@@ -94,7 +101,7 @@ class Stepper(NamedTuple):
         """The d_p of dense output inside a step."""
         if self.loops.forward:
             return self.stages.inside(own, s, y, h, step)
-        one = lambda integrator, f, ss, *args: self.method.inside(f, *args)
+        one = lambda integrator, f, ss, *args: self.method.inside(self.field(f), *args)
         return self.problems.each(one)(own, s, y, h, step)
 
     def again(self, own, s, y, memory, h):
@@ -102,7 +109,7 @@ class Stepper(NamedTuple):
         if self.loops.backward:
             step = self.stages.step(own, s, y, memory, h)
             return step.y, step.memory
-        one = lambda integrator, f, ss, *args: self.method.step(f, *args)[:2]
+        one = lambda integrator, f, ss, *args: self.method.step(self.field(f), *args)[:2]
         return self.problems.each(one)(own, s, y, memory, h)
 
     # Backwards.
@@ -117,6 +124,7 @@ class Stepper(NamedTuple):
             return self.back_by_stages(own, mask, carry, s, y, memory, h, gathered, inside)
 
         def step_of(integrator, f, ss, y, memory, s, h):
+            f = self.field(f, mask)
             step = self.method.step(f, s, y, memory, h)
             d = self.method.inside(f, s, y, h, step) if inside else []
             fold = None if integrator.fold is None else integrator.fold(self.method, y, h, step)
@@ -183,13 +191,14 @@ def added(y_bar, straight):
     return y_bar if straight is None else jax.tree.map(jnp.add, y_bar, straight)
 
 
-def stepper(problems: Problems, own, y0, fused: bool) -> Stepper:
-    """The form of the steps of these solves. `fused`: in one call, where what is written out is fast."""
+def stepper(problems: Problems, own, y0, kernel: str = PLAIN) -> Stepper:
+    """The steps of these solves, in a form of `jaxode.kernels.forms`."""
     integrator, f, ss = problems.of(own)
     method = integrator.method
     if not isinstance(method, Tableau) or integrator.fold is not None:
-        return Stepper(problems, method, forms.Loops(False, False), fused)
-    if problems.axis is not None:
-        return Stepper(problems, method, forms.Loops(True, True), fused)
-    loops = forms.which(f, y0, jnp.zeros((), ss.dtype), fused)
-    return Stepper(problems, method, loops, fused)
+        loops = forms.Loops(False, False)
+    elif problems.axis is not None:
+        loops = forms.Loops(True, True)
+    else:
+        loops = forms.which(f, y0, jnp.zeros((), ss.dtype), kernel)
+    return Stepper(problems, method, kernel, loops)

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import write
 from jaxode.stepping import checkpoints
@@ -24,35 +25,35 @@ class Recorded(NamedTuple):
     report: Report
 
 
-def solve(integrator: Integrator, f, y0, ss, fused=False):
+def solve(integrator: Integrator, f, y0, ss, kernel=PLAIN):
     """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
-    return run(integrator, f, y0, ss, None, fused)[:2]
+    return run(integrator, f, y0, ss, None, kernel)[:2]
 
 
-def record(integrator: Integrator, f, y0, ss, fused=False):
+def record(integrator: Integrator, f, y0, ss, kernel=PLAIN):
     """The same, and the tape."""
     pair = jax.eval_shape(lambda f, y: (y, integrator.method.start(f, 0 * ss[-1], y)), f, y0)
     tape = checkpoints.empty(integrator.max_steps, pair, ss.dtype)
-    ys, report, state, slope0, tape = run(integrator, f, y0, ss, tape, fused)
+    ys, report, state, slope0, tape = run(integrator, f, y0, ss, tape, kernel)
     tape = tape._replace(steps=state.accepted)
     return ys, report, Recorded(tape, slope0, state.y, state.memory, report)
 
 
-def begin(integrator: Integrator, f, y0, ss, fused=False):
+def begin(integrator: Integrator, f, y0, ss, kernel=PLAIN):
     """The steps of a solve, what is its own, and it before its first trial step, with its slope."""
     problems, own = one(integrator, f, ss)
-    steps = stepper(problems, own, y0, fused)
+    steps = stepper(problems, own, y0, kernel)
     return steps, own, *steps.start(own, y0)
 
 
-def run(integrator: Integrator, f, y0, ss, tape: Any = None, fused=False):
-    steps, own, state, slope0 = begin(integrator, f, y0, ss, fused)
+def run(integrator: Integrator, f, y0, ss, tape: Any = None, kernel=PLAIN):
+    steps, own, state, slope0 = begin(integrator, f, y0, ss, kernel)
     output = integrator.output
     rows = output.room(f, y0, ss) if output.rows(ss) else None
     state, rows, tape = advance(steps, own, state, rows, tape)
     slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
     report = integrator.report(state, y0, slope0, end_of(ss))
-    at = None if fused else lax.stop_gradient(ss)
+    at = lax.stop_gradient(ss) if kernel == PLAIN else None  # else nothing is differentiated
     ys = output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
     return ys, report, state, slope0, tape
 
