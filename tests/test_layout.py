@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
     tree solution methods.method methods.explicit methods.tables methods.symplectic
     methods.implicit methods.linear methods.rosenbrock methods.esdirk methods.names
-    tableaus splittings controllers kernels.one_call kernels.forms kernels.traces
+    tableaus splittings controllers kernels.one_call kernels.calls kernels.forms
+    kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
@@ -21,6 +22,7 @@ EXTENDS = {
     "kernels/traces.py": "a jaxpr as a comparable value",
     "kernels/forms.py": "which form of a step suits a field: reads its jaxpr",
     "kernels/one_call.py": "which operations one call can hold: reads a jaxpr; the mark of the call",
+    "kernels/calls.py": "the mark of a call that stays one",
     "batch/vmap_rules.py": "the parts of a solve are primitives, with rules of their own",
     "batch/plans.py": "how many operations a field has: reads its jaxpr",
     "signals.py": "signals are found in the jaxpr of func, by a primitive of their own",

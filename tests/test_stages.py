@@ -7,7 +7,7 @@ import pytest
 
 from jaxode import odeint
 from jaxode.kernels import forms
-from jaxode.kernels.forms import Loops, which
+from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN, Loops, which
 
 laplace = lambda u: jnp.roll(u, 1) - 2 * u + jnp.roll(u, -1)
 
@@ -25,37 +25,58 @@ def layers(y, t, k):
     return t - x.reshape(y.shape)
 
 
-FIELDS = {
-    "differences of neighbours": (lambda y, t: laplace(y[0]), Loops(True, True)),
-    "differences of padded arrays": (
-        lambda y, t: jnp.diff(jnp.pad(y[0], 1), n=2),
-        Loops(True, True),
-    ),
-    "a mirror image": (lambda y, t: y[0] - y[0][::-1], Loops(True, True)),
-    "two of them, stacked": (
-        lambda y, t: jnp.stack([laplace(y[0]) - y[1], laplace(y[1]) + y[0]]),
-        Loops(True, True),
-    ),
-    "rows of a state": (lambda y, t: jnp.stack([y[1] * y[0], y[0] - y[1]]), Loops(False, True)),
-    "each entry by itself": (lambda y, t: -y * jnp.sin(y + t), Loops(False, True)),
-    "sums over pairs": (lambda y, t: jnp.sum(y[:1] - y[0][:, None], 1), Loops(False, True)),
-    "a network": (lambda y, t: jnp.tanh(y @ jnp.ones((99, 99))), Loops(False, False)),
+FORMS = {
+    "each entry by itself": (lambda y, t: -y * jnp.sin(y + t), (99,)),
+    "many operations": (lambda y, t: layers(y, t, 1.0), (100,)),
+    "a network": (lambda y, t: jnp.tanh(y @ jnp.ones((99, 99))), (2, 99)),
+    "a large state": (lambda y, t: -y * jnp.sin(y + t), (60, 2)),
+}
+EXPECTED = {
+    "each entry by itself": [Loops(True, True), Loops(False, False), Loops(True, True)],
+    "many operations": [Loops(True, True), Loops(True, False), Loops(False, False)],
+    "a network": [Loops(True, True), Loops(True, False), Loops(False, False)],
+    "a large state": [Loops(True, True), Loops(False, False), Loops(True, True)],
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_neighbours_make_a_loop_and_a_network_is_written_out(name):
-    field, expected = FIELDS[name]
-    field = jax.tree_util.Partial(field)
-    assert which(field, jnp.ones((2, 99)), jnp.zeros(())) == expected
+@pytest.mark.parametrize("name", FORMS)
+def test_each_field_gets_the_form_that_suits_it(name):
+    field, shape = FORMS[name]
+    given = jax.tree_util.Partial(field), jnp.ones(shape), jnp.zeros(())
+    assert [which(*given, kernel) for kernel in (ONE_CALL, CALLS, PLAIN)] == EXPECTED[name]
+    if name == "each entry by itself":
+        assert which(given[0], jnp.ones(3), given[2], ONE_CALL) == Loops(False, True)
 
 
-def test_a_deep_network_makes_a_loop_unless_its_state_is_large():
-    field = jax.tree_util.Partial(lambda y, t: layers(y, t, 1.0))
-    for size, expected in ((100, True), (101, False)):
-        y = jax.ShapeDtypeStruct((size, 100), jnp.float32)
-        loops = which(field, y, jnp.zeros((), jnp.float32))
-        assert loops == Loops(expected, expected)
+def printing(y, t, k):
+    jax.debug.callback(lambda t: None, t)
+    return -k * y
+
+
+ODD = {
+    "sorts": lambda y, t, k: -k * jnp.sort(y),
+    "scatters": lambda y, t, k: -k * y.at[jnp.array([0, 2])].add(y[1]),
+    "transforms": lambda y, t, k: -k * jnp.fft.irfft(jnp.fft.rfft(y) ** 2, 100),
+    "solves": lambda y, t, k: -jnp.linalg.solve(jnp.eye(100, dtype=y.dtype) * (1 + k) + 0.1, y),
+    "loops": lambda y, t, k: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) - k * y, y),
+    "has a rule of its own": lambda y, t, k: -k * jax.nn.relu(y) + jax.nn.softplus(-y),
+    "calls back": printing,
+    "has numbers that are whole": lambda y, t, k: -k * y[jnp.arange(100)[::-1]],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_field_in_calls_has_the_derivatives_that_jax_finds(name):
+    field = lambda y, t, k: ODD[name](y, t, k) + 0 * jnp.sort(y)  # never one call
+
+    def loss(y0, k, t, adjoint):
+        times = jnp.stack([jnp.zeros_like(t), t / 3, t])
+        ys = odeint(field, y0, times, k, dt=0.1, max_steps=10, adjoint=adjoint)
+        return jnp.sum(ys**2 * jnp.arange(1.0, 4.0)[:, None])
+
+    of, given = jax.grad(loss, (0, 1, 2)), (jnp.sin(jnp.arange(100.0)), 0.5, 0.6)
+    for a, b in zip(of(*given, "replay"), of(*given, "direct")):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [2, 4])

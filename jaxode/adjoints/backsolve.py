@@ -25,7 +25,7 @@ from jaxode.batch.layout import to_lanes
 from jaxode.batch.plans import alone, plan
 from jaxode.batch.vmap_rules import Form, Part, spread, summed
 from jaxode.kernels.forms import PLAIN
-from jaxode.kernels.stepper import Stepper, stepper
+from jaxode.kernels.stepper import Stepper, pullback, stepper
 from jaxode.outputs import Cotangents, Times, gather, passed
 from jaxode.solution import Status
 from jaxode.stepping import loop
@@ -187,7 +187,7 @@ class Back(NamedTuple):
             part = jnp.where(accepted, h * jnp.asarray(weight, h.dtype), 0)
             w = jax.tree.map(lambda a, part=part: problems.spread(part, a) * a, a)
             s = end - (state.s + theta * h)
-            more, _ = self.forwards.vjp(own, self.mask, slopes, (y,), (s,))[1](w)
+            more, _ = pullback(self.forwards.problems, own, self.mask, slopes, (y,), (s,))[1](w)
             f_bar, total = self.added(more, f_bar, total)
         return f_bar, total
 
@@ -198,7 +198,7 @@ class Back(NamedTuple):
         start = lambda problems, own, y, s: problems.each(
             lambda integrator, f, ss, y, s: method.start(f, s, y)
         )(own, y, s)  # fmt: skip
-        memory, pull_start = self.forwards.vjp(own, self.mask, start, (y,), (s,))
+        memory, pull_start = pullback(self.forwards.problems, own, self.mask, start, (y,), (s,))
         zero = partial(jax.tree.map, jnp.zeros_like)
         none = eqx.combine(zero(f_bar), zero(total))
         carry = Cotangents(zero(y), zero(memory), none, jnp.where(pending, row, -1), ss_bar)

@@ -7,7 +7,8 @@
 | `PLAIN` | a loop over its stages, or for networks written out | GPU and TPU; many solves |
 
 In one call a loop over stages compiles in a third of the time, and takes 5 to 15 % longer than what is
-written out: forwards, only a field of few operations is.
+written out: forwards, only a field of few operations is. In calls, networks are a loop forwards: that
+compiles in two thirds of the time and runs as fast, where fields of a few operations take a fifth longer.
 """
 
 from typing import NamedTuple
@@ -36,12 +37,12 @@ class Loops(NamedTuple):
 
 
 def which(f, y, s, kernel: str) -> Loops:
-    """Whether the stages of a table are loops: measured on a CPU, and chosen for the others."""
-    if kernel == CALLS:
-        return Loops(False, False)
+    """Whether the stages of a table are loops: measured on a CPU, and chosen for other platforms."""
     jaxpr = jax.make_jaxpr(lambda f, y, s: f(y, s))(f, y, s).jaxpr
+    network = bool(count(jaxpr, PRODUCTS))
+    if kernel == CALLS:
+        return Loops(network, False)
     if kernel == PLAIN:
-        network = bool(count(jaxpr, PRODUCTS))
         return Loops(not network, not network)
     size = sum(x.size for x in jax.tree.leaves(y))
     few = size <= TINY and count(jaxpr, None) <= FEW

@@ -17,6 +17,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.kernels.calls import apart
+from jaxode.kernels.forms import CALLS, ONE_CALL
 from jaxode.kernels.one_call import REDUCED
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
@@ -53,14 +55,14 @@ def product(weights, ks, fused: bool):
 
 
 class Stages(NamedTuple):
-    """The steps of a table, of one solve or of many; `fused` in one call."""
+    """The steps of a table, of one solve or of many; `kernel` is one of `jaxode.kernels.forms`."""
 
     table: Tableau
     problems: Problems
-    fused: bool
+    kernel: str
 
     def product(self, weights, ks):
-        return product(weights, ks, self.fused)
+        return product(weights, ks, self.kernel == ONE_CALL)
 
     def run(self, own, s, y, ks, h, start: int, stop: int, seen=None):
         """Stages `start` to `stop` - 1 of a step: the last y_i, and slopes in the rows of ks.
@@ -68,11 +70,12 @@ class Stages(NamedTuple):
         Every y_i goes into a row of `seen`, if that is given.
         """
         a, c = matrix(self.table, stop > len(self.table.c))
+        slopes = apart(self.problems.slopes) if self.kernel == CALLS else self.problems.slopes
 
         def stage(state):
             i, _, ks, seen = state
             y1 = self.problems.moved(y, h, self.product(tree.row(jnp.asarray(a), i), ks))
-            k = self.problems.slopes(own, y1, s + tree.row(jnp.asarray(c, h.dtype), i) * h)
+            k = slopes(own, y1, s + tree.row(jnp.asarray(c, h.dtype), i) * h)
             return i + 1, y1, tree.put(i, k, ks), seen if seen is None else tree.put(i, y1, seen)
 
         begin = jnp.asarray(start, jnp.int32), y, ks, seen

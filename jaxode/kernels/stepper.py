@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from jaxode.kernels import forms
 from jaxode.kernels.calls import in_calls
-from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
+from jaxode.kernels.forms import CALLS, PLAIN
 from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
@@ -38,7 +38,7 @@ class Stepper(NamedTuple):
 
     @property
     def stages(self) -> Stages:
-        return Stages(self.method, self.problems, self.kernel == ONE_CALL)
+        return Stages(self.method, self.problems, self.kernel)
 
     def field(self, f, mask=None):
         """The field of one solve as a step is to see it."""
@@ -79,15 +79,14 @@ class Stepper(NamedTuple):
 
         s1, h, go = self.problems.each(self.move)(own, state)
         step = self.stages.step(own, state.s, state.y, state.memory, h)
-        given = own, state, step.y, step.slope, step.errors, (s1, h, go)
-        return self.problems.each(decide)(*given), h, arrays_of(step)
+        found = step.y, step.slope, step.errors
+        return self.problems.each(decide)(own, state, *found, (s1, h, go)), h, arrays_of(step)
 
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go."""
         s1, h, go = self.move(integrator, f, ss, state)
         step = self.method.step(self.field(f), state.s, state.y, state.memory, h)
-        new = integrator.accept_or_reject(state, step, s1, h, go)
-        return new, h, arrays_of(step)
+        return integrator.accept_or_reject(state, step, s1, h, go), h, arrays_of(step)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -106,7 +105,7 @@ class Stepper(NamedTuple):
 
     def again(self, own, s, y, memory, h):
         """y and the memory at the end of a step that is known to be accepted."""
-        if self.loops.backward:
+        if self.loops.forward:
             step = self.stages.step(own, s, y, memory, h)
             return step.y, step.memory
         one = lambda integrator, f, ss, *args: self.method.step(self.field(f), *args)[:2]
@@ -131,7 +130,7 @@ class Stepper(NamedTuple):
             return step.y, step.memory, d, fold
 
         fn = lambda problems, own, *args: problems.each(step_of)(own, *args)
-        (_, _, d, _), vjp = self.vjp(own, mask, fn, (y, memory), (s, h))
+        (_, _, d, _), vjp = pullback(self.problems, own, mask, fn, (y, memory), (s, h))
         straight, d_bar = None, []
         if inside:
             carry, straight, d_bar = gathered(carry, lambda: d)
@@ -146,7 +145,7 @@ class Stepper(NamedTuple):
         if inside:
             carry, straight, d_bar = gathered(carry, lambda: self.stages.coefficients(y, h, ks))
         fn = lambda problems, own, *args: problems.slopes(own, *args)
-        pull = lambda y, s, w: self.vjp(own, mask, fn, (y,), (s,))[1](w)
+        pull = lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
         found = self.stages.back(pull, seen, s, h, (carry.y, carry.memory), carry.f, d_bar)
         y_bar, memory_bar, f_bar = found
         return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
@@ -159,27 +158,28 @@ class Stepper(NamedTuple):
             return memory, self.method.slope(f, 0 * end_of(ss), y0, memory)
 
         fn = lambda problems, own, y0: problems.each(start)(own, y0)
-        return self.vjp(own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
+        return pullback(self.problems, own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
 
-    def vjp(self, own, mask, fn: Callable, moving, constant=()):
-        """`jax.vjp` of fn(problems, own, *moving, *constant): in the differentiated leaves of the
-        field, those that solves share as sums over them, and in `moving`."""
-        shared = self.problems.shared
-        x_own, rest_own = eqx.partition(own[1], mask)
-        x_shared, rest_shared = eqx.partition(shared[1], mask)
 
-        def of(x_own, x_shared, *moving):
-            mine = own[0], eqx.combine(x_own, rest_own), own[2]
-            others = shared[0], eqx.combine(x_shared, rest_shared), shared[2]
-            return fn(self.problems._replace(shared=others), mine, *moving, *constant)
+def pullback(problems: Problems, own, mask, fn: Callable, moving, constant=()):
+    """`jax.vjp` of fn(problems, own, *moving, *constant): in the differentiated leaves of the
+    field, those that solves share as sums over them, and in `moving`."""
+    shared = problems.shared
+    x_own, rest_own = eqx.partition(own[1], mask)
+    x_shared, rest_shared = eqx.partition(shared[1], mask)
 
-        out, vjp = jax.vjp(of, x_own, x_shared, *moving)
+    def of(x_own, x_shared, *moving):
+        mine = own[0], eqx.combine(x_own, rest_own), own[2]
+        others = shared[0], eqx.combine(x_shared, rest_shared), shared[2]
+        return fn(problems._replace(shared=others), mine, *moving, *constant)
 
-        def back(w):
-            own_bar, shared_bar, *rest = vjp(w)
-            return eqx.combine(own_bar, shared_bar), *rest
+    out, vjp = jax.vjp(of, x_own, x_shared, *moving)
 
-        return out, back
+    def back(w):
+        own_bar, shared_bar, *rest = vjp(w)
+        return eqx.combine(own_bar, shared_bar), *rest
+
+    return out, back
 
 
 def arrays_of(step: Step) -> Step:
