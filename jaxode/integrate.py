@@ -187,6 +187,7 @@ def solve(
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
+        seen=not driven and dt is None and known(t, rtol, atol, limits),
     )
     program = from_knot_to_knot if driven else compiled
     return checked(run(program, static, leaves, y0, t, since, rtol, atol, *limits, dt), throw)
@@ -207,7 +208,7 @@ def run(program: Callable, *args) -> Solution:
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a compiled solve is specialised to."""
+    """What a compiled solve is specialised to. `seen`: times and limits were checked at the door."""
 
     trace: Trace
     method: Method
@@ -219,6 +220,7 @@ class Static:
     bounded: bool
     heuristics: bool
     throw: bool
+    seen: bool
 
 
 @partial(jax.jit, static_argnums=0)
@@ -229,7 +231,8 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
     ss, span = unit_times(times)
     given = static.trace, leaves, t[0], t[-1], span, static.func_time
     field = Field(*given, static.method.beyond)
-    valid = valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
+    valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
+    if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
     if dt is not None:
         steps = arguments.number_of_steps(dt, times, static.max_steps)
         valid = valid & (steps >= 0)
@@ -245,7 +248,7 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
         steps=steps,
         rtol=rtol,
         atol=atol,
-        hmax=jnp.where(valid, hmax.astype(t.dtype) / long, 0),
+        hmax=if_valid(hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         fold=outputs.heuristics if static.heuristics else None,
@@ -259,8 +262,8 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
         ys = jax.vmap(ravelled.unravel)(vectors)
     else:
         ys, report = static.adjoint(integrator, field, y0, ss)
-    status = jnp.where(valid, report.status, Status.BAD_INPUT.value).astype(jnp.int32)
-    ys = jax.tree.map(lambda y: jnp.where(valid, y, jnp.nan), ys)
+    status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
+    ys = jax.tree.map(lambda y: if_valid(y, jnp.nan), ys)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
     estimates = None
