@@ -94,8 +94,8 @@ def with_linear(method: Method, name, linear) -> Method:
     return dataclasses.replace(method, linear=linear)  # type: ignore[type-var]
 
 
-def takes(method: Method, name, mass, jac) -> bool:
-    """Whether a mass matrix or a Jacobian is given; an error if this method cannot take it."""
+def takes(method: Method, name, mass, jac) -> None:
+    """Raise if a mass matrix or a Jacobian is given which this method cannot take."""
     if mass is not None and not method.takes_mass:
         raise ValueError(
             f"`mass` is for Rosenbrock methods such as 'rodas5p'; {name!r} has none. (A regular matrix may "
@@ -105,7 +105,6 @@ def takes(method: Method, name, mass, jac) -> bool:
         raise ValueError(f"`jac` is for Rosenbrock methods such as 'rodas5p'; {name!r} takes none.")
     if jac is not None and not callable(jac):
         raise TypeError(f"`jac` must be a function jac(y, t, *args); got {type(jac).__name__}.")
-    return mass is not None or jac is not None
 
 
 def present(unknown, func, t) -> None:
@@ -174,9 +173,9 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     return t, exact if lost else None, seen
 
 
-def check_resolution(t, dtype):
-    """Raise if func, which looks at the time, would be told times that are too coarse."""
-    if crowded(t, dtype):
+def check_resolution(t, dtype, trace: Trace):
+    """Raise if func looks at the time and would be told times that are too coarse."""
+    if t is not None and trace.uses_time and crowded(t, dtype):
         raise ValueError(
             f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
             f"{jnp.dtype(dtype).name}, in which func gets its time. Shift time to begin near 0 (pass "
@@ -213,6 +212,13 @@ def step_size(dt, method: Method, name):
             f"The step size `dt` must be positive and finite, got {dt}. Its sign follows `t`."
         )
     return dt
+
+
+def known_steps(dt, t, driven: bool) -> tuple[int | None, Any]:
+    """How many steps of equal size, if that is known, and else the `dt` that says it."""
+    if dt is None or driven or not known(dt, t):
+        return None, dt
+    return known_number_of_steps(dt, t), None
 
 
 def known_number_of_steps(dt, t) -> int:
@@ -357,7 +363,9 @@ def no_varying(inputs) -> None:
             )
 
 
-def named_adjoint(adjoint) -> Callable:
+def named_adjoint(adjoint, method: Method) -> Callable:
+    if adjoint == "backsolve":
+        method.backwards()
     if callable(adjoint):
         return adjoint
     if adjoint not in adjoints.named:

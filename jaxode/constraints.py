@@ -20,7 +20,8 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, tree
 from jaxode.kernels.traces import Trace
 from jaxode.methods.implicit import vectors
-from jaxode.methods.linear import DENSE, Dense, Linear, numpy_or_jax, solver
+from jaxode.methods.linear import Dense, Linear, numpy_or_jax, solver
+from jaxode.methods.names import named
 from jaxode.solution import Status
 from jaxode.stepping.field import Field, System
 from jaxode.tree import known
@@ -253,7 +254,7 @@ class Problem(NamedTuple):
 
     trace: Trace
     jac: Trace | None
-    linear: Linear
+    method: Any  # with linear algebra
     func_time: Any
 
 
@@ -263,12 +264,17 @@ def initial(problem: Problem, leaves, beside: Beside, y0, t0):
     at = t0, t0, jnp.ones_like(t0), problem.func_time
     of_jac = None if problem.jac is None else Field(problem.jac, beside.jac, *at)
     system = beside.system(Field(problem.trace, leaves, *at), of_jac)
-    return corrected(system, problem.linear, y0, 0 * t0)
+    return corrected(system, problem.method.linear, y0, 0 * t0)
 
 
-def told(func, y0, t, func_time, args, linear: Linear, mass, jac):
+def told(func, given, method, name, mass, jac):
     """func, with its equations combined where that is needed; what a method is told beside it; and the
-    trace of the user's Jacobian, if there is one."""
+    trace of the user's Jacobian, if there is one. `given` are (y0, t, func_time, args)."""
+    arguments.takes(method, name, mass, jac)
+    if mass is None and jac is None:
+        return func, None, None
+    y0, t, func_time, args = given
+    linear = method.linear
     rows = algebraic = of_jac = leaves = None
     if mass is not None:
         rows, mass, algebraic = separated(mass_of(mass, y0), linear)
@@ -284,9 +290,9 @@ def told(func, y0, t, func_time, args, linear: Linear, mass, jac):
     return func, Beside(jax.tree.map(jnp.asarray, mass), algebraic, leaves), of_jac
 
 
-def check(problem: Problem, leaves, beside: Beside, y0, t, rtol, atol) -> None:
+def check(problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol) -> None:
     """Raise if y0 does not fulfil the algebraic equations; as far as that is known."""
-    if beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
+    if beside is None or beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
         return
     y, found = initial(problem, leaves, beside, y0, jnp.asarray(t[0]))
     if not found:
@@ -308,7 +314,7 @@ NOT_FOUND = (
 )
 
 
-def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear = DENSE) -> PyTree:
+def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear | None = None) -> PyTree:
     """Initial values of a differential-algebraic equation: y near y0 with all algebraic equations fulfilled.
 
     For M y' = func(y, t, *args), by Newton's method from y0: func(y, t0) = 0 where a row of M is 0, and
@@ -333,11 +339,14 @@ def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear = DEN
     """
     y0 = arguments.as_state(y0)
     t, _, func_time = arguments.as_times([t0] if np.ndim(t0) == 0 and known(t0) else t0[None], y0)
-    func, beside, _ = told(func, y0, t, func_time, args, linear, mass, None)
-    trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
-    y, found = initial(
-        Problem(trace, None, linear, func_time), leaves, beside, y0, jnp.asarray(t)[0]
+    given, method = (
+        (y0, t, func_time, args),
+        arguments.with_linear(named("rodas4"), "rodas4", linear),
     )
+    func, beside, _ = told(func, given, method, "rodas4", mass, None)
+    trace, leaves = arguments.trace_of(func, *given)
+    problem = Problem(trace, None, method, func_time)
+    y, found = initial(problem, leaves, beside, y0, jnp.asarray(t)[0])
     if known(found) and not found:
         raise ValueError(NOT_FOUND)
     return jax.tree.map(lambda y: jnp.where(found, y, jnp.nan), y)

@@ -171,32 +171,24 @@ def solve(
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    beside = of_jac = None
-    if arguments.takes(method, name, mass, jac):
-        given = func, y0, t, func_time, args, method.linear, mass, jac  # type: ignore[attr-defined]
-        func, beside, of_jac = constraints.told(*given)
-    trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
-    if exact is not None and trace.uses_time:
-        arguments.check_resolution(exact, func_time)
+    given = y0, t, func_time, args
+    func, beside, of_jac = constraints.told(func, given, method, name, mass, jac)
+    trace, leaves = arguments.trace_of(func, *given)
+    arguments.check_resolution(exact, func_time, trace)
     method.check(trace, y0)
-    if adjoint == "backsolve":
-        method.backwards()
     if len(t) == 0:
         return no_times(y0, t)
     arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
-    if beside is not None:
-        problem = constraints.Problem(trace, of_jac, method.linear, func_time)  # type: ignore[attr-defined]
-        constraints.check(problem, leaves, beside, y0, t, rtol, atol)
+    problem = constraints.Problem(trace, of_jac, method, func_time)
+    constraints.check(problem, leaves, beside, y0, t, rtol, atol)
     driven = asks(trace.jaxpr)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps = None
-    if dt is not None and not driven and known(dt, t):
-        steps, dt = arguments.known_number_of_steps(dt, t if since is None else since), None
+    steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
         trace=trace,
         method=method,
         controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint),
+        adjoint=arguments.named_adjoint(adjoint, method),
         max_steps=steps or max_steps,
         steps=steps,
         func_time=func_time,
@@ -206,8 +198,8 @@ def solve(
         jac=of_jac,
     )
     program = from_knot_to_knot if driven else compiled
-    options = since, rtol, atol, *limits, dt, beside
-    return checked(run(program, static, leaves, y0, t, *options), throw)
+    given = static, leaves, y0, t, since, rtol, atol, *limits, dt, beside
+    return checked(run(program, *given), throw)
 
 
 def run(program: Callable, *args) -> Solution:
