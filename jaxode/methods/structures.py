@@ -1,14 +1,19 @@
 """Jacobians that are known to be 0 in most places: their structure, as a value."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array
 
+from jaxode.methods import blocks
 from jaxode.methods.linear import Linear, by_rows, numpy_or_jax
 from jaxode.tree import known
+
+WIDEST = 4  # numbers of a block, up to which systems are solved by blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Banded(Linear):
     derivatives of f, each in the direction of every (lower + upper + 1)-th number; entries outside of
     the band would be added to those inside. Elimination with partial pivoting, row after row.
 
-    Row i of a matrix is its entries from column i - lower to i + upper.
+    A matrix is its diagonals, from the lowest on: arrays of n numbers, 0 where there is no column.
     """
 
     lower: int
@@ -68,58 +73,112 @@ class Banded(Linear):
         return self.lower + self.upper + 1
 
     def columns(self, n: int):
-        """Which column each entry is of, and whether there is one."""
-        column = np.arange(n)[:, None] + np.arange(-self.lower, self.upper + 1)[None, :]
+        """Which column each entry of each diagonal is of, and whether there is one."""
+        column = np.arange(n)[None, :] + np.arange(-self.lower, self.upper + 1)[:, None]
         return column, (column >= 0) & (column < n)
 
     def jacobian(self, f, y):
-        n = len(y)
-        column, there = self.columns(n)
-        seeds = np.arange(n)[None, :] % self.width == np.arange(self.width)[:, None]
-        push = lambda seed: jax.jvp(f, (y,), (seed,))[1]
-        found = jax.vmap(push, out_axes=1)(jnp.asarray(seeds, y.dtype))
+        column, there = self.columns(len(y))
+        color = np.arange(len(y)) % self.width
+        found = derivatives(f, y, color)
         # Column j is in the derivative j mod width: for each of them every width-th row is alike.
-        picked = jnp.stack(
-            [
-                sum(
-                    jnp.where(column[:, d] % self.width == e, found[:, e], 0)
-                    for e in range(self.width)
-                )
-                for d in range(self.width)
-            ],
-            axis=1,
+        picked = lambda column: sum(
+            jnp.where(column % self.width == e, found[e], 0) for e in range(self.width)
         )
-        return jnp.where(there, picked, 0)
+        return tuple(jnp.where(there, picked(column), 0) for column, there in zip(column, there))
 
     def matrix(self, entries):
-        n, place = len(entries), np.arange(self.width)[None, :]
+        n, module = len(entries), numpy_or_jax(entries)
         if entries.ndim == 1:
-            return numpy_or_jax(entries).where(place == self.lower, entries[:, None], 0)
+            zero = module.zeros_like(entries)
+            return tuple(entries if d == self.lower else zero for d in range(self.width))
         column, there = self.columns(n)
         inside = np.zeros((n, n), bool)
-        inside[np.nonzero(there)[0], column[there]] = True
+        inside[np.nonzero(there)[1], column[there]] = True
         outside(self, entries, ~inside)
-        rows = np.arange(n)[:, None]
-        return numpy_or_jax(entries).where(there, entries[rows, np.clip(column, 0, n - 1)], 0)
+        place = np.clip(column, 0, n - 1)
+        return tuple(
+            module.where(there[d], entries[np.arange(n), place[d]], 0) for d in range(self.width)
+        )
 
     def shifted(self, jacobian, w, mass=None):
         if mass is None:
-            one = np.arange(self.width) == self.lower
-            mass = np.asarray(one, jacobian.dtype)[None, :]
-        return mass - by_rows(w, jacobian)
+            mass = self.matrix(np.ones(len(jacobian[0]), jacobian[0].dtype))
+        return tuple(m - by_rows(w, j) for m, j in zip(mass, jacobian))
 
     def product(self, matrix, x):
         n = len(x)
         wide = jnp.pad(x, (self.lower, self.upper))
-        return sum(matrix[:, d] * lax.slice_in_dim(wide, d, d + n) for d in range(self.width))  # type: ignore[return-value]
+        return sum(m * lax.slice_in_dim(wide, d, d + n) for d, m in enumerate(matrix))  # type: ignore[return-value]
 
     def factor(self, matrix):
+        """By blocks, and row after row with pivoting only where that is not accurate."""
+        if not self.by_blocks(len(matrix[0])):
+            return self.eliminated(matrix)
+        found = blocks.factored(*self.blocks(matrix))
+        fine = self.is_accurate(matrix, found)
+        zeros = lambda m: jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.eliminated, m)
+        )
+        return found, fine, lax.cond(fine, zeros, self.eliminated, matrix)
+
+    def substitute(self, factors, b):
+        if not self.by_blocks(len(b)):
+            return self.substituted(factors, b)
+        found, fine, other = factors
+        return lax.cond(
+            fine, partial(self.solved_by_blocks, found), partial(self.substituted, other), b
+        )
+
+    def by_blocks(self, n: int) -> bool:
+        """Whether there are rows enough, and blocks small enough."""
+        size = self.size
+        return size <= WIDEST and n >= 2 * blocks.FEW * size
+
+    @property
+    def size(self) -> int:
+        """Of the blocks of a block tridiagonal matrix that has all entries of the band."""
+        return max(self.lower, self.upper, 1)
+
+    def blocks(self, matrix):
+        """The same matrix as blocks, with rows of the identity at the end."""
+        b, n = self.size, len(matrix[0])
+        fill = lambda d: 1 if d == self.lower else 0
+        rows = [
+            jnp.pad(m, (0, -n % b), constant_values=fill(d)).reshape(-1, b)
+            for d, m in enumerate(matrix)
+        ]
+
+        def entry(i, j, d):
+            place = d * b + j - i + self.lower
+            return rows[place][:, i] if 0 <= place < self.width else jnp.zeros_like(rows[0][:, 0])
+
+        block = lambda d: jnp.stack(
+            [jnp.stack([entry(i, j, d) for j in range(b)]) for i in range(b)]
+        )
+        return block(-1), block(0), block(1)
+
+    def solved_by_blocks(self, found, b):
+        n, size = len(b), self.size
+        x = blocks.solved(found, jnp.pad(b, (0, -n % size)).reshape(-1, size).T)
+        return x.T.reshape(-1)[:n]
+
+    def is_accurate(self, matrix, found) -> Array:
+        """Whether a system is solved backwards stably, with a right side of numbers without an order."""
+        b = np.random.default_rng(0).normal(size=len(matrix[0])).astype(matrix[0].dtype)
+        x = self.solved_by_blocks(found, jnp.asarray(b))
+        off = lax.abs(self.product(matrix, x) - b)
+        scale = self.product(jax.tree.map(lax.abs, matrix), lax.abs(x)) + abs(b)
+        return jnp.all(off <= float(jnp.finfo(b.dtype).eps) ** 0.75 * scale)
+
+    def eliminated(self, matrix):
         """For each column the rows of U, the multipliers, and which row was its pivot.
 
         A window holds the lower + 1 rows that can have an entry in this column; a row of U has
         lower + upper + lower + 1 entries at most, because of pivoting.
         """
         lower, width = self.lower, self.width + self.lower
+        matrix = jnp.stack(matrix, 1)
         rows = [jnp.pad(matrix, ((0, lower), (0, 0)))[i] for i in range(lower)]
         # Row i begins at column i - lower: here those before the window's first column are left out.
         first = [
@@ -142,7 +201,7 @@ class Banded(Linear):
         empty = jnp.zeros((0, width), matrix.dtype)
         return lax.scan(column, jnp.stack(first) if first else empty, entering)[1]
 
-    def substitute(self, factors, b):
+    def substituted(self, factors, b):
         lower, reach = self.lower, self.width + self.lower - 1
         place = np.arange(lower + 1, dtype=np.int32)
 
@@ -164,6 +223,14 @@ class Banded(Linear):
         _, y = lax.scan(forwards, first, ((m, p), entering))
         _, x = lax.scan(backwards, jnp.zeros(reach, b.dtype), (top, y), reverse=True)
         return x
+
+
+def derivatives(f, y, color) -> Array:
+    """For every color the derivative of f in the direction of all numbers of that color together."""
+    seeds = np.arange(max(color) + 1)[:, None] == color[None, :]
+    # A barrier, so that XLA does not spend seconds on products with these constants.
+    seeds = lax.optimization_barrier(jnp.asarray(seeds, y.dtype))
+    return jax.vmap(lambda seed: jax.jvp(f, (y,), (seed,))[1])(seeds)
 
 
 def outside(linear: Linear, entries, where) -> None:
