@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, tree
 from jaxode.kernels.traces import Trace
 from jaxode.methods.implicit import vectors
-from jaxode.methods.linear import Dense, Linear, numpy_or_jax, solver
+from jaxode.methods.linear import DENSE, Dense, Linear, numpy_or_jax, solver
 from jaxode.methods.names import named
 from jaxode.solution import Status
 from jaxode.stepping.field import Field, System
@@ -38,6 +38,21 @@ class Beside(NamedTuple):
 
     def system(self, field, of_jac: Field | None) -> System:
         return System(field, self.mass, self.algebraic, of_jac)
+
+
+class Problem(NamedTuple):
+    """What a look at a problem before it is solved is specialised to."""
+
+    trace: Trace
+    jac: Trace | None
+    method: Any
+    func_time: Any
+
+    def system(self, leaves, beside: Beside, t0) -> System:
+        """The field at t0, in the unit of time of func."""
+        at = t0, t0, jnp.ones_like(t0), self.func_time
+        of_jac = None if self.jac is None else Field(self.jac, beside.jac, *at)
+        return beside.system(Field(self.trace, leaves, *at), of_jac)
 
 
 def of_systems(adjoint: Callable, beside: Beside, of_jac: Field | None) -> Callable:
@@ -171,6 +186,54 @@ def as_matrix(found, y: PyTree, x: Array) -> Array:
         ) from error
 
 
+# What was declared of df/dy.
+
+CHECKED: set = set()  # the declarations that were right
+
+
+def check_structure(problem: Problem, leaves, beside: Beside | None, y0, t) -> None:
+    """Raise if df/dy has entries where its declared structure has none; as far as values are known.
+
+    Two of its products with vectors without an order are compared with those of derivatives of func (or
+    of the user's own Jacobian), at y0, the first time that such a problem is solved.
+    """
+    linear = getattr(problem.method, "linear", None)
+    if linear is None or isinstance(linear, Dense) or linear.iterative or problem in CHECKED:
+        return
+    if not known(leaves, beside, y0, t):
+        return
+    off = float(difference_of_products(problem, leaves, beside or Beside(), y0, jnp.asarray(t[0])))
+    if off > 1:
+        raise ValueError(
+            f"df/dy has entries at y0 that linear={linear} leaves out: its products with vectors are others. "
+            "Choose a wider band or larger blocks, add the entries to the pattern, or pass linear=Dense()."
+        )
+    if len(CHECKED) > 1000:
+        CHECKED.clear()
+    CHECKED.add(problem)
+
+
+@partial(jax.jit, static_argnums=0)
+def difference_of_products(problem: Problem, leaves, beside: Beside, y0, t0):
+    """How much they differ, over what roundings may be; 0 where they are not finite."""
+    linear, system = problem.method.linear, problem.system(leaves, beside, t0)
+    field, pack, _ = vectors(system, y0)
+    x, s = pack(y0), 0 * t0
+    found = problem.method.jacobian(system, field, s, x)
+    worst = jnp.zeros((), x.dtype)
+    for seed in range(2):
+        v = jnp.asarray(np.random.default_rng(seed).normal(size=len(x)), x.dtype)
+        if system.jac is None:
+            exact = jax.jvp(lambda x: field(x, s), (x,), (v,))[1]
+        else:
+            exact = DENSE.product(system.jac(x, s), v)
+        product = linear.product(found, v)
+        size = jnp.max(lax.abs(exact), initial=0) + jnp.max(lax.abs(product), initial=0)
+        off = jnp.max(lax.abs(product - exact), initial=0)
+        worst = jnp.maximum(worst, tree.ratio(off, float(jnp.finfo(x.dtype).eps) ** 0.6 * size))
+    return jnp.where(jnp.isfinite(worst), worst, 0)
+
+
 # Initial values.
 
 
@@ -249,22 +312,10 @@ def is_regular(linear: Linear, matrix, factors, x) -> Array:
     return jnp.all(lax.abs(again - one) < 0.1)
 
 
-class Problem(NamedTuple):
-    """What initial values are specialised to."""
-
-    trace: Trace
-    jac: Trace | None
-    method: Any  # with linear algebra
-    func_time: Any
-
-
 @partial(jax.jit, static_argnums=0)
 def initial(problem: Problem, leaves, beside: Beside, y0, t0):
     """The corrected state, and whether it was found."""
-    at = t0, t0, jnp.ones_like(t0), problem.func_time
-    of_jac = None if problem.jac is None else Field(problem.jac, beside.jac, *at)
-    system = beside.system(Field(problem.trace, leaves, *at), of_jac)
-    return corrected(system, problem.method.linear, y0, 0 * t0)
+    return corrected(problem.system(leaves, beside, t0), problem.method.linear, y0, 0 * t0)
 
 
 def told(func, given, method, name, mass, jac):
@@ -291,7 +342,9 @@ def told(func, given, method, name, mass, jac):
 
 
 def check(problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol) -> None:
-    """Raise if y0 does not fulfil the algebraic equations; as far as that is known."""
+    """Raise if df/dy has other entries than declared, or y0 does not fulfil the algebraic equations; as far
+    as that is known."""
+    check_structure(problem, leaves, beside, y0, t)
     if beside is None or beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
         return
     y, found = initial(problem, leaves, beside, y0, jnp.asarray(t[0]))

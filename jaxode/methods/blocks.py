@@ -1,19 +1,21 @@
-"""Block tridiagonal systems, many rows at a time: by partition, stage after stage.
+"""Block tridiagonal systems, many rows at a time: by partition.
 
-The rows are cut into pieces of PIECE block rows. The last row of each is kept; all others are eliminated
-in every piece at once, one after another along the piece, which leaves a block tridiagonal system for the
-rows that were kept: it is solved in the same way, until few rows are left (Wang 1981, A parallel method
-for tridiagonal equations; Polizzi and Sameh 2006, SPIKE). Three times the operations of plain elimination,
-but each is one of vectors as long as there are pieces, and loops are short: for 1,000 numbers with a band
-of 2, in one call, 12 us to factor and 5 us to solve, where row after row takes 160 and 110 (November 2026).
+The block rows are cut into pieces, as many as each has rows. The last row of each is kept; all others are
+eliminated in every piece at once, one after another along the piece, which leaves a block tridiagonal
+system for the rows that were kept; these are eliminated in turn (Wang 1981, A parallel method for
+tridiagonal equations; Polizzi and Sameh 2006, SPIKE). Three times the operations of plain elimination, but
+each is one of vectors as long as there are pieces. A solve of the Brusselator on a line by rodas4, 51
+steps, takes 9 ms for 1,000 numbers and 157 for 10,000; with rows one after another 74 and 657 (November
+2026).
 
 Pivots are exchanged inside of blocks only. That is stable for a matrix whose symmetric part is positive
-definite, as I - w df/dy is where f is dissipative; `backward_error` says whether it was.
+definite, as I - w df/dy is where f is dissipative; whoever uses it has to look at a residual.
 
 A matrix is (L, D, U), arrays of shape (b, b, rows): L x_(i-1) + D x_i + U x_(i+1) = b_i.
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,19 +24,19 @@ from jax import lax
 FEW = 24  # block rows that are eliminated one after another
 
 
-def times(a, b):
+def times(a, b) -> Any:
     """Products of blocks, along the last axis: of (i, k, n) and (k, j, n)."""
     return sum(a[:, k, None, :] * b[None, k, :, :] for k in range(a.shape[1]))
 
 
-def applied(a, x):
+def applied(a, x) -> Any:
     """Products of blocks (i, k, n) and vectors (k, n)."""
     return sum(a[:, k, :] * x[None, k, :] for k in range(a.shape[1]))
 
 
 def inverse(a):
     """Inverses of blocks, by Gauss and Jordan with partial pivoting."""
-    b, _, n = a.shape
+    b = len(a)
     one = jnp.broadcast_to(jnp.asarray(np.eye(b, dtype=a.dtype))[:, :, None], a.shape)
     rows = list(jnp.concatenate([a, one], 1))
     for k in range(b):

@@ -7,6 +7,7 @@ ever goes through the elimination; its factors serve both.
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,12 @@ class Linear:
 
     A matrix is an array (or a pytree of arrays) in a form of its own. The functions are of vectors of
     one solve.
+
+    Attributes:
+        iterative: whether each solution is found by iterations of its own, that may fail: it is then NaN.
     """
+
+    iterative: ClassVar[bool] = False
 
     def jacobian(self, f, y: Array) -> PyTree:
         """df/dy at y."""
@@ -55,20 +61,20 @@ class Linear:
         """x with matrix x = b: linear in b, of operations that JAX can transpose."""
         raise NotImplementedError
 
+    def substitute_transposed(self, factors: PyTree, b: Array) -> Array:
+        """x with the transposed matrix."""
+        return jax.linear_transpose(partial(self.substitute, factors), b)(b)[0]
+
 
 def solver(linear: Linear, jacobian: PyTree, w, mass: PyTree | None = None):
     """b -> x with (M - w df/dy) x = b, factored once."""
     matrix = linear.shifted(jacobian, w, mass)
     factors = linear.factor(lax.stop_gradient(matrix))
     times = partial(linear.product, matrix)
-    substitute = partial(linear.substitute, factors)
-
-    def solve(b):
-        # A rule of JAX that stays one when it is transposed: so second derivatives are right, too.
-        back = lambda _, b: jax.linear_transpose(substitute, b)(b)[0]
-        return lax.custom_linear_solve(times, b, lambda _, b: substitute(b), back)
-
-    return solve
+    # A rule of JAX that stays one when it is transposed: so second derivatives are right, too.
+    forth = lambda _, b: linear.substitute(factors, b)
+    back = lambda _, b: linear.substitute_transposed(factors, b)
+    return lambda b: lax.custom_linear_solve(times, b, forth, back)
 
 
 def by_rows(w, matrix: Array) -> Array:

@@ -80,7 +80,7 @@ class Rosenbrock(Implicit):
         y1 = unpack(last + us[-1])
         k1 = f(y1, s + h)
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
-        solved = tree.all_finite(jacobian, us[0])
+        solved = tree.all_finite(jacobian, *(us if self.linear.iterative else us[:1]))
         return Step(y1, k1, k1, [unpack(us[-1])], us, solved, len(self.c))
 
     def weights(self, mass, y, h):

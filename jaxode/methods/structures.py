@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxode.methods import blocks
-from jaxode.methods.linear import Linear, by_rows, numpy_or_jax
+from jaxode.methods.linear import DENSE, Linear, by_rows, numpy_or_jax
 from jaxode.tree import known
 
 WIDEST = 4  # numbers of a block, up to which systems are solved by blocks
@@ -114,20 +114,20 @@ class Banded(Linear):
     def factor(self, matrix):
         """By blocks, and row after row with pivoting only where that is not accurate."""
         if not self.by_blocks(len(matrix[0])):
-            return self.eliminated(matrix)
+            return eliminated(self, matrix)
         found = blocks.factored(*self.blocks(matrix))
         fine = self.is_accurate(matrix, found)
         zeros = lambda m: jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.eliminated, m)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(eliminated, self), m)
         )
-        return found, fine, lax.cond(fine, zeros, self.eliminated, matrix)
+        return found, fine, lax.cond(fine, zeros, partial(eliminated, self), matrix)
 
     def substitute(self, factors, b):
         if not self.by_blocks(len(b)):
-            return self.substituted(factors, b)
+            return substituted(self, factors, b)
         found, fine, other = factors
         return lax.cond(
-            fine, partial(self.solved_by_blocks, found), partial(self.substituted, other), b
+            fine, partial(self.solved_by_blocks, found), partial(substituted, self, other), b
         )
 
     def by_blocks(self, n: int) -> bool:
@@ -171,58 +171,61 @@ class Banded(Linear):
         scale = self.product(jax.tree.map(lax.abs, matrix), lax.abs(x)) + abs(b)
         return jnp.all(off <= float(jnp.finfo(b.dtype).eps) ** 0.75 * scale)
 
-    def eliminated(self, matrix):
-        """For each column the rows of U, the multipliers, and which row was its pivot.
 
-        A window holds the lower + 1 rows that can have an entry in this column; a row of U has
-        lower + upper + lower + 1 entries at most, because of pivoting.
-        """
-        lower, width = self.lower, self.width + self.lower
-        matrix = jnp.stack(matrix, 1)
-        rows = [jnp.pad(matrix, ((0, lower), (0, 0)))[i] for i in range(lower)]
-        # Row i begins at column i - lower: here those before the window's first column are left out.
-        first = [
-            jnp.pad(row[lower - i :], (0, width - self.width + lower - i))
-            for i, row in enumerate(rows)
-        ]
-        entering = jnp.concatenate([matrix[lower:], jnp.zeros((lower, self.width), matrix.dtype)])
-        place = np.arange(lower + 1, dtype=np.int32)
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal(Linear):
+    """A Jacobian of equal blocks on the diagonal: systems of `size` equations that stand beside each other.
 
-        def column(window, row):
-            window = jnp.concatenate([window, jnp.pad(row, (0, lower))[None]])
-            p = lax.argmax(lax.abs(window[:, 0]), 0, jnp.int32)
-            at_p = place == p
-            top = jnp.sum(jnp.where(at_p[:, None], window, 0), 0)
-            rest = jnp.where(at_p[:, None], window[0], window)[1:]
-            m = rest[:, 0] / top[0]
-            rest = rest - m[:, None] * top[None, :]
-            return jnp.pad(rest[:, 1:], ((0, 0), (0, 1))), (top, m, p)
+    As of one cell, or one reaction, for each point. `size` derivatives of f; entries outside of the
+    blocks would be added to those inside.
 
-        empty = jnp.zeros((0, width), matrix.dtype)
-        return lax.scan(column, jnp.stack(first) if first else empty, entering)[1]
+    A matrix has shape (size, size, blocks).
+    """
 
-    def substituted(self, factors, b):
-        lower, reach = self.lower, self.width + self.lower - 1
-        place = np.arange(lower + 1, dtype=np.int32)
+    size: int
 
-        def forwards(window, given):
-            (m, p), entry = given
-            window = jnp.concatenate([window, entry[None]])
-            at_p = place == p
-            top = jnp.sum(jnp.where(at_p, window, 0))
-            return jnp.where(at_p, window[0], window)[1:] - m * top, top
+    def __post_init__(self):
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"`size` of BlockDiagonal must be 1 or more; got {self.size!r}.")
 
-        def backwards(window, given):
-            row, entry = given
-            x = (entry - jnp.sum(row[1:] * window)) / row[0]
-            return jnp.concatenate([x[None], window])[:reach], x
+    def count(self, n: int) -> int:
+        if n % self.size:
+            raise ValueError(f"{self} is not of a state of {n} numbers: they are no whole blocks.")
+        return n // self.size
 
-        top, m, p = factors
-        entering = jnp.concatenate([b[lower:], jnp.zeros(lower, b.dtype)])
-        first = jnp.pad(b[:lower], (0, max(0, lower - len(b))))
-        _, y = lax.scan(forwards, first, ((m, p), entering))
-        _, x = lax.scan(backwards, jnp.zeros(reach, b.dtype), (top, y), reverse=True)
-        return x
+    def jacobian(self, f, y):
+        count = self.count(len(y))
+        found = derivatives(f, y, np.arange(len(y)) % self.size)
+        return jnp.transpose(found.reshape(self.size, count, self.size), (2, 0, 1))
+
+    def matrix(self, entries):
+        n, module = len(entries), numpy_or_jax(entries)
+        one = np.eye(self.size, dtype=entries.dtype)[:, :, None]
+        if entries.ndim == 1:
+            return one * entries.reshape(1, -1, self.size).transpose(0, 2, 1)
+        block = np.arange(n) // self.size
+        outside(self, entries, block[:, None] != block[None, :])
+        place = np.arange(self.count(n))
+        blocks = entries.reshape(len(place), self.size, len(place), self.size)[place, :, place, :]
+        return module.moveaxis(blocks, 0, -1)
+
+    def shifted(self, jacobian, w, mass=None):
+        if mass is None:
+            mass = np.eye(self.size, dtype=jacobian.dtype)[:, :, None]
+        rows = w if jnp.ndim(w) == 0 else w.reshape(-1, 1, self.size).transpose(2, 1, 0)
+        return mass - rows * jacobian if jnp.ndim(w) else mass - by_rows(w, jacobian)
+
+    def product(self, matrix, x):
+        return jnp.sum(matrix * self.columns(x)[None], 1).T.reshape(-1)
+
+    def factor(self, matrix):
+        return jax.vmap(DENSE.factor, -1, -1)(matrix)
+
+    def substitute(self, factors, b):
+        return jax.vmap(DENSE.substitute, -1, -1)(factors, self.columns(b)).T.reshape(-1)
+
+    def columns(self, x):
+        return x.reshape(-1, self.size).T
 
 
 def derivatives(f, y, color) -> Array:
@@ -239,3 +242,57 @@ def outside(linear: Linear, entries, where) -> None:
         raise ValueError(
             f"a matrix has entries that {linear} leaves out: choose a wider structure, or Dense()."
         )
+
+
+def eliminated(band: "Banded", matrix):
+    """For each column the rows of U, the multipliers, and which row was its pivot.
+
+    A window holds the lower + 1 rows that can have an entry in this column; a row of U has
+    lower + upper + lower + 1 entries at most, because of pivoting.
+    """
+    lower, width = band.lower, band.width + band.lower
+    matrix = jnp.stack(matrix, 1)
+    rows = [jnp.pad(matrix, ((0, lower), (0, 0)))[i] for i in range(lower)]
+    # Row i begins at column i - lower: here those before the window's first column are left out.
+    first = [
+        jnp.pad(row[lower - i :], (0, width - band.width + lower - i)) for i, row in enumerate(rows)
+    ]
+    entering = jnp.concatenate([matrix[lower:], jnp.zeros((lower, band.width), matrix.dtype)])
+    place = np.arange(lower + 1, dtype=np.int32)
+
+    def column(window, row):
+        window = jnp.concatenate([window, jnp.pad(row, (0, lower))[None]])
+        p = lax.argmax(lax.abs(window[:, 0]), 0, jnp.int32)
+        at_p = place == p
+        top = jnp.sum(jnp.where(at_p[:, None], window, 0), 0)
+        rest = jnp.where(at_p[:, None], window[0], window)[1:]
+        m = rest[:, 0] / top[0]
+        rest = rest - m[:, None] * top[None, :]
+        return jnp.pad(rest[:, 1:], ((0, 0), (0, 1))), (top, m, p)
+
+    empty = jnp.zeros((0, width), matrix.dtype)
+    return lax.scan(column, jnp.stack(first) if first else empty, entering)[1]
+
+
+def substituted(band: "Banded", factors, b):
+    lower, reach = band.lower, band.width + band.lower - 1
+    place = np.arange(lower + 1, dtype=np.int32)
+
+    def forwards(window, given):
+        (m, p), entry = given
+        window = jnp.concatenate([window, entry[None]])
+        at_p = place == p
+        top = jnp.sum(jnp.where(at_p, window, 0))
+        return jnp.where(at_p, window[0], window)[1:] - m * top, top
+
+    def backwards(window, given):
+        row, entry = given
+        x = (entry - jnp.sum(row[1:] * window)) / row[0]
+        return jnp.concatenate([x[None], window])[:reach], x
+
+    top, m, p = factors
+    entering = jnp.concatenate([b[lower:], jnp.zeros(lower, b.dtype)])
+    first = jnp.pad(b[:lower], (0, max(0, lower - len(b))))
+    _, y = lax.scan(forwards, first, ((m, p), entering))
+    _, x = lax.scan(backwards, jnp.zeros(reach, b.dtype), (top, y), reverse=True)
+    return x
