@@ -1,5 +1,6 @@
 """jaxode: differential equations inside JAX models."""
 
+from jaxode.constraints import consistent as consistent
 from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid
 from jaxode.integrate import odeint as odeint

@@ -42,9 +42,11 @@ WORDS = by_name({
     "max_step hmax0 dtmax dt_max": "the largest step is `hmax`",
     "min_step hmin dtmin dt_min": "there is no least step to choose",
     "first_step h0 dt0 step_size": STEP,
-    "jac jac_sparsity Dfun col_deriv lband uband ml mu":
+    "jac_sparsity col_deriv lband uband ml mu":
         "the Jacobian is derived from func, where the method needs one; what is known of its "
         "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
+    "Dfun jacobian": "the Jacobian df/dy, for an implicit method, is `jac`, a function jac(y, t, *args)",
+    "mass_matrix M": "the mass matrix is `mass`",
     "events event event_fn": "there are no events: solve to a time, look at the state, and solve on",
     "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
     "tfirst vectorized": CALLED,
@@ -62,7 +64,7 @@ WORDS = by_name({
     "progress_meter": "there is none",
 })  # fmt: skip
 OPTIONS = (
-    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear"
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac"
 ).split()
 
 
@@ -90,6 +92,19 @@ def with_linear(method: Method, name, linear) -> Method:
             f"`linear` is for implicit methods such as 'rodas5p'; '{name}' solves no linear systems."
         )
     return dataclasses.replace(method, linear=linear)  # type: ignore[type-var]
+
+
+def takes(method: Method, name, mass, jac) -> None:
+    """Raise if a mass matrix or a Jacobian is given which this method cannot take."""
+    if mass is not None and not method.takes_mass:
+        raise ValueError(
+            f"`mass` is for Rosenbrock methods such as 'rodas5p'; {name!r} has none. (A regular matrix may "
+            "also be solved with inside of func.)"
+        )
+    if jac is not None and not method.takes_jac:
+        raise ValueError(f"`jac` is for Rosenbrock methods such as 'rodas5p'; {name!r} takes none.")
+    if jac is not None and not callable(jac):
+        raise TypeError(f"`jac` must be a function jac(y, t, *args); got {type(jac).__name__}.")
 
 
 def present(unknown, func, t) -> None:
@@ -158,9 +173,9 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     return t, exact if lost else None, seen
 
 
-def check_resolution(t, dtype):
-    """Raise if func, which looks at the time, would be told times that are too coarse."""
-    if crowded(t, dtype):
+def check_resolution(t, dtype, trace: Trace):
+    """Raise if func looks at the time and would be told times that are too coarse."""
+    if t is not None and trace.uses_time and crowded(t, dtype):
         raise ValueError(
             f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
             f"{jnp.dtype(dtype).name}, in which func gets its time. Shift time to begin near 0 (pass "
@@ -197,6 +212,13 @@ def step_size(dt, method: Method, name):
             f"The step size `dt` must be positive and finite, got {dt}. Its sign follows `t`."
         )
     return dt
+
+
+def known_steps(dt, t, driven: bool) -> tuple[int | None, Any]:
+    """How many steps of equal size, if that is known, and else the `dt` that says it."""
+    if dt is None or driven or not known(dt, t):
+        return None, dt
+    return known_number_of_steps(dt, t), None
 
 
 def known_number_of_steps(dt, t) -> int:
@@ -341,7 +363,9 @@ def no_varying(inputs) -> None:
             )
 
 
-def named_adjoint(adjoint) -> Callable:
+def named_adjoint(adjoint, method: Method) -> Callable:
+    if adjoint == "backsolve":
+        method.backwards()
     if callable(adjoint):
         return adjoint
     if adjoint not in adjoints.named:
@@ -351,15 +375,19 @@ def named_adjoint(adjoint) -> Callable:
     return adjoints.named[adjoint]
 
 
-def trace_of(func, y0, t, func_time, args) -> tuple[Trace, list]:
-    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args."""
+def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
+    """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args.
+
+    `checked(result, y)` is what func returned, if it may; by default a derivative of y.
+    """
+    checked = checked or like_state
     of_numbers = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
     numbers, static = eqx.partition((func, args), of_numbers)
     arrays = jax.tree.map(jnp.asarray, numbers)
 
     def derivative(arrays, y, t):
         func, args = eqx.combine(arrays, static)
-        return like_state(func(y, t, *args), y)
+        return checked(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed = jax.make_jaxpr(derivative)(arrays, y0, time)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, outputs
+from jaxode import arguments, constraints, outputs
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
@@ -83,6 +83,8 @@ def solve(
     throw: bool | None = None,
     heuristics: bool = False,
     linear: Linear | None = None,
+    mass=None,
+    jac: Callable | None = None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -133,6 +135,13 @@ def solve(
             stages are at the end of the step ("tsit5", "dopri5").
         linear: the structure of df/dy, for an implicit method: `jaxode.methods.Banded(lower, upper)`,
             `Diagonal()`, or `Dense()`, the default. Of the state as one vector.
+        mass: M of M dy/dt = func(y, t, *args), for "rodas5p", "rodas4" and "rodas4p": constant, an array of
+            n x n numbers that acts on the state as one vector, or its diagonal: n numbers, or a pytree
+            like y0. May be traced. Where a row is 0 the equation is algebraic: a DAE of index 1. Its
+            part of y0 has to fulfil it to the tolerance (see `jaxode.consistent`); where values are not
+            known, as under `jit`, it is the first guess of what does.
+        jac: df/dy, for the same methods, as `jac(y, t, *args)`: an array of n x n numbers, or what
+            `jax.jacfwd(func)` returns. By default it is derived from func.
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.
@@ -162,35 +171,36 @@ def solve(
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
-    if exact is not None and trace.uses_time:
-        arguments.check_resolution(exact, func_time)
+    given = y0, t, func_time, args
+    func, beside, of_jac = constraints.told(func, given, method, name, mass, jac)
+    trace, leaves = arguments.trace_of(func, *given)
+    arguments.check_resolution(exact, func_time, trace)
     method.check(trace, y0)
-    if adjoint == "backsolve":
-        method.backwards()
     if len(t) == 0:
         return no_times(y0, t)
-    arguments.no_varying((leaves, y0, t, rtol, atol, limits))
+    arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
+    problem = constraints.Problem(trace, of_jac, method, func_time)
+    constraints.check(problem, leaves, beside, y0, t, rtol, atol)
     driven = asks(trace.jaxpr)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps = None
-    if dt is not None and not driven and known(dt, t):
-        steps, dt = arguments.known_number_of_steps(dt, t if since is None else since), None
+    steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
         trace=trace,
         method=method,
         controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint),
+        adjoint=arguments.named_adjoint(adjoint, method),
         max_steps=steps or max_steps,
         steps=steps,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
+        throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside),
         seen=not driven and dt is None and known(t, rtol, atol, limits),
+        jac=of_jac,
     )
     program = from_knot_to_knot if driven else compiled
-    return checked(run(program, static, leaves, y0, t, since, rtol, atol, *limits, dt), throw)
+    given = static, leaves, y0, t, since, rtol, atol, *limits, dt, beside
+    return checked(run(program, *given), throw)
 
 
 def run(program: Callable, *args) -> Solution:
@@ -221,16 +231,22 @@ class Static:
     heuristics: bool
     throw: bool
     seen: bool
+    jac: Trace | None = None
 
 
 @partial(jax.jit, static_argnums=0)
-def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt) -> Solution:
+def compiled(
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside
+) -> Solution:
     """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     times, steps = t if since is None else since, static.steps
     ss, span = unit_times(times)
-    given = static.trace, leaves, t[0], t[-1], span, static.func_time
-    field = Field(*given, static.method.beyond)
+    given = t[0], t[-1], span, static.func_time, static.method.beyond
+    field, adjoint = Field(static.trace, leaves, *given), static.adjoint
+    if beside is not None:
+        of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
+        adjoint = constraints.of_systems(adjoint, beside, of_jac)
     valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
     if dt is not None:
@@ -258,10 +274,10 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
         ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
         of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
         integrator = dataclasses.replace(integrator, rtol=of_parts(rtol), atol=of_parts(atol))
-        vectors, report = static.adjoint(integrator, ravelled, ravel(y0), ss)
+        vectors, report = adjoint(integrator, ravelled, ravel(y0), ss)
         ys = jax.vmap(ravelled.unravel)(vectors)
     else:
-        ys, report = static.adjoint(integrator, field, y0, ss)
+        ys, report = adjoint(integrator, field, y0, ss)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys = jax.tree.map(lambda y: if_valid(y, jnp.nan), ys)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
@@ -271,7 +287,7 @@ def compiled(static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt)
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     solution = Solution(t, ys, status, stats, reached, estimates)
-    return ended(solution, static.throw, (leaves, y0, t))
+    return ended(solution, static.throw, (leaves, y0, t, beside))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -282,7 +298,8 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
         return compiled(static, leaves, y0, t, since, *options)
     quiet = dataclasses.replace(static, trace=split.trace, throw=False)
     stretch = lambda leaves, y, t: compiled(quiet, leaves, y, t, None, *options)
-    return ended(piecewise(stretch, split, y0, t), static.throw, (leaves, y0, t))
+    solution = piecewise(stretch, split, y0, t)
+    return ended(solution, static.throw, (leaves, y0, t, options[-1]))
 
 
 def ended(solution: Solution, throw: bool, inputs) -> Solution:

@@ -47,7 +47,8 @@ _MESSAGES = {
     Status.NOT_CONVERGED: (
         "The equations of an implicit step could not be solved for any step size tried: Newton's method "
         "did not converge, or the derivative of func with respect to y is NaN or infinite. Check func "
-        "near this time: it may have a kink or a jump, or have left its domain (sqrt and powers at 0)."
+        "near this time: it may have a kink or a jump, or have left its domain (sqrt and powers at 0). With "
+        "a singular `mass`: no initial values fulfil the algebraic equations, or their index is above 1."
     ),
     Status.BAD_INPUT: (
         "The times are not increasing (or decreasing) and finite; a tolerance or limit is negative or "

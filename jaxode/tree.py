@@ -167,6 +167,8 @@ def all_finite(*xs: PyTree) -> Array:
 
 
 def is_finite(x: Array) -> Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.ones(x.shape, bool)
     if jnp.iscomplexobj(x):
         return lax.is_finite(lax.real(x)) & lax.is_finite(lax.imag(x))
     return lax.is_finite(x)

@@ -135,7 +135,7 @@ def test_more_steps_than_can_be_counted_are_refused(dt):
         (dict(first_step=0.1), TypeError, "`hmax`"),
         (dict(dt0=0.1), TypeError, "`dt`"),
         (dict(events=print), TypeError, "events"),
-        (dict(jac=print), TypeError, "Jacobian"),
+        (dict(Dfun=print), TypeError, "Jacobian"),
         (dict(dense_output=True), TypeError, "`t`"),
         (dict(t_eval=[1.0]), TypeError, "third argument, `t`"),
         (dict(t_span=(0, 1)), TypeError, "third argument, `t`"),

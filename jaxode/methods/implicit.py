@@ -5,9 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 
 
@@ -19,6 +20,7 @@ class Implicit(Method):
     """
 
     c: tuple[float, ...]
+    linear: Linear
     any_state = True
     implicit = True
 
@@ -28,6 +30,13 @@ class Implicit(Method):
 
     def start(self, f, s, y: PyTree) -> PyTree:
         return f(y, s)
+
+    def jacobian(self, f, field, s, y: Array) -> PyTree:
+        """df/dy of the field as one of vectors: the user's own, or by derivatives of the field."""
+        jac = getattr(f, "jac", None)
+        if jac is None:
+            return self.linear.jacobian(lambda y: field(y, s), y)
+        return self.linear.matrix(jac(y, s))
 
     def backwards(self) -> Method:
         raise ValueError(

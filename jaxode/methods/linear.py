@@ -1,4 +1,4 @@
-"""The linear algebra of implicit methods, as values: the Jacobian df/dy, and (I - w df/dy) x = b.
+"""The linear algebra of implicit methods, as values: the Jacobian df/dy, and (M - w df/dy) x = b.
 
 A method asks for `solver(linear, f, y, w)`. What is differentiated is the solution, by the implicit
 function: with W x = b, W dx = db - dW x, in forward mode, and its transpose in reverse mode. Nothing
@@ -7,6 +7,7 @@ ever goes through the elimination; its factors serve both.
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,35 @@ LOOPED = 64  # rows up to which it is a loop, which fits into one call; a librar
 class Linear:
     """The structure of df/dy: a hashable value, how it is found, and how systems with it are solved.
 
-    A matrix is an array in a form of its own. The five functions are of vectors of one solve.
+    A matrix is an array (or a pytree of arrays) in a form of its own. The functions are of vectors of
+    one solve.
+
+    Attributes:
+        iterative: whether each solution is found by iterations of its own, that may fail: it is then NaN.
     """
 
-    def jacobian(self, f, y: Array) -> Array:
+    iterative: ClassVar[bool] = False
+
+    def jacobian(self, f, y: Array) -> PyTree:
         """df/dy at y."""
         raise NotImplementedError
 
-    def shifted(self, jacobian: Array, w) -> Array:
-        """I - w df/dy."""
+    def matrix(self, entries) -> PyTree:
+        """A matrix given as n x n numbers, or as the n numbers of its diagonal, in this form.
+
+        Raises ValueError if numbers whose values are known are where the structure has none.
+        """
         raise NotImplementedError
 
-    def product(self, matrix: Array, x: Array) -> Array:
+    def shifted(self, jacobian: PyTree, w, mass: PyTree | None = None) -> PyTree:
+        """M - w df/dy, without M for the identity; w is a number, or one for each row."""
+        raise NotImplementedError
+
+    def product(self, matrix: PyTree, x: Array) -> Array:
         """The matrix times x."""
         raise NotImplementedError
 
-    def factor(self, matrix: Array) -> PyTree:
+    def factor(self, matrix: PyTree) -> PyTree:
         """What `substitute` needs. Never differentiated."""
         raise NotImplementedError
 
@@ -47,20 +61,32 @@ class Linear:
         """x with matrix x = b: linear in b, of operations that JAX can transpose."""
         raise NotImplementedError
 
+    def substitute_transposed(self, factors: PyTree, b: Array) -> Array:
+        """x with the transposed matrix."""
+        return jax.linear_transpose(partial(self.substitute, factors), b)(b)[0]
 
-def solver(linear: Linear, jacobian: Array, w):
-    """b -> x with (I - w df/dy) x = b, factored once."""
-    matrix = linear.shifted(jacobian, w)
+
+def solver(linear: Linear, jacobian: PyTree, w, mass: PyTree | None = None):
+    """b -> x with (M - w df/dy) x = b, factored once."""
+    matrix = linear.shifted(jacobian, w, mass)
     factors = linear.factor(lax.stop_gradient(matrix))
     times = partial(linear.product, matrix)
-    substitute = partial(linear.substitute, factors)
+    # A rule of JAX that stays one when it is transposed: so second derivatives are right, too.
+    forth = lambda _, b: linear.substitute(factors, b)
+    back = lambda _, b: linear.substitute_transposed(factors, b)
+    return lambda b: lax.custom_linear_solve(times, b, forth, back)
 
-    def solve(b):
-        # A rule of JAX that stays one when it is transposed: so second derivatives are right, too.
-        back = lambda _, b: jax.linear_transpose(substitute, b)(b)[0]
-        return lax.custom_linear_solve(times, b, lambda _, b: substitute(b), back)
 
-    return solve
+def by_rows(w, matrix: Array) -> Array:
+    """w times a matrix whose first axis is that of its rows: w is a number, or one for each row."""
+    if jnp.ndim(w) == 0:
+        return tree.scale(w, matrix)
+    return lax.convert_element_type(w, matrix.dtype).reshape(-1, *[1] * (matrix.ndim - 1)) * matrix
+
+
+def numpy_or_jax(x):
+    """The module of these numbers: those that are numpy's stay constants of the program."""
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +96,13 @@ class Dense(Linear):
     def jacobian(self, f, y):
         return jax.jacfwd(f)(y)
 
-    def shifted(self, jacobian, w):
-        return np.eye(len(jacobian), dtype=jacobian.dtype) - tree.scale(w, jacobian)
+    def matrix(self, entries):
+        return numpy_or_jax(entries).diag(entries) if entries.ndim == 1 else entries
+
+    def shifted(self, jacobian, w, mass=None):
+        if mass is None:
+            mass = np.eye(len(jacobian), dtype=jacobian.dtype)
+        return mass - by_rows(w, jacobian)
 
     def product(self, matrix, x):
         return jnp.sum(matrix * x[None, :], 1)
@@ -173,141 +204,6 @@ def substituted_in_a_loop(factors, b):
         return jnp.where(at_k, value, b - jnp.where(i < k, entries, 0) * value), None
 
     return lax.scan(column, jnp.sum(x * b[None, :], 1), (jnp.asarray(i), u.T), reverse=True)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagonal(Linear):
-    """A Jacobian without entries off its diagonal: every number of the state has an equation of its own.
-
-    One derivative of f in all directions at once. Entries off the diagonal would be added to it.
-    """
-
-    def jacobian(self, f, y):
-        return jax.jvp(f, (y,), (jnp.ones_like(y),))[1]
-
-    def shifted(self, jacobian, w):
-        return jnp.ones_like(jacobian) - tree.scale(w, jacobian)
-
-    def product(self, matrix, x):
-        return matrix * x
-
-    def factor(self, matrix):
-        return matrix
-
-    def substitute(self, factors, b):
-        return b / factors
-
-
-@dataclasses.dataclass(frozen=True)
-class Banded(Linear):
-    """A Jacobian with `lower` diagonals below the main one, and `upper` above it.
-
-    As of a differential equation on a line, its components next to each other. lower + upper + 1
-    derivatives of f, each in the direction of every (lower + upper + 1)-th number; entries outside of
-    the band would be added to those inside. Elimination with partial pivoting, row after row.
-
-    Row i of a matrix is its entries from column i - lower to i + upper.
-    """
-
-    lower: int
-    upper: int
-
-    def __post_init__(self):
-        for name in ("lower", "upper"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(
-                    f"`{name}` of Banded must be a whole number, 0 or more; got {value!r}."
-                )
-
-    @property
-    def width(self) -> int:
-        return self.lower + self.upper + 1
-
-    def columns(self, n: int):
-        """Which column each entry is of, and whether there is one."""
-        column = np.arange(n)[:, None] + np.arange(-self.lower, self.upper + 1)[None, :]
-        return column, (column >= 0) & (column < n)
-
-    def jacobian(self, f, y):
-        n = len(y)
-        column, there = self.columns(n)
-        seeds = np.arange(n)[None, :] % self.width == np.arange(self.width)[:, None]
-        push = lambda seed: jax.jvp(f, (y,), (seed,))[1]
-        found = jax.vmap(push, out_axes=1)(jnp.asarray(seeds, y.dtype))
-        # Column j is in the derivative j mod width: for each of them every width-th row is alike.
-        picked = jnp.stack(
-            [
-                sum(
-                    jnp.where(column[:, d] % self.width == e, found[:, e], 0)
-                    for e in range(self.width)
-                )
-                for d in range(self.width)
-            ],
-            axis=1,
-        )
-        return jnp.where(there, picked, 0)
-
-    def shifted(self, jacobian, w):
-        one = np.arange(self.width) == self.lower
-        return np.asarray(one, jacobian.dtype)[None, :] - tree.scale(w, jacobian)
-
-    def product(self, matrix, x):
-        n = len(x)
-        wide = jnp.pad(x, (self.lower, self.upper))
-        return sum(matrix[:, d] * lax.slice_in_dim(wide, d, d + n) for d in range(self.width))  # type: ignore[return-value]
-
-    def factor(self, matrix):
-        """For each column the rows of U, the multipliers, and which row was its pivot.
-
-        A window holds the lower + 1 rows that can have an entry in this column; a row of U has
-        lower + upper + lower + 1 entries at most, because of pivoting.
-        """
-        lower, width = self.lower, self.width + self.lower
-        rows = [jnp.pad(matrix, ((0, lower), (0, 0)))[i] for i in range(lower)]
-        # Row i begins at column i - lower: here those before the window's first column are left out.
-        first = [
-            jnp.pad(row[lower - i :], (0, width - self.width + lower - i))
-            for i, row in enumerate(rows)
-        ]
-        entering = jnp.concatenate([matrix[lower:], jnp.zeros((lower, self.width), matrix.dtype)])
-        place = np.arange(lower + 1, dtype=np.int32)
-
-        def column(window, row):
-            window = jnp.concatenate([window, jnp.pad(row, (0, lower))[None]])
-            p = lax.argmax(lax.abs(window[:, 0]), 0, jnp.int32)
-            at_p = place == p
-            top = jnp.sum(jnp.where(at_p[:, None], window, 0), 0)
-            rest = jnp.where(at_p[:, None], window[0], window)[1:]
-            m = rest[:, 0] / top[0]
-            rest = rest - m[:, None] * top[None, :]
-            return jnp.pad(rest[:, 1:], ((0, 0), (0, 1))), (top, m, p)
-
-        empty = jnp.zeros((0, width), matrix.dtype)
-        return lax.scan(column, jnp.stack(first) if first else empty, entering)[1]
-
-    def substitute(self, factors, b):
-        lower, reach = self.lower, self.width + self.lower - 1
-        place = np.arange(lower + 1, dtype=np.int32)
-
-        def forwards(window, given):
-            (m, p), entry = given
-            window = jnp.concatenate([window, entry[None]])
-            at_p = place == p
-            top = jnp.sum(jnp.where(at_p, window, 0))
-            return jnp.where(at_p, window[0], window)[1:] - m * top, top
-
-        def backwards(window, given):
-            row, entry = given
-            x = (entry - jnp.sum(row[1:] * window)) / row[0]
-            return jnp.concatenate([x[None], window])[:reach], x
-
-        top, m, p = factors
-        entering = jnp.concatenate([b[lower:], jnp.zeros(lower, b.dtype)])
-        first = jnp.pad(b[:lower], (0, max(0, lower - len(b))))
-        _, y = lax.scan(forwards, first, ((m, p), entering))
-        _, x = lax.scan(backwards, jnp.zeros(reach, b.dtype), (top, y), reverse=True)
-        return x
 
 
 DENSE = Dense()

@@ -52,6 +52,9 @@ class Method:
             arrays may be handed over as one vector.
         sums_slopes: whether a step only adds multiples of slopes, so that a step of the state with
             its sensitivities is the derivative of the step.
+        takes_mass: whether the field may be a `System`: of M dy/ds, with a mass matrix M. The slope of
+            a step is then M dy/ds, and `slope` is dy/ds all the same.
+        takes_jac: whether it uses the Jacobian of such a field, if there is one.
     """
 
     order: int
@@ -63,6 +66,8 @@ class Method:
     beyond: bool = False
     any_state: bool = False
     sums_slopes: bool = False
+    takes_mass: bool = False
+    takes_jac: bool = False
     stage_count: int = 8
 
     def start(self, f, s, y: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ References: Hairer and Wanner (1996), Solving Ordinary Differential Equations II
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ class Rosenbrock(Implicit):
     y1 = y + sum_j a_sj u_j + u_s, and the last u_s is the error. The first stage uses the slope at the
     start, which the step before has found: with h = 0 all u_i are 0.
 
+    For M dy/ds = f(y, s), M constant, singular or not, M stands in the place of I, and before the sum
+    of the g_ij u_j (HW eq. IV.7.26, VI.4.5). What one step hands to the next is then M dy/ds.
+
     Attributes:
         order: of y1; `error_order` that of y1 - u_s.
         gamma, c, d, a, g: the coefficients; row i of a and g has i entries.
@@ -48,22 +52,47 @@ class Rosenbrock(Implicit):
     dense: tuple[tuple[float, ...], ...]
     dense_order: int
     linear: Linear = DENSE
+    takes_mass = True
+    takes_jac = True
+
+    def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
+        """dy/ds: with a mass matrix M dy/ds = f, and 0 = df/dy dy/ds + df/ds in algebraic equations."""
+        mass = getattr(f, "mass", None)
+        if mass is None:
+            return memory
+        field, pack, unpack = vectors(f, y)
+        x = pack(y)
+        known, of_time = pack(memory), time_derivative(f, field, s, x)
+        still = jnp.zeros_like(x) if of_time is None else -of_time
+        algebraic = lax.convert_element_type(f.algebraic, x.dtype)
+        solve = solver(self.linear, self.jacobian(f, field, s, x), -algebraic, mass)
+        return unpack(solve(jnp.where(f.algebraic, still, known)))
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
         y0, k0 = pack(y), pack(memory)
-        jacobian = self.linear.jacobian(lambda y: field(y, s), y0)
-        solve = solver(self.linear, jacobian, tree.scale(self.gamma, h))
+        jacobian = self.jacobian(f, field, s, y0)
+        weigh, mass = self.weights(getattr(f, "mass", None), y0, h)
+        solve = solver(self.linear, jacobian, tree.scale(self.gamma, h), mass)
         of_time = time_derivative(f, field, s, y0)
         form = self.written_out if len(y0) <= WRITTEN_OUT else self.looped
-        us, last = form(field, s, y0, k0, of_time, h, solve)
+        us, last = form(field, s, y0, k0, of_time, h, solve, weigh)
         y1 = unpack(last + us[-1])
         k1 = f(y1, s + h)
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
-        solved = tree.all_finite(jacobian, us[0])
+        solved = tree.all_finite(jacobian, *(us if self.linear.iterative else us[:1]))
         return Step(y1, k1, k1, [unpack(us[-1])], us, solved, len(self.c))
 
-    def written_out(self, field, s, y, k, of_time, h, solve):
+    def weights(self, mass, y, h):
+        """x -> M x, and what stands in the place of M in the matrix of the stages."""
+        if mass is None:
+            return lambda x: x, None
+        one = self.linear.matrix(np.ones(len(y), y.dtype))
+        # A step of size 0 is the identity: a singular M alone could not be solved with.
+        regular = jax.tree.map(lambda one, m: jnp.where(h == 0, one, m), one, mass)
+        return partial(self.linear.product, mass), regular
+
+    def written_out(self, field, s, y, k, of_time, h, solve, weigh):
         """The u_i, and the last y_i."""
         us, yi = [], y
         for c, d, a, g in zip(self.c, self.d, self.a, self.g):
@@ -72,13 +101,13 @@ class Rosenbrock(Implicit):
                 k = field(yi, s + tree.scale(c, h))
             right = tree.scale(h, k)
             if us:
-                right = right + sum(tree.scale(w, u) for w, u in zip(g, us) if w)
+                right = right + weigh(sum(tree.scale(w, u) for w, u in zip(g, us) if w))
             if of_time is not None and d:
                 right = right + tree.scale(d * h * h, of_time)
             us.append(solve(tree.scale(self.gamma, right)))
         return us, yi
 
-    def looped(self, field, s, y, k, of_time, h, solve):
+    def looped(self, field, s, y, k, of_time, h, solve, weigh):
         """The same with the stages in a loop.
 
         Every u_i is added to the sums of all later stages, so that nothing is moved in memory.
@@ -102,7 +131,7 @@ class Rosenbrock(Implicit):
             yi = lax.dynamic_index_in_dim(ys, i, 0, False)
             right = lax.dynamic_index_in_dim(rights, i, 0, False)
             k = field(yi, s + tree.scale(c, h))
-            u = solve(tree.scale(self.gamma, of(k, d) + right))
+            u = solve(tree.scale(self.gamma, of(k, d) + weigh(right)))
             return (later(ys, a, u), later(rights, g, u)), (u, yi)
 
         u0 = solve(tree.scale(self.gamma, of(k, self.d[0])))

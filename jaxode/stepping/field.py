@@ -52,6 +52,25 @@ class Field(eqx.Module):
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)
 
 
+class System(eqx.Module):
+    """M dy/ds = field(y, s), for methods that know of M: y, as one vector, has a mass matrix.
+
+    A row of M that is 0 is an algebraic equation. With `jac` the Jacobian of the field is the user's.
+    """
+
+    field: Any  # M dy/ds: a `Field`, or a `Ravelled` one
+    mass: Any = None  # in the form of the method's linear algebra; None for the identity
+    algebraic: Any = None  # which rows of M are 0
+    jac: Any = None  # of the vector and s; None to differentiate the field
+
+    @property
+    def trace(self) -> Trace:
+        return self.field.trace
+
+    def __call__(self, y: PyTree, s) -> PyTree:
+        return self.field(y, s)
+
+
 RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solved as one vector
 
 
