@@ -49,7 +49,7 @@ class Stepper(NamedTuple):
             state = integrator.initial(f, y0, memory, slope, end)
             folded = None
             if integrator.fold is not None:
-                step = lambda: self.method.step(f, 0 * end, y0, memory, end)
+                step = lambda: integrator.step(f, 0 * end, y0, memory, end)
                 shapes = jax.eval_shape(lambda: integrator.fold(self.method, y0, end, step()))
                 folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             return state._replace(folded=folded), slope
@@ -78,7 +78,7 @@ class Stepper(NamedTuple):
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go."""
         s1, h, go = self.move(integrator, f, ss, state)
-        step = self.method.step(f, state.s, state.y, state.memory, h)
+        step = integrator.step(f, state.s, state.y, state.memory, h)
         new = integrator.accept_or_reject(state, step, s1, h, go)
         return new, h, arrays_of(step)
 
@@ -102,7 +102,7 @@ class Stepper(NamedTuple):
         if self.loops.backward:
             step = self.stages.step(own, s, y, memory, h)
             return step.y, step.memory
-        one = lambda integrator, f, ss, *args: self.method.step(f, *args)[:2]
+        one = lambda integrator, f, ss, *args: integrator.step(f, *args)[:2]
         return self.problems.each(one)(own, s, y, memory, h)
 
     # Backwards.
@@ -117,7 +117,7 @@ class Stepper(NamedTuple):
             return self.back_by_stages(own, mask, carry, s, y, memory, h, gathered, inside)
 
         def step_of(integrator, f, ss, y, memory, s, h):
-            step = self.method.step(f, s, y, memory, h)
+            step = integrator.step(f, s, y, memory, h)
             d = self.method.inside(f, s, y, h, step) if inside else []
             fold = None if integrator.fold is None else integrator.fold(self.method, y, h, step)
             return step.y, step.memory, d, fold

@@ -47,6 +47,8 @@ class Method:
         explains: whether `heuristics` can be made from `stages`.
         stage_count: how many states a step holds at a time, by which a batch is sized.
         implicit: whether a step solves equations, so that `converged` may be false.
+        iterates: whether it does so until what is left is small: where there are tolerances `step` then
+            gets one more argument, norm(error, y), in which an error of 1 is what is tolerated at y.
         beyond: whether a stage lies after the end of its step: func then sees times after the last.
         any_state: whether the parts of a state are all treated alike, so that a state of several
             arrays may be handed over as one vector.
@@ -60,6 +62,7 @@ class Method:
     inside_evaluations: int = 0
     explains: bool = False
     implicit: bool = False
+    iterates: bool = False
     beyond: bool = False
     any_state: bool = False
     sums_slopes: bool = False
