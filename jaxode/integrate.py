@@ -157,6 +157,7 @@ def solve(
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
     name, method = method, arguments.with_linear(named(method), method, linear)
+    method = method.suited_to(y0)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
