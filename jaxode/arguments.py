@@ -206,6 +206,11 @@ def step_size(dt, method: Method, name):
                 "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
             )
         return None
+    if not method.equal_steps:
+        raise ValueError(
+            f"method='{name}' finds out from steps that adapt whether a problem is stiff: with `dt` "
+            "name a method, such as 'tsit5' or, if it is stiff, 'rodas5p'."
+        )
     dt = number("dt", dt)
     if known(dt) and not 0 < dt < np.inf:
         raise ValueError(

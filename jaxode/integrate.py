@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, constraints, outputs
+from jaxode import arguments, constraints, outputs, stiffness
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
@@ -166,9 +166,10 @@ def solve(
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
     name, method = method, arguments.with_linear(named(method), method, linear)
+    method = method.suited_to(y0)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
-    dt = arguments.step_size(dt, method, name)
+    dt, adaptive = arguments.step_size(dt, method, name), dt is None
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     given = y0, t, func_time, args
@@ -199,8 +200,22 @@ def solve(
         jac=of_jac,
     )
     program = from_knot_to_knot if driven else compiled
-    given = static, leaves, y0, t, since, rtol, atol, *limits, dt, beside
-    return checked(run(program, *given), throw)
+    limits = rtol, atol, *limits, dt, beside
+    solution = run(program, static, leaves, y0, t, since, *limits)
+    if not adaptive or method.implicit:
+        return checked(solution, throw)
+    again = lambda share: run(
+        program, static, leaves, y0, *until(t, since, solution, share), *limits
+    )
+    slope = lambda y, t: trace(leaves, y, t.astype(func_time))
+    return checked(solution, throw, lambda: stiffness.hint(solution, again, slope))
+
+
+def until(t, since, solution: Solution, share):
+    """The same times, but none after a share of what the solve came to."""
+    end = share * (solution.reached - t[0])
+    cut = lambda past: jnp.where(jnp.abs(past) > jnp.abs(end), end, past)
+    return t[0] + cut(t - t[0]), None if since is None else cut(since)
 
 
 def run(program: Callable, *args) -> Solution:
@@ -334,14 +349,14 @@ def no_times(y0, t) -> Solution:
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
-def checked(solution: Solution, throw: bool | None) -> Solution:
-    """Raise if the solve failed, where that is known."""
+def checked(solution: Solution, throw: bool | None, hint=lambda: "") -> Solution:
+    """Raise if the solve failed, where that is known; `hint()` is what else there is to say of that."""
     if throw is False or not known(solution) or not np.any(np.asarray(solution.status)):
         return solution
     status = Status(int(solution.status))
     raise SolveError(
         f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
         f"{np.asarray(solution.ts)[-1]:g}, after {int(solution.stats.evaluations)} evaluations of func. "
-        f"{status.message}\n(Pass throw=False to get NaN and a status instead.)",
+        f"{status.message} {hint()}\n(Pass throw=False to get NaN and a status instead.)",
         solution,
     )

@@ -30,7 +30,7 @@ _MESSAGES = {
     Status.SUCCESS: "The solve reached the last time.",
     Status.MAX_STEPS: (
         "The step limit was reached before the last time. Raise `max_steps` (or `mxstep`), loosen "
-        "`rtol` and `atol`, or, if the problem is stiff, shorten the interval."
+        "`rtol` and `atol`, or, if the problem is stiff, pass method='rodas5p'."
     ),
     Status.DT_TOO_SMALL: (
         "The step size fell below what the precision of time can resolve: a pole, a discontinuity "

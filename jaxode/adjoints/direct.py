@@ -54,7 +54,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
     def one(pair, ends):
         y, memory = pair
         s, s1 = ends
-        step = method.step(f, s, y, memory, s1 - s)
+        step = integrator.step(f, s, y, memory, s1 - s)
         cost = jnp.asarray(step.evaluations, jnp.int32)
         fine = integrator.finite(step.y, step.slope) & step.converged
         kept: dict[str, Any] = {"went": (fine, cost)}

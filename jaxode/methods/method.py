@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
 
+# The axis of solves that go in step, where there are many: for `lax.pmax` and the like.
+LANES = "lanes"
+
 
 class Step(NamedTuple):
     """What a trial step found.
@@ -31,8 +34,8 @@ class Method:
     """A one-step method: a hashable value that answers three questions about a field f on [0, 1].
 
     Subclass it, and pass an instance as `method=`. All three are functions of one solve, made of
-    JAX operations; they are batched, compiled and differentiated by the solver. Every adjoint,
-    output and failure rule works with a method that keeps these promises:
+    JAX operations; they are batched (along an axis named `LANES`), compiled and differentiated by the
+    solver. Every adjoint, output and failure rule works with a method that keeps these promises:
 
     - `step` with h = 0 is the identity: it returns y and a memory that fits it;
     - `memory` is a pytree of arrays that depends on (f, s, y) alone up to the error of the method.
@@ -47,6 +50,9 @@ class Method:
         explains: whether `heuristics` can be made from `stages`.
         stage_count: how many states a step holds at a time, by which a batch is sized.
         implicit: whether a step solves equations, so that `converged` may be false.
+        iterates: whether it does so until what is left is small: where there are tolerances `step` then
+            gets one more argument, norm(error, y), in which an error of 1 is what is tolerated at y.
+        equal_steps: whether it takes steps of equal size (`dt`).
         beyond: whether a stage lies after the end of its step: func then sees times after the last.
         any_state: whether the parts of a state are all treated alike, so that a state of several
             arrays may be handed over as one vector.
@@ -63,12 +69,18 @@ class Method:
     inside_evaluations: int = 0
     explains: bool = False
     implicit: bool = False
+    iterates: bool = False
+    equal_steps: bool = True
     beyond: bool = False
     any_state: bool = False
     sums_slopes: bool = False
     takes_mass: bool = False
     takes_jac: bool = False
     stage_count: int = 8
+
+    def suited_to(self, y0: PyTree) -> "Method":
+        """The method for a state of this size: by default this one."""
+        return self
 
     def start(self, f, s, y: PyTree) -> PyTree:
         """The memory before the first step. Costs one evaluation of func."""

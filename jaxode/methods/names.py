@@ -2,13 +2,14 @@
 
 import difflib
 
+from jaxode.methods.auto import methods as auto
 from jaxode.methods.esdirk import methods as esdirk
 from jaxode.methods.method import Method
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
 
-methods: dict[str, Method] = {**tables, **splittings, **rosenbrock, **esdirk}
+methods: dict[str, Method] = {**tables, **splittings, **rosenbrock, **esdirk, **auto}
 
 
 def by_name(meanings: dict[str, str]) -> dict[str, str]:
@@ -26,7 +27,8 @@ ELSEWHERE = by_name({
     "dopri8": "'dop853' is the method of that order",
     "adams": "'dop853' suits the same problems",
     "leapfrogmidpoint semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
-    "bdf lsoda radau radauiia5 rodas5 rosenbrock23 vode cvode zvode": STIFF,
+    "bdf radau radauiia5 rodas5 rosenbrock23 vode cvode zvode": STIFF,
+    "lsoda autotsit5": "'auto' finds out by itself whether a problem is stiff, as it does",
     "kvaerno4 kencarp3 kencarp5": STIFF,
     "impliciteuler": "it is 'implicit_euler' here",
 })  # fmt: skip

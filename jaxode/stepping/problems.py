@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.methods.method import LANES
 
 
 class Problems(NamedTuple):
@@ -29,7 +30,7 @@ class Problems(NamedTuple):
     def each(self, fn: Callable) -> Callable:
         """(own, ...) -> fn(integrator, field, ss, ...) of every solve."""
         one = lambda own, *args: fn(*eqx.combine(own, self.shared), *args)
-        return one if self.axis is None else jax.vmap(one, self.axis, self.axis)
+        return one if self.axis is None else jax.vmap(one, self.axis, self.axis, axis_name=LANES)
 
     def vmap(self, fn: Callable) -> Callable:
         """fn of what solves have of their own alone."""

@@ -1,0 +1,170 @@
+"""A method for one who does not know whether a problem is stiff: explicit steps, or implicit ones.
+
+References: Hairer and Wanner (1996), Solving Ordinary Differential Equations II (HW), IV.2; Petzold
+(1983), Automatic selection of methods for solving stiff and nonstiff systems of ordinary differential
+equations.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.methods.explicit import Tableau
+from jaxode.methods.implicit import vectors
+from jaxode.methods.linear import DENSE, Linear
+from jaxode.methods.method import LANES, Method, Step
+from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
+from jaxode.methods.tables import methods as tables
+
+# A step looks stiff if h |lambda| is beyond STIFF: tsit5 is stable to 3.5 on the negative axis, and where
+# accuracy limits it this is 0.3 to 2.4 (Lorenz, Kepler, 1e-3 to 1e-8). It does not below MILD.
+STIFF, MILD = 2.8, 1.5
+# So many steps more that look so than do not make the next one implicit; so many in a row, explicit.
+PATIENCE, CALM = 8, 8
+LARGE = 512  # numbers of a state beyond which a dense Jacobian is too much to try
+
+
+class Memory(NamedTuple):
+    """The slope, and how many accepted steps have looked stiff; from `PATIENCE` on steps are implicit,
+    and those that do not look stiff are counted on top of it."""
+
+    slope: PyTree
+    seen: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Method):
+    """Steps of tsit5, and of rodas5p where they look stiff: a choice of each solve, step by step.
+
+    What looks stiff is h |lambda|, lambda the largest eigenvalue of df/dy. The last two slopes of an
+    explicit step are both at its end; their difference v turns towards the fastest mode where
+    stability limits the steps, and |J v| / |v| is |lambda| (as in HW eq. IV.2.26, but one product
+    later, where what is smooth is gone). An implicit step is asked by the power method.
+
+    Both methods are of order 5(4), so that one error norm and one controller serve them. States of
+    more than 512 numbers take tsit5 alone, unless `linear` says what their Jacobian looks like.
+
+    Attributes:
+        linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
+    """
+
+    linear: Linear = DENSE
+    order = 5
+    error_order = 4
+    any_state = True
+    implicit = True
+    equal_steps = False
+    stage_count = 16
+
+    @property
+    def mild(self) -> Tableau:
+        return tables["tsit5"]  # type: ignore[return-value]
+
+    @property
+    def stiff(self) -> Rosenbrock:
+        return dataclasses.replace(rodas5p, linear=self.linear)
+
+    def suited_to(self, y0: PyTree) -> Method:
+        size = sum(leaf.size for leaf in jax.tree.leaves(y0))
+        return self if size <= LARGE or self.linear != DENSE else self.mild
+
+    def start(self, f, s, y: PyTree) -> Memory:
+        return Memory(f(y, s), jnp.zeros((), s.dtype))
+
+    def slope(self, f, s, y: PyTree, memory: Memory) -> PyTree:
+        return memory.slope
+
+    def step(self, f, s, y: PyTree, memory: Memory, h) -> Step:
+        seen = lax.stop_gradient(memory.seen)
+        is_stiff = seen >= PATIENCE
+        some, every = of_all(is_stiff)
+        # Each has its turn if any of the solves that go in step needs it, with h = 0 for the others:
+        # what is computed and left out must have finite derivatives.
+        zero = jnp.zeros_like(h)
+        mild_h, stiff_h = jnp.where(is_stiff, zero, h), jnp.where(is_stiff, h, zero)
+        mild = where_needed(~every, lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen))
+        stiff = where_needed(some, lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen))
+        step, seen = tree.where(is_stiff, stiff, mild)
+        return step._replace(memory=Memory(step.slope, seen), stages=(is_stiff, step.stages))
+
+    def mild_step(self, f, s, y, k, h, seen):
+        """An explicit step, and how many have looked stiff after it."""
+        step = self.mild.step(f, s, y, k, h)
+        v = tree.difference(step.stages[-1], step.stages[-2])
+        rate = fastest(lambda y: f(y, s + h), *lax.stop_gradient((step.y, v)), 1)
+        looks = h * lax.convert_element_type(rate, h.dtype) > STIFF
+        seen = jnp.where(looks, seen + 1, jnp.maximum(seen - 1, 0))
+        stages = [vectors(f, y)[1](k) for k in step.stages]
+        spare = len(self.stiff.c) - len(stages)
+        return alike(step, [*stages, *[jnp.zeros_like(stages[0])] * spare]), seen
+
+    def stiff_step(self, f, s, y, k, h, seen):
+        """An implicit step, and the same."""
+        step = self.stiff.step(f, s, y, k, h)
+        rate = fastest(lambda y: f(y, s), lax.stop_gradient(y), any_direction(y), 3)
+        looks = h * lax.convert_element_type(rate, h.dtype) > MILD
+        seen = jnp.where(looks, PATIENCE, seen + 1)
+        return alike(step, list(step.stages)), jnp.where(seen < PATIENCE + CALM, seen, 0)
+
+    def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
+        is_stiff, vs = step.stages
+        of = lambda method, stages: method.inside(f, s, y, h, step._replace(stages=stages))
+        slopes = lambda: [vectors(f, y)[2](v) for v in vs[: len(self.mild.c)]]
+        return lax.cond(is_stiff, lambda: of(self.stiff, vs), lambda: of(self.mild, slopes()))
+
+    def backwards(self) -> Method:
+        raise ValueError(
+            "adjoint='backsolve' needs a method with a name, such as 'tsit5' for a problem that is not "
+            "stiff: method='auto' may take implicit steps. Or use adjoint='replay'."
+        )
+
+
+def alike(step: Step, stages) -> Step:
+    """A step in the form that both methods have."""
+    evaluations = jnp.asarray(step.evaluations, jnp.int32)
+    return step._replace(
+        memory=None, stages=stages, converged=jnp.asarray(step.converged), evaluations=evaluations
+    )
+
+
+def of_all(flag):
+    """Whether it is so for any, and for all, of the solves that go in step."""
+    number = flag.astype(jnp.int32)
+    try:
+        return lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
+    except NameError:  # there is one solve
+        return flag, flag
+
+
+def where_needed(needed, step):
+    """What `step()` returns, or zeros like that."""
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step))
+    return lax.cond(needed, step, zeros)
+
+
+def any_direction(y: PyTree) -> PyTree:
+    """A vector that has something of every mode."""
+    return jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype), y)
+
+
+def fastest(f, y: PyTree, v: PyTree, products: int):
+    """About the largest |lambda| of J = df/dy: |J v| / |v|, after so many products with J."""
+
+    def unit(v):
+        size = tree.length(v)
+        inverse = tree.ratio(jnp.ones_like(size), size)
+        return jax.tree.map(lambda x: tree.scale(inverse, x), v)
+
+    push = jax.linearize(f, y)[1]
+    for _ in range(products):
+        v = push(unit(v))
+    return tree.length(v)
+
+
+methods: dict[str, Method] = {"auto": Auto()}
+"""Every method by its name."""

@@ -1,0 +1,67 @@
+"""Why an explicit solve did not come to its end: whether stability held its steps short."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxode import tree
+from jaxode.solution import Solution, Status
+
+BOUND = 2.0  # h |lambda| where explicit methods begin to be unstable: 2 for Euler, 3.5 for tsit5
+PRODUCTS = 30  # with df/dy, of the power method
+
+
+def hint(solution: Solution, again: Callable, slope: Callable) -> str:
+    """What to say to a failed explicit solve: that it looks stiff, if it does; else nothing.
+
+    A step that accuracy holds short has h |lambda| about 1 or less for every eigenvalue lambda of df/dy; at
+    2 or more, with a negative real part, it is stability that does (Hairer and Wanner 1996, sec. IV.2).
+
+    `again(share)` is the same solve over a part of the time that it came to, and `slope(y, t)` func.
+    The solve is done again to have the state near its end: no solve that succeeds pays for this.
+    """
+    ends = Status.MAX_STEPS, Status.DT_TOO_SMALL
+    start, reached = float(np.asarray(solution.ts)[0]), float(solution.reached)
+    if int(solution.status) not in ends or reached == start:
+        return ""
+    share = 0.9
+    part = again(share)
+    steps = int(solution.stats.accepted) - int(part.stats.accepted)
+    if int(part.status) != Status.SUCCESS or steps < 1:
+        return ""
+    h = (1 - share) * abs(reached - start) / steps
+    y = jax.tree.map(lambda y: y[-1], part.ys)
+    direction = 1.0 if reached > start else -1.0
+    forwards = lambda k: jax.tree.map(lambda k: tree.scale(direction, k), k)
+    rate, decays = fastest(lambda y: forwards(slope(y, part.ts[-1])), y)
+    if not (decays and h * rate > BOUND):
+        return ""
+    return (
+        f"It looks stiff: the fastest mode decays at a rate of {rate:.1e}, and explicit steps must not be "
+        f"longer than about {h:.1e} to be stable. Pass method='rodas5p' (or 'auto')."
+    )
+
+
+def fastest(f, y) -> tuple[float, bool]:
+    """The largest |lambda| of df/dy by the power method, and whether that mode decays."""
+
+    def unit(v):
+        size = tree.length(v)
+        return jax.tree.map(lambda x: tree.scale(tree.ratio(jnp.ones_like(size), size), x), v)
+
+    @jax.jit
+    def found(y):
+        push = jax.linearize(f, y)[1]
+        v = jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype), y)
+        v, w = jax.lax.fori_loop(
+            0, PRODUCTS, lambda i, vw: (unit(vw[1]), push(unit(vw[1]))), (v, v)
+        )
+        along = tree.ratio(
+            tree.dot(jax.tree.map(jnp.conj, v), w), tree.dot(jax.tree.map(jnp.conj, v), v)
+        )
+        return tree.length(w), along
+
+    rate, along = map(float, found(y))
+    return rate, along < -0.5 * rate
