@@ -161,6 +161,7 @@ def solve(
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
+    arguments.within_reach(method, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
     if exact is not None and trace.uses_time:
