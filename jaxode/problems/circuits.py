@@ -43,7 +43,7 @@ def ring_modulator(y, t):
 
 
 def transistor_amplifier(y, t):
-    """Eight voltages of an amplifier with two transistors (HW sec. VI.1, and the test set, II.13).
+    """Eight voltages of an amplifier with two transistors (HW sec. VI.1; the test set, II.13).
 
     mass dy/dt = f, where the mass matrix holds the capacities and has rank 5.
     """
@@ -53,7 +53,7 @@ def transistor_amplifier(y, t):
     first, second = current(u2 - u3), current(u5 - u6)
     return jnp.stack(
         [
-            (u1 - 0.4 * jnp.sin(200 * np.pi * t)) / 1000,
+            (u1 - 0.1 * jnp.sin(200 * np.pi * t)) / 1000,
             (2 * u2 - supply) / resistance + (1 - alpha) * first,
             u3 / resistance - first,
             (u4 - supply) / resistance + alpha * first,
