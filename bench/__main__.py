@@ -32,6 +32,7 @@ from bench.ensembles import ensemble_rows
 from bench.everyday import WORKS, cold_rows, eager_rows, work_rows
 from bench.peers import OPTIONAL
 from bench.shards import shard_rows
+from bench.stiff import stiff_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
 from jaxode.nn import MLPField
 from jaxode.problems import problems
@@ -42,6 +43,8 @@ PEERS = {
     "jax": "jax.experimental.ode",
     "scipy": "scipy RK45",
     "LSODA": "scipy LSODA",
+    "Radau": "scipy Radau",
+    "BDF": "scipy BDF",
     "plain vmap": "a plain vmap",
     "C": "C",
     "tinydiffeq": "tinydiffeq",
@@ -342,7 +345,7 @@ def draw(results) -> None:
     height = 0.26 * max(map(len, sides)) + 1.6
     figure, axes = plt.subplots(1, 2, figsize=(19, height), layout="constrained")
     for axis, rows in zip(axes, sides):
-        for marker, (name, label) in zip("osD^v<>PX*d", PEERS.items()):
+        for marker, (name, label) in zip("osD^v<>PX*dhp", PEERS.items()):
             ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
             points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
             x, y = zip(*points) if points else ((), ())
@@ -390,6 +393,7 @@ STUDIES = {
     "memory": memory_rows,
     "ensembles": ensemble_rows,
     "shards": shard_rows,
+    "stiff": stiff_rows,
     **EVERYDAY,
 }
 

@@ -1,7 +1,7 @@
-"""Slower questions, each with its figure: `python -m bench.studies [work-precision] [scaling]`.
+"""Slower questions, each with its figure: `python -m bench.studies [work-precision] [stiff] [scaling]`.
 
-Work against precision over the problems of `jaxode.problems`; cost against the number of states, of
-lanes and of steps; memory of a gradient against steps. Figures and numbers go to bench/studies/.
+Work against precision over the problems of `jaxode.problems`, smooth and stiff; cost against the number of
+states, of lanes and of steps; memory of a gradient against steps. Figures and numbers go to bench/studies/.
 """
 
 import json
@@ -19,6 +19,7 @@ from scipy.integrate import solve_ivp
 from tqdm import tqdm
 
 import jaxode
+from bench.stiff_study import draw_stiff, fastest, stiff_work_precision
 from bench.timing import time_in_turn
 from jaxode.problems import problems
 
@@ -202,6 +203,10 @@ def main(names):
             print(
                 f"{solver:22s} takes {np.exp(np.mean(np.log(ratios))):.1f} times as long as {mine}"
             )
+    if not names or "stiff" in names:
+        found = stiff_work_precision(FOLDER / "stiff.json")
+        draw_stiff(found, FOLDER / "stiff.png")
+        print(*fastest(found), sep="\n")
     if not names or "scaling" in names:
         found = scaling()
         draw_scaling(found)

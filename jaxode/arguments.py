@@ -268,6 +268,26 @@ def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
     return jax.tree.map(floor, rtol, atol, y0), atol
 
 
+def within_reach(method: Method, atol, y0) -> None:
+    """Warn of an `atol` of an implicit method that is far below the roundings of what y0 holds.
+
+    As in the chemistry of `jaxode.problems.e5`: what a small number is made of may be larger ones, or a
+    law that ties it to them, and rounding then decides what it is.
+    """
+    for a, y in zip(jax.tree.leaves(atol), jax.tree.leaves(y0)):
+        if not method.implicit or not known(a, y) or y.size == 0:
+            continue
+        rounding = float(jnp.finfo(y.dtype).eps) * float(np.max(np.abs(np.asarray(y))))
+        if 0 < (most := float(np.max(a))) < 1e-4 * rounding:
+            warnings.warn(
+                f"`atol` = {most:.2g} is far below a rounding of the largest number of y0, {rounding:.2g}: "
+                "numbers as small as that are right only where no larger one feeds them. Choose a larger "
+                "`atol`; where a law ties small numbers to large ones, use it to leave one of them out; or "
+                "pass atol=0 for relative accuracy alone.",
+                stacklevel=3,
+            )
+
+
 def per_leaf(name, value, y0) -> PyTree:
     """A tolerance for every leaf of y0; a numpy array where its value is known."""
     if value is None:

@@ -171,6 +171,7 @@ def solve(
     max_steps = arguments.whole("max_steps", max_steps)
     dt, adaptive = arguments.step_size(dt, method, name), dt is None
     rtol, atol = arguments.tolerances(rtol, atol, y0)
+    arguments.within_reach(method, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     given = y0, t, func_time, args
     func, beside, of_jac = constraints.told(func, given, method, name, mass, jac)

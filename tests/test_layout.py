@@ -15,7 +15,9 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments constraints
-    integrate problems nn data train experiments
+    integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
+    problems.circuits
+    nn data train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {

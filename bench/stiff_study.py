@@ -1,0 +1,139 @@
+"""Work against precision on stiff problems: `python -m bench.studies stiff`.
+
+Error at the end against CPU time, rtol from 1e-3 to 1e-10 and atol = rtol times the problem's scale, of our
+implicit methods, diffrax's, SciPy's and SUNDIALS' CVODE (scikit-sundae, left out where it is not
+installed). What is measured is kept after each method in bench/studies/stiff.json, and not measured
+again: remove the file to begin anew. SciPy and CVODE call a Python function, which is their only
+way; on HIRES, Robertson, the Oregonator and van der Pol it is plain Python, the fastest that they have.
+"""
+
+import json
+import time
+from functools import partial
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+from bench.stiff import FORWARD, SCIPY, THEIRS, by_scipy, error, in_jax, ours, theirs, timed
+from jaxode.methods.names import methods
+from jaxode.problems import problems
+
+TOLERANCES = [10.0**-k for k in range(3, 11)]
+OURS = ("rodas4", "rodas4p", "rodas5p", "kvaerno5", "kencarp4", "trbdf2", "radau5")
+CLASSICS = {
+    "hires": "HIRES",
+    "robertson_long": "Robertson to 1e11",
+    "oregonator": "Oregonator",
+    "van_der_pol_1e6": "van der Pol, 1e6",
+    "pollution": "Pollution, 20 species",
+    "pharmacology": "A drug and its target",
+}
+
+
+def right_hand_side(name):
+    """f(t, y) for those who call Python."""
+    if name in FORWARD:
+        return FORWARD[name][0]
+    p = problems[name]
+    program = jax.jit(lambda t, y: p.f(y, t, *p.args)).lower(0.0, jnp.asarray(p.y0)).compile()
+    return lambda t, y: np.asarray(program(jnp.asarray(t, float), jnp.asarray(y)))
+
+
+def by_cvode(p, f):
+    from sksundae.cvode import CVODE
+
+    def solve(tolerance):
+        def rhs(t, y, slope):
+            slope[:] = f(t, y)
+
+        atol = np.broadcast_to(tolerance * p.scale, p.y0.shape)
+        solver = CVODE(rhs, rtol=tolerance, atol=np.array(atol), max_num_steps=10**5)
+        return solver.solve(np.array([p.t0, p.t1]), p.y0).y[-1]
+
+    return solve
+
+
+def solver_of(name, label):
+    """A function of a tolerance that gives the end of a problem."""
+    p, (library, method) = problems[name], label.split()
+    if library == "jaxode":
+        return in_jax({"": ours(method, p, max_steps=2**15)}, p)[""]
+    if library == "diffrax":
+        return in_jax({"": theirs(THEIRS[method], p)}, p)[""]
+    f = right_hand_side(name)
+    return by_scipy(method, p, f) if library == "scipy" else by_cvode(p, f)
+
+
+def labels():
+    yield from (f"jaxode {m}" for m in OURS if m in methods)
+    yield from (f"diffrax {m}" for m in THEIRS)
+    yield from (f"scipy {m}" for m in SCIPY)
+    if find_spec("sksundae"):
+        yield "CVODE BDF"
+
+
+def points_of(name, label):
+    """Pairs of an error and seconds, one for each tolerance that came to an end."""
+    solve, points = solver_of(name, label), []
+    for tolerance in TOLERANCES:
+        began = time.process_time()
+        try:
+            off = error(problems[name], solve(tolerance))
+        except Exception as failure:  # a library that gives up is left out at this tolerance
+            print(f"{name}, {label} at {tolerance:.0e}: {str(failure)[:100]}", flush=True)
+            continue
+        if np.isfinite(off) and off < 1:
+            seconds = time.process_time() - began
+            if seconds < 0.2:  # what takes longer is not timed better by doing it again
+                seconds = timed({"": partial(solve, tolerance)}, rounds=3, least=0.01)[""]
+            points.append((max(off, 1e-16), seconds))
+    return points
+
+
+def stiff_work_precision(path):
+    found = json.loads(path.read_text()) if path.exists() else {}
+    work = [(name, label) for name in CLASSICS for label in labels()]
+    for name, label in tqdm(work, desc="stiff"):
+        lines = found.setdefault(name, {})
+        if label not in lines:
+            lines[label] = points_of(name, label)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def draw_stiff(found, path):
+    figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
+    styles = {"jaxode": "o-", "diffrax": "s:", "scipy": "^--", "CVODE": "D-."}
+    every = list(dict.fromkeys(label for lines in found.values() for label in lines))
+    colours = {label: plt.get_cmap("tab20")(i % 20) for i, label in enumerate(every)}
+    for axis, (name, lines) in zip(axes.flat, found.items()):
+        for label, points in lines.items():
+            x, y = zip(*[(e, 1e3 * s) for e, s in points]) if points else ((), ())
+            axis.loglog(
+                x, y, styles[label.split()[0]], color=colours[label], label=label, ms=4, lw=1.3
+            )
+        axis.invert_xaxis()
+        axis.set(title=CLASSICS[name], xlabel="error at the end", ylabel="CPU ms")
+        axis.grid(color="#eeeeee")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fastest(found, errors=(1e-3, 1e-5, 1e-7)):
+    """Lines that say what wins where: of each problem and error the fastest of each library."""
+    for name, lines in found.items():
+        for target in errors:
+            best = {}
+            for label, points in lines.items():
+                seconds = min((s for e, s in points if e <= target), default=None)
+                library = label.split()[0]
+                if seconds and seconds < best.get(library, (np.inf, ""))[0]:
+                    best[library] = seconds, label
+            said = ", ".join(f"{label} {1e3 * s:.3g} ms" for s, label in sorted(best.values()))
+            yield f"{CLASSICS[name]}, error {target:.0e}: {said}"
