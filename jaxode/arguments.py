@@ -19,7 +19,7 @@ from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
-from jaxode.methods.names import by_name
+from jaxode.methods.names import by_name, named
 from jaxode.signals import crowded
 from jaxode.tree import known
 
@@ -76,6 +76,13 @@ def about_words(unknown) -> str:
     close = difflib.get_close_matches(name, OPTIONS, 1)
     hint = f" Did you mean `{close[0]}=`?" if close else ""
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
+
+
+def method_for(name, linear, y0) -> Method:
+    """The method of this name for a state like y0, with its linear algebra if that is given."""
+    method = with_linear(named(name), name, linear).suited_to(y0)
+    method.check(None, y0)
+    return method
 
 
 def with_linear(method: Method, name, linear) -> Method:

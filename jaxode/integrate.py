@@ -19,7 +19,6 @@ from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
-from jaxode.methods.names import named
 from jaxode.signals import Split, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
 from jaxode.stepping.field import Field, Ravelled, ravel, several
@@ -165,17 +164,15 @@ def solve(
     arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.with_linear(named(method), method, linear)
-    method = method.suited_to(y0)
-    method.check(None, y0)
+    name, method = method, arguments.method_for(method, linear, y0)
     max_steps = arguments.whole("max_steps", max_steps)
-    dt, adaptive = arguments.step_size(dt, method, name), dt is None
+    dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     arguments.within_reach(method, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    given = y0, t, func_time, args
-    func, beside, of_jac = constraints.told(func, given, method, name, mass, jac)
-    trace, leaves = arguments.trace_of(func, *given)
+    at = y0, t, func_time, args
+    func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
+    trace, leaves = arguments.trace_of(func, *at)
     arguments.check_resolution(exact, func_time, trace)
     method.check(trace, y0)
     if len(t) == 0:
@@ -200,23 +197,20 @@ def solve(
         seen=not driven and dt is None and known(t, rtol, atol, limits),
         jac=of_jac,
     )
-    program = from_knot_to_knot if driven else compiled
-    limits = rtol, atol, *limits, dt, beside
-    solution = run(program, static, leaves, y0, t, since, *limits)
-    if not adaptive or method.implicit:
+    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside)
+    return answer(from_knot_to_knot if driven else compiled, *given, throw)
+
+
+def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
+    """The solution; or an error, with what there is to know of the failure."""
+    solve_at = lambda *times: run(program, static, *given, *times, *limits)
+    solution = solve_at(*times)
+    method, dt = static.method, limits[-2]
+    chosen_steps = method.error_order and static.steps is None and dt is None
+    if method.implicit or not chosen_steps:
         return checked(solution, throw)
-    again = lambda share: run(
-        program, static, leaves, y0, *until(t, since, solution, share), *limits
-    )
-    slope = lambda y, t: trace(leaves, y, t.astype(func_time))
-    return checked(solution, throw, lambda: stiffness.hint(solution, again, slope))
-
-
-def until(t, since, solution: Solution, share):
-    """The same times, but none after a share of what the solve came to."""
-    end = share * (solution.reached - t[0])
-    cut = lambda past: jnp.where(jnp.abs(past) > jnp.abs(end), end, past)
-    return t[0] + cut(t - t[0]), None if since is None else cut(since)
+    slope = lambda y, t: static.trace(given[0], y, t.astype(static.func_time))
+    return checked(solution, throw, lambda: stiffness.hint(solution, solve_at, times, slope))
 
 
 def run(program: Callable, *args) -> Solution:

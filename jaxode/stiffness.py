@@ -13,21 +13,21 @@ BOUND = 2.0  # h |lambda| where explicit methods begin to be unstable: 2 for Eul
 PRODUCTS = 30  # with df/dy, of the power method
 
 
-def hint(solution: Solution, again: Callable, slope: Callable) -> str:
+def hint(solution: Solution, again: Callable, times, slope: Callable) -> str:
     """What to say to a failed explicit solve: that it looks stiff, if it does; else nothing.
 
     A step that accuracy holds short has h |lambda| about 1 or less for every eigenvalue lambda of df/dy; at
     2 or more, with a negative real part, it is stability that does (Hairer and Wanner 1996, sec. IV.2).
 
-    `again(share)` is the same solve over a part of the time that it came to, and `slope(y, t)` func.
-    The solve is done again to have the state near its end: no solve that succeeds pays for this.
+    `again(t, since)` is the same solve at other times than `times`, and `slope(y, t)` func. The solve is
+    done again to have the state near its end: no solve that succeeds pays for this.
     """
     ends = Status.MAX_STEPS, Status.DT_TOO_SMALL
     start, reached = float(np.asarray(solution.ts)[0]), float(solution.reached)
     if int(solution.status) not in ends or reached == start:
         return ""
     share = 0.9
-    part = again(share)
+    part = again(*until(*times, share * (solution.reached - times[0][0])))
     steps = int(solution.stats.accepted) - int(part.stats.accepted)
     if int(part.status) != Status.SUCCESS or steps < 1:
         return ""
@@ -42,6 +42,12 @@ def hint(solution: Solution, again: Callable, slope: Callable) -> str:
         f"It looks stiff: the fastest mode decays at a rate of {rate:.1e}, and explicit steps must not be "
         f"longer than about {h:.1e} to be stable. Pass method='rodas5p' (or 'auto')."
     )
+
+
+def until(t, since, end):
+    """The same times, but none more than `end` after the first."""
+    cut = lambda past: jnp.where(jnp.abs(past) > jnp.abs(end), end, past)
+    return t[0] + cut(t - t[0]), None if since is None else cut(since)
 
 
 def fastest(f, y) -> tuple[float, bool]:

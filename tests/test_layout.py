@@ -8,13 +8,13 @@ PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
     tree solution methods.method methods.explicit methods.tables methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov
-    methods.implicit methods.rosenbrock methods.esdirk methods.names
+    methods.implicit methods.rosenbrock methods.esdirk methods.auto methods.names
     tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments constraints
+    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments constraints stiffness
     integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits
     nn data train experiments
