@@ -27,7 +27,8 @@ def hint(solution: Solution, again: Callable, times, slope: Callable) -> str:
     if int(solution.status) not in ends or reached == start:
         return ""
     share = 0.9
-    part = again(*until(*times, share * (solution.reached - times[0][0])))
+    t, since = times
+    part = again(*until(t, since, share * (solution.reached - t[0])))
     steps = int(solution.stats.accepted) - int(part.stats.accepted)
     if int(part.status) != Status.SUCCESS or steps < 1:
         return ""

@@ -95,13 +95,6 @@ class Integrator(eqx.Module):
         least = lambda x: lax.full_like(x, jnp.finfo(x.dtype).tiny)
         return jax.tree.map(lambda x: lax.max(x, least(x)), scale)  # no 0 / 0
 
-    def step(self, f, s, y, memory, h) -> Step:
-        """A step of the method; one that iterates is told the norm in which its error is measured."""
-        if not (self.method.iterates and self.adaptive):
-            return self.method.step(f, s, y, memory, h)
-        norm = lambda error, y: tree.norm(self.controlled(error), self.tolerated(y))
-        return self.method.step(f, s, y, memory, h, norm)  # type: ignore[call-arg]
-
     def finite(self, *ys):
         """Whether all that is controlled of these states is finite."""
         return tree.all_finite(*map(self.controlled, ys))
@@ -253,3 +246,12 @@ def combined(high, low):
 def fraction(s, end):
     """s / end; 1 if there was nowhere to go."""
     return jnp.where(end > 0, s / jnp.where(end > 0, end, 1), 1)
+
+
+def trial_step(integrator: Integrator, f, s, y, memory, h) -> Step:
+    """A step of the method; one that iterates is told the norm in which its error is measured."""
+    method = integrator.method
+    if not (method.iterates and integrator.adaptive):
+        return method.step(f, s, y, memory, h)
+    norm = lambda error, y: tree.norm(integrator.controlled(error), integrator.tolerated(y))
+    return method.step(f, s, y, memory, h, norm)  # type: ignore[call-arg]
