@@ -133,7 +133,9 @@ def solve(
             stiffness, to be used as penalties. Needs adjoint="direct", and a method whose last two
             stages are at the end of the step ("tsit5", "dopri5").
         linear: the structure of df/dy, for an implicit method: `jaxode.methods.Banded(lower, upper)`,
-            `Diagonal()`, or `Dense()`, the default. Of the state as one vector.
+            `BlockDiagonal(size)`, `Diagonal()`, `Sparse(pattern)`, `Krylov()`, or `Dense()`, the default. Of
+            the state as one vector. Entries that it leaves out are an error where y0, t and args are known,
+            and found once for each problem; under `jit` nothing looks for them.
         mass: M of M dy/dt = func(y, t, *args), for "rodas5p", "rodas4" and "rodas4p": constant, an array of
             n x n numbers that acts on the state as one vector, or its diagonal: n numbers, or a pytree
             like y0. May be traced. Where a row is 0 the equation is algebraic: a DAE of index 1. Its

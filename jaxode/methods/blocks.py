@@ -11,7 +11,8 @@ steps, takes 9 ms for 1,000 numbers and 157 for 10,000; with rows one after anot
 Pivots are exchanged inside of blocks only. That is stable for a matrix whose symmetric part is positive
 definite, as I - w df/dy is where f is dissipative; whoever uses it has to look at a residual.
 
-A matrix is (L, D, U), arrays of shape (b, b, rows): L x_(i-1) + D x_i + U x_(i+1) = b_i.
+A matrix is (L, D, U), arrays of shape (length, b, b, pieces) with L x_(i-1) + D x_i + U x_(i+1) = b_i; block
+row i of n is row i % length of piece i // length. A vector has shape (length, b, pieces).
 """
 
 import math
@@ -21,7 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-FEW = 24  # block rows that are eliminated one after another
+FEWEST = 48  # block rows of a system that is worth it
+
+
+def laid_out(x, size: int, filler=0.0):
+    """A vector of n numbers as one of pieces, with numbers more at the end to fill the last one."""
+    rows = -(-len(x) // size)
+    length = math.isqrt(rows)
+    pieces = -(-rows // length)
+    x = jnp.pad(x, (0, pieces * length * size - len(x)), constant_values=filler)
+    return jnp.transpose(x.reshape(pieces, length, size), (1, 2, 0))
+
+
+def flat(x, n: int):
+    """The n numbers of a vector of pieces."""
+    return jnp.transpose(x, (2, 0, 1)).reshape(-1)[:n]
 
 
 def times(a, b) -> Any:
@@ -51,72 +66,53 @@ def inverse(a):
 
 def factored(L, D, U):
     """What `solved` needs."""
-    if D.shape[-1] <= FEW:
-        return in_turn(L, D, U)
-    L, D, U = cut(L, 0), cut(D, np.eye(D.shape[0])), cut(U, 0)
-    # Of the rows inside the pieces: those before the last.
-    inner = L[:-1], D[:-1], U[:-1]
     zero = jnp.zeros_like(D[0])
-    _, (inverses, lower, upper) = lax.scan(eliminate, zero, inner)
     minus = zero - jnp.asarray(np.eye(D.shape[1], dtype=D.dtype))[:, :, None]
+    # Inside of a piece x_i = g_i - A_i (the row kept before) - B_i (its own row that is kept).
+    _, (inverses, upper, spikes) = lax.scan(eliminate, (zero, minus), (L[:-1], D[:-1], U[:-1]))
 
-    def left(a, given):
-        inv, low = given
-        a = -times(times(inv, low), a)
-        return a, a
-
-    def right(carry, given):
+    def backwards(carry, given):
         a, c = given
-        a, b = a - times(c, carry[0]), -times(c, carry[1])
-        return (a, b), (a, b)
+        found = a - times(c, carry[0]), -times(c, carry[1])
+        return found, found
 
-    _, spikes = lax.scan(left, minus, (inverses, lower))
-    _, (A, B) = lax.scan(right, (zero, minus), (spikes, upper), reverse=True)
-    L1, D1, U1 = L[-1], D[-1], U[-1]
-    after = lambda x: shifted(x, 1)
+    _, (A, B) = lax.scan(backwards, (zero, minus), (spikes, upper), reverse=True)
+    L1, U1 = L[-1], U[-1]
     kept = (
         -times(L1, A[-1]),
-        D1 - times(L1, B[-1]) - times(U1, after(A[0])),
-        -times(U1, after(B[0])),
+        D[-1] - times(L1, B[-1]) - times(U1, shifted(A[0], 1)),
+        -times(U1, shifted(B[0], 1)),
     )
-    return (inverses, lower, upper, A, B, L1, U1), in_turn(*lax.optimization_barrier(kept))
+    rest = in_turn(lax.optimization_barrier(kept))
+    alone = jnp.zeros_like(rest[0][0])
+    _, (inverses1, upper1, _) = lax.scan(eliminate, (alone, alone), rest)
+    return (inverses, L, upper), (A, B, L1, U1), (inverses1, rest[0], upper1)
 
 
-def in_turn(L, D, U):
-    """The same of few rows, which are one piece."""
-    return lax.scan(eliminate, jnp.zeros_like(D[..., :1]), along((L, D, U)))[1]
-
-
-def eliminate(c, given):
-    """One row: with the row before solved for, x_(i-1) = ... - c x_i."""
+def eliminate(carry, given):
+    """One row, where those before are solved for: x_i = ... - c x_(i+1) - a (what was before all)."""
+    c, a = carry
     low, d, up = given
     inv = inverse(d - times(low, c))
-    c = times(inv, up)
-    return c, (inv, low, c)
+    c, a = times(inv, up), -times(inv, times(low, a))
+    return (c, a), (inv, c, a)
 
 
 def solved(factors, b):
-    """x, of shape (b, rows)."""
-    if len(factors) == 3:
-        return solved_in_turn(factors, b)
-    (inverses, lower, upper, A, B, L1, U1), rest = factors
-    rows, b = b.shape[-1], cut(b, 0)
-    g = sweeps(inverses, lower, upper, b[:-1])
+    """x."""
+    inside, (A, B, L1, U1), rest = factors
+    g = sweeps(inside, b[:-1])
     right = b[-1] - applied(L1, g[-1]) - applied(U1, shifted(g[0], 1))
-    kept = solved_in_turn(rest, right)
+    (right,) = in_turn((right,))
+    kept = jnp.moveaxis(sweeps(rest, right)[..., 0], 0, -1)
     before = shifted(kept, -1)
     product = lambda a, x: sum(a[:, :, k] * x[None, None, k] for k in range(a.shape[2]))
-    inside = g - product(A, before) - product(B, kept)
-    x = jnp.concatenate([inside, kept[None]])
-    return jnp.moveaxis(x, 0, -1).reshape(*x.shape[1:-1], -1)[..., :rows]
+    return jnp.concatenate([g - product(A, before) - product(B, kept), kept[None]])
 
 
-def solved_in_turn(factors, b):
-    return jnp.moveaxis(sweeps(*factors, *along((b,)))[..., 0], 0, -1)
-
-
-def sweeps(inverses, lower, upper, b):
+def sweeps(factors, b):
     """Forwards and backwards along the pieces."""
+    inverses, lower, upper = factors
 
     def forwards(g, given):
         inv, low, b = given
@@ -129,23 +125,8 @@ def sweeps(inverses, lower, upper, b):
         return x, x
 
     zero = jnp.zeros_like(b[0])
-    _, g = lax.scan(forwards, zero, (inverses, lower, b))
+    _, g = lax.scan(forwards, zero, (inverses, lower[: len(b)], b))
     return lax.scan(backwards, zero, (upper, g), reverse=True)[1]
-
-
-def cut(x, filler):
-    """(..., rows) as (PIECE, ..., pieces), with rows of the identity at the end."""
-    rows = x.shape[-1]
-    length = math.isqrt(rows)
-    pieces = -(-rows // length)
-    more = pieces * length - rows
-    if more:
-        fill = np.broadcast_to(
-            np.asarray(filler, x.dtype)[..., None] if np.ndim(filler) else filler,
-            (*x.shape[:-1], more),
-        )
-        x = jnp.concatenate([x, jnp.asarray(fill, x.dtype)], -1)
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], pieces, length), -1, 0)
 
 
 def shifted(x, by: int):
@@ -154,6 +135,6 @@ def shifted(x, by: int):
     return jnp.concatenate([x[..., 1:], none] if by > 0 else [none, x[..., :-1]], -1)
 
 
-def along(xs):
-    """(..., rows) as (rows, ..., 1): one piece."""
+def in_turn(xs):
+    """Arrays of pieces (..., pieces) as rows of one piece: (pieces, ..., 1)."""
     return tuple(jnp.moveaxis(x, -1, 0)[..., None] for x in xs)

@@ -133,7 +133,7 @@ class Banded(Linear):
     def by_blocks(self, n: int) -> bool:
         """Whether there are rows enough, and blocks small enough."""
         size = self.size
-        return size <= WIDEST and n >= 2 * blocks.FEW * size
+        return size <= WIDEST and n >= blocks.FEWEST * size
 
     @property
     def size(self) -> int:
@@ -142,26 +142,22 @@ class Banded(Linear):
 
     def blocks(self, matrix):
         """The same matrix as blocks, with rows of the identity at the end."""
-        b, n = self.size, len(matrix[0])
-        fill = lambda d: 1 if d == self.lower else 0
-        rows = [
-            jnp.pad(m, (0, -n % b), constant_values=fill(d)).reshape(-1, b)
-            for d, m in enumerate(matrix)
-        ]
+        b = self.size
+        fill = lambda d: 1.0 if d == self.lower else 0.0
+        rows = [blocks.laid_out(m, b, fill(d)) for d, m in enumerate(matrix)]
 
         def entry(i, j, d):
             place = d * b + j - i + self.lower
             return rows[place][:, i] if 0 <= place < self.width else jnp.zeros_like(rows[0][:, 0])
 
-        block = lambda d: jnp.stack(
-            [jnp.stack([entry(i, j, d) for j in range(b)]) for i in range(b)]
-        )
+        def block(d):
+            of_row = lambda i: jnp.stack([entry(i, j, d) for j in range(b)], 1)
+            return jnp.stack([of_row(i) for i in range(b)], 1)
+
         return block(-1), block(0), block(1)
 
     def solved_by_blocks(self, found, b):
-        n, size = len(b), self.size
-        x = blocks.solved(found, jnp.pad(b, (0, -n % size)).reshape(-1, size).T)
-        return x.T.reshape(-1)[:n]
+        return blocks.flat(blocks.solved(found, blocks.laid_out(b, self.size)), len(b))
 
     def is_accurate(self, matrix, found) -> Array:
         """Whether a system is solved backwards stably, with a right side of numbers without an order."""
