@@ -112,8 +112,9 @@ def solve(
         hmax: the largest step, in units of t. May be traced.
         method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
-            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
-            output: steps do not stop at output times.
+            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...); or "auto", which takes
+            implicit steps where a problem looks stiff. Outputs come from dense output: steps do not stop
+            at output times.
         adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
             adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
             a function; see `jaxode.adjoints`.
@@ -160,7 +161,7 @@ def solve(
     method = method.suited_to(y0)
     method.check(None, y0)
     max_steps = arguments.whole("max_steps", max_steps)
-    dt, adaptive = arguments.step_size(dt, method, name), dt is None
+    dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     trace, leaves = arguments.trace_of(func, y0, t, func_time, args)
@@ -190,23 +191,8 @@ def solve(
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits),
     )
     program = from_knot_to_knot if driven else compiled
-    limits = rtol, atol, *limits, dt
-    solution = run(program, static, leaves, y0, t, since, *limits)
-
-    if not adaptive or method.implicit:
-        return checked(solution, throw)
-    again = lambda share: run(
-        program, static, leaves, y0, *until(t, since, solution, share), *limits
-    )
-    slope = lambda y, t: trace(leaves, y, t.astype(func_time))
-    return checked(solution, throw, lambda: stiffness.hint(solution, again, slope))
-
-
-def until(t, since, solution: Solution, share):
-    """The same times, but none after a share of what the solve came to."""
-    end = share * (solution.reached - t[0])
-    cut = lambda past: jnp.where(jnp.abs(past) > jnp.abs(end), end, past)
-    return t[0] + cut(t - t[0]), None if since is None else cut(since)
+    given = program, static, leaves, y0, t, since, rtol, atol, *limits, dt
+    return checked(run(*given), throw, given)
 
 
 def run(program: Callable, *args) -> Solution:
@@ -331,14 +317,34 @@ def no_times(y0, t) -> Solution:
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
-def checked(solution: Solution, throw: bool | None, hint=lambda: "") -> Solution:
-    """Raise if the solve failed, where that is known; `hint()` is what else there is to say of that."""
+def checked(solution: Solution, throw: bool | None, given) -> Solution:
+    """Raise if the solve failed, where that is known. It is what `run(*given)` found."""
     if throw is False or not known(solution) or not np.any(np.asarray(solution.status)):
         return solution
     status = Status(int(solution.status))
     raise SolveError(
         f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
         f"{np.asarray(solution.ts)[-1]:g}, after {int(solution.stats.evaluations)} evaluations of func. "
-        f"{status.message} {hint()}\n(Pass throw=False to get NaN and a status instead.)",
+        f"{status.message}{why(solution, *given)}\n(Pass throw=False to get NaN and a status instead.)",
         solution,
     )
+
+
+def why(solution: Solution, program, static: Static, leaves, y0, t, since, *limits) -> str:
+    """What else there is to say of a failure: that it looks stiff."""
+    *_, dt = limits
+    if static.method.implicit or static.steps is not None or dt is not None:
+        return ""
+
+    def again(share):
+        return run(program, static, leaves, y0, *until(t, since, solution, share), *limits)
+
+    slope = lambda y, t: static.trace(leaves, y, t.astype(static.func_time))
+    return stiffness.hint(solution, again, slope)
+
+
+def until(t, since, solution: Solution, share):
+    """The same times, but none after a share of what the solve came to."""
+    end = share * (solution.reached - t[0])
+    cut = lambda past: jnp.where(jnp.abs(past) > jnp.abs(end), end, past)
+    return t[0] + cut(t - t[0]), None if since is None else cut(since)

@@ -7,14 +7,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
     tree solution methods.method methods.explicit methods.tables methods.symplectic
-    methods.implicit methods.linear methods.rosenbrock methods.esdirk methods.names
+    methods.implicit methods.linear methods.newton methods.rosenbrock methods.esdirk methods.collocation
+    methods.auto methods.names
     tableaus splittings controllers kernels.one_call kernels.forms kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments integrate problems
-    nn data train experiments
+    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments stiffness
+    integrate problems nn data train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {

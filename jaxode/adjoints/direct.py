@@ -10,6 +10,7 @@ from jax import lax
 from jaxode.adjoints.failed import held, held_by_status
 from jaxode.solution import Status
 from jaxode.stepping import checkpoints, loop
+from jaxode.stepping.integrator import measured_step
 from jaxode.stepping.problems import end_of
 
 
@@ -54,7 +55,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
     def one(pair, ends):
         y, memory = pair
         s, s1 = ends
-        step = integrator.step(f, s, y, memory, s1 - s)
+        step = measured_step(integrator)(f, s, y, memory, s1 - s)
         cost = jnp.asarray(step.evaluations, jnp.int32)
         fine = integrator.finite(step.y, step.slope) & step.converged
         kept: dict[str, Any] = {"went": (fine, cost)}

@@ -5,6 +5,7 @@ functions are of one solve, and pure; `jaxode.stepping.loop` runs them, for one 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -94,13 +95,6 @@ class Integrator(eqx.Module):
         scale = jax.tree.map(lambda a, r, y: a + r * y, self.atol, self.rtol, size)
         least = lambda x: lax.full_like(x, jnp.finfo(x.dtype).tiny)
         return jax.tree.map(lambda x: lax.max(x, least(x)), scale)  # no 0 / 0
-
-    def step(self, f, s, y, memory, h) -> Step:
-        """A step of the method; one that iterates is told the norm in which its error is measured."""
-        if not (self.method.iterates and self.adaptive):
-            return self.method.step(f, s, y, memory, h)
-        norm = lambda error, y: tree.norm(self.controlled(error), self.tolerated(y))
-        return self.method.step(f, s, y, memory, h, norm)  # type: ignore[call-arg]
 
     def finite(self, *ys):
         """Whether all that is controlled of these states is finite."""
@@ -214,6 +208,14 @@ class Integrator(eqx.Module):
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def measured_step(self: Integrator) -> Callable[..., Step]:
+    """The step of the method; one that iterates is told the norm in which its error is measured."""
+    if not (self.method.iterates and self.adaptive):
+        return self.method.step
+    norm = lambda error, y: tree.norm(self.controlled(error), self.tolerated(y))
+    return partial(self.method.step, norm=norm)  # type: ignore[call-arg]
 
 
 def of_failed(ratio, converged):
