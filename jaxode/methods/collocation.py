@@ -36,6 +36,13 @@ class Collocation(Implicit):
     Attributes:
         order, c, a, b: the table.
         dense_order: the order with which dense output converges.
+
+    >>> from jaxode import odeint
+    >>> swing = lambda y, t: jnp.stack([y[1], -jnp.sin(y[0])])
+    >>> ys = odeint(swing, jnp.array([1.0, 0.0]), [0.0, 50.0, 100.0], method="gauss4", dt=0.5)
+    >>> energy = ys[:, 1] ** 2 / 2 - jnp.cos(ys[:, 0])
+    >>> bool(jnp.all(abs(energy - energy[0]) < 1e-3))
+    True
     """
 
     order: int
