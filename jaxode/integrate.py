@@ -354,6 +354,6 @@ def checked(solution: Solution, throw: bool | None, hint=lambda: "") -> Solution
     raise SolveError(
         f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
         f"{np.asarray(solution.ts)[-1]:g}, after {int(solution.stats.evaluations)} evaluations of func. "
-        f"{status.message} {hint()}\n(Pass throw=False to get NaN and a status instead.)",
+        f"{status.message}{hint()}\n(Pass throw=False to get NaN and a status instead.)",
         solution,
     )

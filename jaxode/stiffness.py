@@ -40,7 +40,7 @@ def hint(solution: Solution, again: Callable, times, slope: Callable) -> str:
     if not (decays and h * rate > BOUND):
         return ""
     return (
-        f"It looks stiff: the fastest mode decays at a rate of {rate:.1e}, and explicit steps must not be "
+        f" It looks stiff: the fastest mode decays at a rate of {rate:.1e}, and explicit steps must not be "
         f"longer than about {h:.1e} to be stable. Pass method='rodas5p' (or 'auto')."
     )
 

@@ -1,5 +1,7 @@
 """Methods: one family a file, and every name."""
 
+from jaxode.methods.auto import Auto as Auto
+from jaxode.methods.collocation import Collocation as Collocation
 from jaxode.methods.esdirk import Esdirk as Esdirk
 from jaxode.methods.explicit import Tableau as Tableau
 from jaxode.methods.explicit import tableau as tableau

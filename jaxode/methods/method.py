@@ -51,7 +51,7 @@ class Method:
         stage_count: how many states a step holds at a time, by which a batch is sized.
         implicit: whether a step solves equations, so that `converged` may be false.
         iterates: whether it does so until what is left is small: where there are tolerances `step` then
-            gets one more argument, norm(error, y), in which an error of 1 is what is tolerated at y.
+            gets one more argument, `norm(error, y)`, in which an error of 1 is what is tolerated at y.
         equal_steps: whether it takes steps of equal size (`dt`).
         beyond: whether a stage lies after the end of its step: func then sees times after the last.
         any_state: whether the parts of a state are all treated alike, so that a state of several
