@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from scipy.integrate import solve_ivp
 
 from jaxode import odeint, solve
@@ -76,3 +77,18 @@ def test_problems_keep_the_precision_of_their_state(name):
         p.f, jnp.array(p.y0, jnp.float32), (p.t0, (p.t0 + p.t1) / 50), *p.args, throw=False
     )
     assert solution.ys.dtype == jnp.float32 and np.all(np.isfinite(solution.ys))
+
+
+@pytest.mark.parametrize("name", [n for n, p in problems.items() if p.mass is not None])
+def test_algebraic_equations_hold_at_the_start_and_at_the_stated_end(name):
+    p = problems[name]
+    free_of_slopes = scipy.linalg.null_space(p.mass.T)
+    assert free_of_slopes.shape[1] >= 1
+    for y, t in ((p.y0, p.t0), (p.answer(), p.t1)):
+        f = np.asarray(p.f(jnp.asarray(y), t, *p.args))
+        np.testing.assert_allclose(free_of_slopes.T @ f, 0, atol=1e-14)
+
+
+def test_robertsons_problem_ends_the_same_with_a_conservation_law():
+    ends = [problems[name].answer() for name in ("robertson", "robertson_dae")]
+    np.testing.assert_allclose(*ends, rtol=1e-14)
