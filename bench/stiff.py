@@ -127,10 +127,16 @@ def theirs(solver, p: Problem, f=None):
     if isinstance(solver, diffrax.KenCarp4):
         term = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: jnp.zeros_like(y)), term)
     control = partial(diffrax.PIDController, pcoeff=0.3, icoeff=0.4)
-    return lambda y0, args, tol: diffrax.diffeqsolve(
-        term, solver, p.t0, p.t1, None, y0, args,
-        stepsize_controller=control(rtol=tol, atol=tol * p.scale), max_steps=2**13, throw=False,
-    ).ys[-1]  # fmt: skip
+
+    def solve(y0, args, tol):
+        found = diffrax.diffeqsolve(
+            term, solver, p.t0, p.t1, None, y0, args, throw=False, max_steps=2**13,
+            stepsize_controller=control(rtol=tol, atol=tol * p.scale),
+        )  # fmt: skip
+        # Where it fails, what it gives looks like a state.
+        return jnp.where(found.result == diffrax.RESULTS.successful, found.ys[-1], jnp.nan)
+
+    return solve
 
 
 def by_scipy(method, p: Problem, f, **options):

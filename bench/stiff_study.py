@@ -29,8 +29,6 @@ CLASSICS = {
     "robertson_long": "Robertson to 1e11",
     "oregonator": "Oregonator",
     "van_der_pol_1e6": "van der Pol, 1e6",
-    "pollution": "Pollution, 20 species",
-    "pharmacology": "A drug and its target",
 }
 
 
@@ -106,7 +104,7 @@ def stiff_work_precision(path):
 
 
 def draw_stiff(found, path):
-    figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(15, 11), layout="constrained")
     styles = {"jaxode": "o-", "diffrax": "s:", "scipy": "^--", "CVODE": "D-."}
     every = list(dict.fromkeys(label for lines in found.values() for label in lines))
     colours = {label: plt.get_cmap("tab20")(i % 20) for i, label in enumerate(every)}
