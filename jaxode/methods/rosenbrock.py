@@ -78,8 +78,10 @@ class Rosenbrock(Implicit):
         of_time = time_derivative(f, field, s, y0)
         form = self.written_out if len(y0) <= WRITTEN_OUT else self.looped
         us, last, ks = form(field, s, y0, k0, of_time, h, solve, weigh)
-        missed = self.missed(field, s, y0, us, ks, of_time, h, solve, weigh)
-        y1 = unpack(last + us[-1] + missed)
+        last = last + us[-1]
+        if getattr(f, "jac", None) is None:  # the user's own may be another than that of func
+            last = last + self.missed(field, s, y0, us, ks, of_time, h, solve, weigh)
+        y1 = unpack(last)
         k1 = f(y1, s + h)
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
         solved = tree.all_finite(jacobian, *(us if self.linear.iterative else us[:1]))
