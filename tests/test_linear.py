@@ -30,11 +30,9 @@ RANDOM = np.random.default_rng(3).random((30, 30)) < 0.06
 CASES = {
     "tridiagonal": (Banded(1, 1), band(70, 1, 1)),
     "two below": (Banded(2, 1), band(101, 2, 1)),
-    "three above": (Banded(0, 3), band(170, 0, 3)),
     "wide": (Banded(3, 6), band(60, 3, 6)),
     "blocks": (BlockDiagonal(3), np.kron(np.eye(7), np.ones((3, 3))) > 0),
     "large blocks": (BlockDiagonal(70), np.kron(np.eye(2), np.ones((70, 70))) > 0),
-    "a line": (Sparse(band(60, 1, 1)), band(60, 1, 1)),
     "a grid": (Sparse(grid(7)), grid(7)),
     "any": (Sparse(RANDOM), RANDOM | np.eye(30, dtype=bool)),
     "gmres": (Krylov(rtol=1e-13), band(20, 2, 1)),
@@ -47,8 +45,11 @@ def derivative(linear, a, b, w, mass):
     return solver(linear, jacobian, w, linear.matrix(mass))(b)
 
 
-@pytest.mark.parametrize("mirrored", [False, True], ids=["dominant", "without a diagonal"])
-@pytest.mark.parametrize("name", CASES)
+# Without a diagonal: the matrix of a band, eliminated with pivoting. Elsewhere it may be singular then.
+SYSTEMS = [(name, False) for name in CASES] + [(name, True) for name in ("tridiagonal", "wide")]
+
+
+@pytest.mark.parametrize(("name", "mirrored"), SYSTEMS)
 def test_systems_are_solved_and_differentiated_as_by_numpy(name, mirrored):
     linear, pattern = CASES[name]
     n, rng = len(pattern), np.random.default_rng(0)
@@ -56,10 +57,6 @@ def test_systems_are_solved_and_differentiated_as_by_numpy(name, mirrored):
     mass, b, v = rng.normal(size=(3, n))
     mass = np.where(np.arange(n) % 3, mass, 0)
     a = a - 6 * np.eye(n) if not mirrored else a + np.diag(mass / 0.7 - np.diag(a))
-    if mirrored and name in ("gmres", "bicgstab", "any", "a grid", "blocks", "three above"):
-        pytest.skip(
-            "elimination without a diagonal may be singular there, and iterations do not end"
-        )
     whole = np.diag(mass) - 0.7 * a
     found = jax.jit(lambda *x: derivative(linear, x[0], x[1], jnp.asarray(0.7), x[2]))
     given = tuple(map(jnp.asarray, (a, b, mass)))
@@ -140,8 +137,9 @@ def heat(y, t, k):
     return k * spread.reshape(-1) - y**3 + jnp.cos(t)
 
 
-@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
-@pytest.mark.parametrize("linear", [Sparse(grid(6)), Krylov(rtol=1e-12)], ids=["sparse", "krylov"])
+@pytest.mark.parametrize(
+    ("linear", "name"), [(Sparse(grid(6)), "rodas4"), (Krylov(rtol=1e-12), "kvaerno3")]
+)
 def test_a_square_is_solved_as_with_a_dense_matrix_gradients_too(linear, name):
     def end(k, linear):
         options = dict(method=name, linear=linear, dt=0.05, max_steps=100)
