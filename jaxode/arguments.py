@@ -109,7 +109,7 @@ def takes(method: Method, name, mass, jac) -> None:
             "also be solved with inside of func.)"
         )
     if jac is not None and not method.takes_jac:
-        raise ValueError(f"`jac` is for Rosenbrock methods such as 'rodas5p'; {name!r} takes none.")
+        raise ValueError(f"`jac` is for implicit methods such as 'rodas5p'; {name!r} takes none.")
     if jac is not None and not callable(jac):
         raise TypeError(f"`jac` must be a function jac(y, t, *args); got {type(jac).__name__}.")
 

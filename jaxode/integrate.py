@@ -141,8 +141,8 @@ def solve(
             like y0. May be traced. Where a row is 0 the equation is algebraic: a DAE of index 1. Its
             part of y0 has to fulfil it to the tolerance (see `jaxode.consistent`); where values are not
             known, as under `jit`, it is the first guess of what does.
-        jac: df/dy, for the same methods, as `jac(y, t, *args)`: an array of n x n numbers, or what
-            `jax.jacfwd(func)` returns. By default it is derived from func.
+        jac: df/dy, for these and the diagonally implicit methods, as `jac(y, t, *args)`: an array of n x n
+            numbers, or what `jax.jacfwd(func)` returns. By default it is derived from func.
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.

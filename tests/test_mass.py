@@ -374,6 +374,24 @@ def test_an_own_jacobian_of_a_pytree_is_what_jacfwd_returns_and_of_a_band_its_ba
         np.testing.assert_allclose(found, plain, rtol=1e-12)
 
 
+def test_an_own_jacobian_serves_newtons_method_whose_solution_it_does_not_change():
+    field = lambda y, t, k: jnp.stack([-k * y[0] * y[1], k * y[0] * y[1] - y[1] ** 2])
+    wrong = lambda y, t, k: 0.8 * jax.jacfwd(field)(y, t, k)
+
+    def end(k, jac):
+        options = dict(method="kvaerno3", dt=0.1, jac=jac)
+        return odeint(field, jnp.array([1.0, 0.3]), [0.0, 1.0], k, **options)[-1, 0]
+
+    value, slope = jax.jit(jax.value_and_grad(lambda k: end(k, None)))(2.0)
+    for jac in (jax.jacfwd(field), wrong):
+        found = jax.jit(jax.value_and_grad(lambda k, jac=jac: end(k, jac)))(2.0)
+        np.testing.assert_allclose(found, (value, slope), rtol=1e-9)
+    stiff = lambda y, t: -1e4 * (y - jnp.cos(t))
+    run = lambda jac: solve(stiff, jnp.ones(1), [0.0, 1.0], method="kvaerno3", jac=jac).stats
+    right, half = (run(lambda y, t, w=w: jnp.array([[-1e4 * w]])) for w in (1.0, 0.5))
+    assert int(right.evaluations) == int(run(None).evaluations) < int(half.evaluations)
+
+
 def test_a_mass_is_for_real_states():
     with pytest.raises(TypeError, match="real"):
         odeint(lambda y, t: -y, jnp.ones(2, complex), [0.0, 1.0], method="rodas4", mass=1.0)

@@ -56,6 +56,7 @@ class Esdirk(Implicit):
     iterations: int = 10
     kappa: float = 1e-2
     linear: Linear = DENSE
+    takes_jac = True
     iterates = True
 
     @property
@@ -65,7 +66,7 @@ class Esdirk(Implicit):
     def step(self, f, s, y: PyTree, memory: PyTree, h, norm=relative) -> Step:
         field, pack, unpack = vectors(f, y)
         y0, k0 = pack(y), pack(memory)
-        jacobian = self.linear.jacobian(lambda y: field(y, s), y0)
+        jacobian = self.jacobian(f, field, s, y0)
         width = tree.scale(self.gamma, h)
         matrix = self.linear.shifted(jacobian, width)
         substitute = partial(self.linear.substitute, self.linear.factor(lax.stop_gradient(matrix)))
