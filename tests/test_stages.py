@@ -33,7 +33,7 @@ FORMS = {
 }
 EXPECTED = {
     "each entry by itself": [Loops(True, True), Loops(False, False), Loops(True, True)],
-    "many operations": [Loops(True, True), Loops(True, False), Loops(False, False)],
+    "many operations": [Loops(True, True), Loops(True, True), Loops(False, False)],
     "a network": [Loops(True, True), Loops(True, False), Loops(False, False)],
     "a large state": [Loops(True, True), Loops(False, False), Loops(True, True)],
 }
