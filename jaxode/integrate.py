@@ -206,7 +206,7 @@ def solve(
 def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
     solve_at = lambda *times: run(program, static, *given, *times, *limits)
-    solution = solve_at(*times)
+    solution = run(program, static, *given, *times, *limits)
     method, dt = static.method, limits[-2]
     chosen_steps = method.error_order and static.steps is None and dt is None
     if method.implicit or not chosen_steps:

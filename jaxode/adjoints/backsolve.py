@@ -75,7 +75,7 @@ def run_ends(form: Form, x, rest):
         ys, report, end, slope0 = lanes.solve(form, integrator, *given)
     else:
         run = lambda *args, kernel=PLAIN: loop.run(*args, kernel=kernel)[:4]
-        ys, report, end, slope0 = alone(form, run, given, integrator, *given)
+        ys, report, end, slope0 = alone(form, run, given)(integrator, *given)
     return ys, report, Recorded(None, slope0, end.y, end.memory, report)  # type: ignore[arg-type]
 
 
@@ -110,8 +110,8 @@ def run_pull(tolerances, form: Form, x, rest, recorded, bars):
     """The backward solve."""
     if form.size is not None:
         return pull_all_in_lanes(tolerances, form, x, rest, recorded, bars)
-    given = join(x, rest)[1]
-    return alone(form, partial(pull_one, tolerances), given, x, rest, recorded, bars)
+    pull = alone(form, partial(pull_one, tolerances), join(x, rest)[1])
+    return pull(x, rest, recorded, bars)
 
 
 def backwards(integrator, rtol, atol):

@@ -83,14 +83,14 @@ def run_solve(form: Form, integrator, f, y0, ss):
     """The solve."""
     if form.size is not None:
         return lanes.solve(form, integrator, f, y0, ss)[:2]
-    return alone(form, loop.solve, (f, y0, ss), integrator, f, y0, ss)
+    return alone(form, loop.solve, (f, y0, ss))(integrator, f, y0, ss)
 
 
 def run_record(form: Form, x, rest):
     """The solve, and what its backward pass needs."""
     if form.size is not None:
         return replay_in_lanes.record(form, x, rest)
-    return alone(form, record, join(x, rest)[1], x, rest)
+    return alone(form, record, join(x, rest)[1])(x, rest)
 
 
 def run_pull(form: Form, x, rest, recorded, bars):
@@ -102,7 +102,7 @@ def run_pull(form: Form, x, rest, recorded, bars):
                    for of in ((x, form.flags[0]), (rest, form.flags[1])))  # fmt: skip
         axes = jax.tree.map(lambda flag: 0 if flag else None, form.flags[2:])
         return jax.vmap(partial(pull, x, rest), axes)(recorded, bars)
-    return alone(form, pull, join(x, rest)[1], x, rest, recorded, bars)
+    return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
 
 
 def like_solve(integrator, f, y0, ss):

@@ -37,15 +37,15 @@ class Plan(NamedTuple):
         return ONE_CALL if self.fused else PLAIN
 
 
-def alone(form: Form, fn: Callable, problem, *args):
-    """fn(*args, kernel=...) of one solve, in the form that suits it; `problem` is (f, y0, ss)."""
+def alone(form: Form, fn: Callable, problem) -> Callable:
+    """fn(..., kernel=) of one solve, in the form that suits it; `problem` is (f, y0, ss)."""
     if form.platform != "cpu":
-        return fn(*args)
+        return fn
     f, y0, ss = problem
     in_calls = partial(fn, kernel=CALLS)
     if not suits(lambda f, y, s: f(y, s), f, y0, ss[0]):
-        return in_calls(*args)
-    return one_call(partial(fn, kernel=ONE_CALL), in_calls)(*args)
+        return in_calls
+    return one_call(partial(fn, kernel=ONE_CALL), in_calls)
 
 
 def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `ONE_CALL` | a part of one native function (`jaxode.kernels.one_call`) | small states on a CPU |
 | `CALLS` | written out, the field as calls (`jaxode.kernels.calls`) | other states on a CPU |
-| `PLAIN` | a loop over its stages, or for networks written out | GPU and TPU; many solves |
+| `PLAIN` | a loop over its stages; networks, and forwards tiny states, written out | GPU and TPU; many solves |
 
 In one call a loop over stages compiles in a third of the time, and takes 5 to 15 % longer than what is
 written out: forwards, only a field of few operations is. In calls, networks are a loop forwards: that
@@ -49,7 +49,7 @@ def which(f, y, s, kernel: str) -> Loops:
         many = count(jaxpr, PRODUCTS | REDUCTIONS) >= MANY and size <= SMALL
         return Loops(network, many)
     if kernel == PLAIN:
-        return Loops(not network, not network)
+        return Loops(not network and size > TINY, not network)
     few = size <= TINY and count(jaxpr, None) <= FEW
     return Loops(not few, True)
 
