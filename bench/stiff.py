@@ -21,7 +21,6 @@ from scipy.integrate import solve_ivp
 import jaxode
 from bench.timing import Seconds, compile_in_turn, row, time_in_turn
 from jaxode.methods import Banded
-from jaxode.methods.names import methods
 from jaxode.problems import Problem, brusselator_line, brusselator_start, problems
 
 TARGET = 1e-5
@@ -139,6 +138,11 @@ def theirs(solver, p: Problem, f=None):
     return solve
 
 
+def solve_of(library, method, p: Problem, f=None):
+    """That by a method of us or of diffrax."""
+    return ours(method, p, f) if library == "jaxode" else theirs(THEIRS[method], p, f)
+
+
 def by_scipy(method, p: Problem, f, **options):
     return lambda tol: solve_ivp(
         f, (p.t0, p.t1), p.y0, method, rtol=tol, atol=tol * np.asarray(p.scale), t_eval=[p.t1], **options
@@ -215,7 +219,7 @@ def differentiated(name):
     p, (f, rates, _) = problems[name], DIFFERENTIATED[name]
     made = {}
     for library, (method, tol, _) in choose(name).items():
-        solve = ours(method, p, f) if library == "jaxode" else theirs(THEIRS[method], p, f)
+        solve = solve_of(library, method, p, f)
         made[library] = jax.grad(lambda y0, k, s=solve, t=tol: jnp.sum(s(y0, (k,), t)[:1]), (0, 1))
     return made, (jnp.asarray(p.y0), jnp.asarray(rates))
 
@@ -239,7 +243,7 @@ def compile_rows():
     for name in DIFFERENTIATED:
         p, made = problems[name], {}
         for library, (method, tol, _) in choose(name).items():
-            solve = ours(method, p) if library == "jaxode" else theirs(THEIRS[method], p)
+            solve = solve_of(library, method, p)
             made[library] = lambda y0, s=solve, t=tol, p=p: s(y0, p.args, t)
         _, seconds = compile_in_turn(lambda _, made=made: made, jnp.asarray(p.y0), rounds=1)
         print("    wanted of compilation: diffrax 2.5x")
@@ -258,7 +262,7 @@ def batch_rows():
             seconds = {}
             for library, (method, tol, _) in choose(name).items():
                 mine = library == "jaxode"
-                solve = ours(method, p, f) if mine else theirs(THEIRS[method], p, f)
+                solve = solve_of(library, method, p, f)
                 one = lambda k, y0=y0, s=solve, t=tol: s(y0, (k,), t)
                 if way == "gradient":
                     one = lambda k, y0=y0, g=solves[library]: g(y0, k)
@@ -307,9 +311,6 @@ def line_of_many(best, points) -> float:
 
 
 def auto_rows():
-    if "auto" not in methods:
-        print('    there is no method "auto": its row is left out')
-        return
     p = problems["lorenz"]
     solves = in_jax({m: ours(m, p) for m in ("auto", "tsit5")}, p)
     seconds = timed({m: partial(s, 1e-6) for m, s in solves.items()})

@@ -20,8 +20,9 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, tree
 from jaxode.kernels.traces import Trace
 from jaxode.methods.implicit import vectors
-from jaxode.methods.linear import DENSE, Dense, Linear, numpy_or_jax, solver
+from jaxode.methods.linear import DENSE, Dense, Linear, numpy_or_jax
 from jaxode.methods.names import named
+from jaxode.methods.newton import solved
 from jaxode.solution import Status
 from jaxode.stepping.field import Field, System
 from jaxode.tree import known
@@ -258,14 +259,7 @@ def corrected(f: System, linear: Linear, y: PyTree, s) -> tuple[PyTree, Array]:
         matrix = linear.shifted(jacobian, rows, f.mass)
         return matrix, linear.factor(matrix)
 
-    def tangent(linear_part, right):
-        zero = jnp.zeros_like(right)
-        jacobian = linear.jacobian(linear_part, zero)
-        nothing = linear.matrix(np.zeros(len(right), right.dtype))
-        return solver(linear, jacobian, -jnp.ones_like(right[0]), nothing)(right)
-
-    newton = partial(newtons, factored, linear)
-    x, found = lax.custom_root(residual, x0, newton, tangent, has_aux=True)
+    x, found = solved(residual, x0, partial(newtons, factored, linear), linear)
     return unpack(x), lax.stop_gradient(found) > 0
 
 

@@ -205,14 +205,16 @@ def solve(
 
 def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
-    solve_at = lambda *times: run(program, static, *given, *times, *limits)
-    solution = run(program, static, *given, *times, *limits)
-    method, dt = static.method, limits[-2]
+    solve_at = partial(run, program, static, *given)
+    solution = solve_at(*times, *limits)
+    *_, dt, _ = limits
+    method = static.method
     chosen_steps = method.error_order and static.steps is None and dt is None
     if method.implicit or not chosen_steps:
         return checked(solution, throw)
     slope = lambda y, t: static.trace(given[0], y, t.astype(static.func_time))
-    return checked(solution, throw, lambda: stiffness.hint(solution, solve_at, times, slope))
+    again = lambda *times: solve_at(*times, *limits)
+    return checked(solution, throw, lambda: stiffness.hint(solution, again, times, slope))
 
 
 def run(program: Callable, *args) -> Solution:

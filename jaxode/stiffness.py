@@ -54,17 +54,11 @@ def until(t, since, end):
 def fastest(f, y) -> tuple[float, bool]:
     """The largest |lambda| of df/dy by the power method, and whether that mode decays."""
 
-    def unit(v):
-        size = tree.length(v)
-        return jax.tree.map(lambda x: tree.scale(tree.ratio(jnp.ones_like(size), size), x), v)
-
     @jax.jit
     def found(y):
         push = jax.linearize(f, y)[1]
-        v = jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype), y)
-        v, w = jax.lax.fori_loop(
-            0, PRODUCTS, lambda i, vw: (unit(vw[1]), push(unit(vw[1]))), (v, v)
-        )
+        v, once = tree.any_direction(y), lambda v: (v, push(v))
+        v, w = jax.lax.fori_loop(0, PRODUCTS, lambda _, vw: once(tree.unit(vw[1])), (v, v))
         along = tree.ratio(
             tree.dot(jax.tree.map(jnp.conj, v), w), tree.dot(jax.tree.map(jnp.conj, v), v)
         )

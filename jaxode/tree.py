@@ -64,6 +64,12 @@ def where(condition, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: select(condition, x, y), x, y)
 
 
+def where_needed(needed, fn) -> PyTree:
+    """What `fn()` returns, or zeros like that."""
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
+    return lax.cond(needed, fn, zeros)
+
+
 def select(condition, x, y):
     """`jnp.where` of arrays that are alike, which JAX traces and lowers in a third of the time."""
     if jnp.shape(x) != jnp.shape(y) or jnp.result_type(x) != jnp.result_type(y):
@@ -105,6 +111,18 @@ def length(x: PyTree) -> Array:
     size = sum(leaf.size for leaf in jax.tree.leaves(x))
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1) / size), 0)
+
+
+def unit(x: PyTree) -> PyTree:
+    """x, with a root mean square of 1; 0 if it is 0."""
+    size = length(x)
+    inverse = ratio(jnp.ones_like(size), size)
+    return jax.tree.map(lambda x: scale(inverse, x), x)
+
+
+def any_direction(y: PyTree) -> PyTree:
+    """A vector like y that has something of every mode: where a power method begins."""
+    return jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype), y)
 
 
 def ratio(x: Array, y: Array) -> Array:

@@ -94,8 +94,12 @@ class Auto(Method):
         # what is computed and left out must have finite derivatives.
         zero = jnp.zeros_like(h)
         mild_h, stiff_h = jnp.where(is_stiff, zero, h), jnp.where(is_stiff, h, zero)
-        mild = where_needed(~every, lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen))
-        stiff = where_needed(some, lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen))
+        mild = tree.where_needed(
+            ~every, lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen)
+        )
+        stiff = tree.where_needed(
+            some, lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen)
+        )
         step, seen = tree.where(is_stiff, stiff, mild)
         return step._replace(memory=Memory(step.slope, seen), stages=(is_stiff, step.stages))
 
@@ -113,7 +117,7 @@ class Auto(Method):
     def stiff_step(self, f, s, y, k, h, seen):
         """An implicit step, and the same."""
         step = self.stiff.step(f, s, y, k, h)
-        rate = fastest(lambda y: f(y, s), lax.stop_gradient(y), any_direction(y), 3)
+        rate = fastest(lambda y: f(y, s), lax.stop_gradient(y), tree.any_direction(y), 3)
         looks = h * lax.convert_element_type(rate, h.dtype) > MILD
         seen = jnp.where(looks, PATIENCE, seen + 1)
         return alike(step, list(step.stages)), jnp.where(seen < PATIENCE + CALM, seen, 0)
@@ -148,28 +152,11 @@ def of_all(flag):
         return flag, flag
 
 
-def where_needed(needed, step):
-    """What `step()` returns, or zeros like that."""
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step))
-    return lax.cond(needed, step, zeros)
-
-
-def any_direction(y: PyTree) -> PyTree:
-    """A vector that has something of every mode."""
-    return jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype), y)
-
-
 def fastest(f, y: PyTree, v: PyTree, products: int):
     """About the largest |lambda| of J = df/dy: |J v| / |v|, after so many products with J."""
-
-    def unit(v):
-        size = tree.length(v)
-        inverse = tree.ratio(jnp.ones_like(size), size)
-        return jax.tree.map(lambda x: tree.scale(inverse, x), v)
-
     push = jax.linearize(f, y)[1]
     for _ in range(products):
-        v = push(unit(v))
+        v = push(tree.unit(v))
     return tree.length(v)
 
 

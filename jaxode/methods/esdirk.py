@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.methods.implicit import Implicit, vectors
+from jaxode.methods.implicit import Implicit, square, vectors
 from jaxode.methods.linear import DENSE, Linear
 from jaxode.methods.method import Method, Step
 from jaxode.methods.newton import relative, simplified, solved
@@ -117,11 +117,6 @@ class Esdirk(Implicit):
 def added(sums: Array, x: Array, weights) -> Array:
     """What all stages need, with a new slope added to each."""
     return sums + jnp.asarray(weights)[:, None] * x[None, :]
-
-
-def square(rows, dtype):
-    """Rows of a table as a matrix."""
-    return np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows], dtype)
 
 
 def esdirk(

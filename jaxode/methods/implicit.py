@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -76,3 +77,8 @@ def vectors(f, y: PyTree) -> tuple[Callable, Callable, Callable]:
         return structure.unflatten(made)
 
     return lambda x, s: pack(f(unpack(x), s)), pack, unpack
+
+
+def square(rows, dtype):
+    """Rows of a table as a matrix."""
+    return np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows], dtype)

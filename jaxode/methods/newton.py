@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -43,8 +44,9 @@ def solved(residual: Callable, guess: Array, iterate: Callable, linear: Linear):
     """
 
     def tangent(linear_part, right):
-        scaled = linear.jacobian(lambda v: v - linear_part(v), jnp.zeros_like(right))
-        return solver(linear, scaled, jnp.ones((), right.dtype))(right)
+        jacobian = linear.jacobian(linear_part, jnp.zeros_like(right))
+        nothing = linear.matrix(np.zeros(len(right), right.dtype))
+        return solver(linear, jacobian, -jnp.ones((), right.dtype), nothing)(right)
 
     return lax.custom_root(residual, guess, iterate, tangent, has_aux=True)
 

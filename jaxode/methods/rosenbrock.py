@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.methods.implicit import Implicit, vectors
+from jaxode.methods.implicit import Implicit, square, vectors
 from jaxode.methods.linear import DENSE, WRITTEN_OUT, Linear, solver
 from jaxode.methods.method import Method, Step
 
@@ -118,10 +118,7 @@ class Rosenbrock(Implicit):
         Every u_i is added to the sums of all later stages, so that nothing is moved in memory.
         """
         count = len(self.c)
-        square = lambda rows: np.array(
-            [[*row, *[0.0] * (count - len(row))] for row in rows], y.dtype
-        )
-        a, g = square(self.a).T, square(self.g).T
+        a, g = square(self.a, y.dtype).T, square(self.g, y.dtype).T
         later = lambda sums, weights, u: sums + weights[:, None] * u[None, :]
 
         def of(right, d):

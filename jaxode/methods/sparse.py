@@ -1,5 +1,6 @@
 """A Jacobian of any pattern: found by few derivatives, and solved with as a narrow band."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxode.methods.linear import Linear, by_rows, numpy_or_jax
-from jaxode.methods.structures import Banded, derivatives, outside
+from jaxode.methods.structures import Banded, derivatives, is_accurate, outside
 
 NARROW = 4  # entries beside the diagonal up to which a band is solved with by `Banded`
 
@@ -82,12 +83,8 @@ class Sparse(Linear):
         if self.narrow:
             return self.band.factor(self.diagonals(matrix))
         found = by_blocks(*self.blocks(matrix))
-        b = jnp.asarray(np.random.default_rng(0).normal(size=self.n), matrix.dtype)
-        x = self.solved(found, b)
-        off = lax.abs(self.product(matrix, x) - b)
-        scale = self.product(lax.abs(matrix), lax.abs(x)) + lax.abs(b)
-        fine = jnp.all(off <= float(jnp.finfo(b.dtype).eps) ** 0.75 * scale)
-        return found, jnp.where(fine, jnp.ones((), b.dtype), jnp.nan)
+        fine = is_accurate(self, matrix, partial(self.solved, found), self.n)
+        return found, jnp.where(fine, jnp.ones((), matrix.dtype), jnp.nan)
 
     def substitute(self, factors, b):
         if self.narrow:

@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from jaxode import tree
 from jaxode.methods import blocks
 from jaxode.methods.linear import DENSE, Linear, by_rows, numpy_or_jax
-from jaxode.tree import known
 
 WIDEST = 4  # numbers of a block, up to which systems are solved by blocks
 
@@ -116,11 +116,9 @@ class Banded(Linear):
         if not self.by_blocks(len(matrix[0])):
             return eliminated(self, matrix)
         found = blocks.factored(*self.blocks(matrix))
-        fine = self.is_accurate(matrix, found)
-        zeros = lambda m: jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(eliminated, self), m)
-        )
-        return found, fine, lax.cond(fine, zeros, partial(eliminated, self), matrix)
+        by_found = partial(self.solved_by_blocks, found)
+        fine = is_accurate(self, matrix, by_found, len(matrix[0]))
+        return found, fine, tree.where_needed(~fine, lambda: eliminated(self, matrix))
 
     def substitute(self, factors, b):
         if not self.by_blocks(len(b)):
@@ -158,14 +156,6 @@ class Banded(Linear):
 
     def solved_by_blocks(self, found, b):
         return blocks.flat(blocks.solved(found, blocks.laid_out(b, self.size)), len(b))
-
-    def is_accurate(self, matrix, found) -> Array:
-        """Whether a system is solved backwards stably, with a right side of numbers without an order."""
-        b = np.random.default_rng(0).normal(size=len(matrix[0])).astype(matrix[0].dtype)
-        x = self.solved_by_blocks(found, jnp.asarray(b))
-        off = lax.abs(self.product(matrix, x) - b)
-        scale = self.product(jax.tree.map(lax.abs, matrix), lax.abs(x)) + abs(b)
-        return jnp.all(off <= float(jnp.finfo(b.dtype).eps) ** 0.75 * scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,9 +222,19 @@ def derivatives(f, y, color) -> Array:
     return jax.vmap(lambda seed: jax.jvp(f, (y,), (seed,))[1])(seeds)
 
 
+def is_accurate(linear: Linear, matrix, solve, n: int) -> Array:
+    """Whether `solve` is backward stable, with a right side of n numbers without an order."""
+    dtype = jax.tree.leaves(matrix)[0].dtype
+    b = jnp.asarray(np.random.default_rng(0).normal(size=n), dtype)
+    x = solve(b)
+    off = lax.abs(linear.product(matrix, x) - b)
+    scale = linear.product(jax.tree.map(lax.abs, matrix), lax.abs(x)) + lax.abs(b)
+    return jnp.all(off <= float(jnp.finfo(dtype).eps) ** 0.75 * scale)
+
+
 def outside(linear: Linear, entries, where) -> None:
     """Raise if a matrix has entries where this structure has none; as far as they are known."""
-    if known(entries) and np.any(np.asarray(entries)[where]):
+    if tree.known(entries) and np.any(np.asarray(entries)[where]):
         raise ValueError(
             f"a matrix has entries that {linear} leaves out: choose a wider structure, or Dense()."
         )
