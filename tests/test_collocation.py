@@ -1,5 +1,8 @@
 """Gauss's methods: order, and what they keep: quadratic invariants, symmetry in time, energy in a band."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from jaxode import Status, odeint, solve
-from jaxode.methods import named
+from jaxode.methods import Banded, BlockDiagonal, Dense, Diagonal, Krylov, Sparse, named
 from jaxode.problems import problems
 
 method = pytest.mark.parametrize("name", ["implicit_midpoint", "gauss4"])
@@ -63,6 +66,54 @@ def test_it_is_stable_on_the_whole_left_half_plane_and_keeps_circles(name):
     left = -np.logspace(-2, 6, 9)[:, None] + 1j * np.linspace(-50, 50, 7)[None, :]
     assert np.all(np.abs(factor(left.reshape(-1))) <= 1 + 1e-12)
     np.testing.assert_allclose(np.abs(factor(1j * np.linspace(-50, 50, 9))), 1, rtol=1e-12)
+
+
+I, J = np.indices((6, 6))
+NEAR = (J - I <= 1) & (I - J <= 2)
+STRUCTURES = [
+    ("implicit_midpoint", Banded(2, 1), NEAR),
+    ("gauss4", Dense(), I == I),
+    ("gauss4", Banded(2, 1), NEAR),
+    ("gauss4", Sparse(NEAR), NEAR),
+    ("gauss4", BlockDiagonal(2), I // 2 == J // 2),
+    ("gauss4", Diagonal(), I == J),
+    ("gauss4", Krylov(rtol=1e-12), I == I),
+]
+
+
+@pytest.mark.parametrize(("name", "linear", "there"), STRUCTURES)
+def test_a_step_by_any_linear_algebra_is_the_stability_function_of_the_jacobian(
+    name, linear, there
+):
+    rng = np.random.default_rng(0)
+    a, (y0, v) = np.where(there, rng.normal(size=(6, 6)), 0), rng.normal(size=(2, 6))
+    m = dataclasses.replace(named(name), linear=linear)
+
+    def end(y0, k):
+        f = lambda y, s: k * jnp.sum(a * y[None], 1)
+        return m.step(f, jnp.zeros(()), y0, f(y0, 0), jnp.asarray(0.5)).y
+
+    def exact(y0, k):  # Pade's (1, 1) and (2, 2), HW table IV.3.1
+        z, square = 0.5 * k * a, (named(name).order == 4) / 12
+        above, below = (np.eye(6) + sign * z / 2 + square * z @ z for sign in (1, -1))
+        return np.linalg.solve(below, above @ y0)
+
+    found, vjp = jax.jit(lambda y0, k: jax.vjp(end, y0, k))(y0, 0.8)
+    close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9)
+    close(found, exact(y0, 0.8))
+    y_bar, k_bar = vjp(v)
+    close(y_bar, exact(np.eye(6), 0.8).T @ v)
+    difference = (exact(y0, 0.8 + 1e-5) - exact(y0, 0.8 - 1e-5)) / 2e-5
+    close(k_bar, v @ difference)
+
+
+def test_a_structure_is_declared_of_df_dy_and_looked_at():
+    f = lambda y, t: -y + jnp.roll(y, 1).at[0].set(0.0) ** 2
+    y0 = jnp.linspace(1.0, 2.0, 5)
+    run = lambda linear: odeint(f, y0, [0.0, 1.0], method="gauss4", dt=0.25, linear=linear)[-1]
+    np.testing.assert_allclose(run(Banded(1, 0)), run(None), rtol=1e-12)
+    with pytest.raises(ValueError, match="wider band"):
+        run(Diagonal())
 
 
 def test_gradients_are_those_of_the_numbers_returned_also_of_a_batch():

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.methods.implicit import Implicit, vectors
-from jaxode.methods.linear import DENSE
+from jaxode.methods.linear import DENSE, Linear
 from jaxode.methods.method import Method, Step
 from jaxode.methods.newton import relative, simplified, solved
 
@@ -29,13 +29,14 @@ class Collocation(Implicit):
 
         k_i = f(y + h sum_j a_ij k_j, s + c_i h),    y1 = y + h sum_i b_i k_i.
 
-    Equations of all stages are one dense system of stages times numbers of the state. They are solved
-    up to roundings, since what is left of them would be a drift. Dense output is the cubic Hermite
-    interpolant of a step, which ends with an evaluation of func for that.
+    Equations of all stages are one system, with a block of stages x stages entries for each entry of
+    df/dy. They are solved up to roundings, since what is left of them would be a drift. Dense output is the
+    cubic Hermite interpolant of a step, which ends with an evaluation of func for that.
 
     Attributes:
         order, c, a, b: the table.
         dense_order: the order with which dense output converges.
+        linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
 
     >>> from jaxode import odeint
     >>> swing = lambda y, t: jnp.stack([y[1], -jnp.sin(y[0])])
@@ -52,38 +53,42 @@ class Collocation(Implicit):
     dense_order: int
     iterations: int = 30
     kappa: float = 1e-4
+    linear: Linear = DENSE
     error_order = None
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
         y0, k0 = pack(y), pack(memory)
-        jacobian = DENSE.jacobian(lambda y: field(y, s), y0)
-        matrix = DENSE.shifted(jnp.kron(jnp.asarray(self.a, y0.dtype), jacobian), h)
-        factors = DENSE.factor(lax.stop_gradient(matrix))  # type: ignore[arg-type]
-        substitute = partial(DENSE.substitute, factors)
+        # The slopes of all stages as one vector, in which those of one number stand side by side.
+        count = len(self.b)
+        join = lambda xs: jnp.stack(xs, 1).reshape(-1)
+        split = lambda xs: list(jnp.unstack(xs.reshape(-1, count), axis=1))
+        linear = self.linear.of_stages(count)
 
         def combined(weights, ks):
-            terms = [tree.scale(w, k) for w, k in zip(weights, ks.reshape(len(self.b), -1))]
-            return functools.reduce(lax.add, terms)
+            return functools.reduce(lax.add, [tree.scale(w, k) for w, k in zip(weights, ks)])
 
-        def place(ks):
-            return jnp.concatenate([y0 + tree.scale(h, combined(row, ks)) for row in self.a])
+        def states(ks):
+            return [y0 + tree.scale(h, combined(row, split(ks))) for row in self.a]
 
         def residual(ks):
-            ys = place(ks).reshape(len(self.b), -1)
-            found = [field(y, s + tree.scale(c, h)) for y, c in zip(ys, self.c)]
-            return ks - jnp.concatenate(found)
+            each = zip(states(ks), self.c)
+            return ks - join([field(y, s + tree.scale(c, h)) for y, c in each])
 
+        a = np.asarray(self.a, y0.dtype)
+        jacobian = self.linear.jacobian_of_stages(a, lambda y: field(y, s), y0)
+        factors = linear.factor(lax.stop_gradient(linear.shifted(jacobian, h)))
+        substitute = partial(linear.substitute, factors)
+        place = lambda ks: join(states(ks))
         measure = lambda x, y: lax.convert_element_type(relative(x, y), y0.dtype)
         one = np.ones((), y0.dtype)
         newton = partial(simplified, substitute, place, measure, self.kappa, self.iterations, one)
-        guess = jnp.concatenate([k0] * len(self.b))
-        ks, (good, count, _) = solved(residual, guess, newton, DENSE)
-        y1 = unpack(y0 + tree.scale(h, combined(self.b, ks)))
+        ks, (good, iterations, _) = solved(residual, join([k0] * count), newton, linear)
+        y1 = unpack(y0 + tree.scale(h, combined(self.b, split(ks))))
         k1 = f(y1, s + h)
         converged = (good > 0) & tree.all_finite(jacobian)
-        evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
-        return Step(y1, k1, k1, [], memory, converged, len(self.b) * evaluations + 1)
+        evaluations = lax.convert_element_type(lax.stop_gradient(iterations), jnp.int32)
+        return Step(y1, k1, k1, [], memory, converged, count * evaluations + 1)
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """The cubic through y, y', y1, y1' (HNW eq. II.6.7)."""

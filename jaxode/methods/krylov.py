@@ -52,6 +52,9 @@ class Krylov(Linear):
             raise ValueError(f"`rtol` of Krylov must be between 0 and 1; got {self.rtol!r}.")
         lineax()
 
+    def of_stages(self, count):
+        return self
+
     def jacobian(self, f, y):
         return Operator(jnp.zeros_like(y), jnp.full((), -1, y.dtype), jax.linearize(f, y)[1])
 

@@ -34,6 +34,29 @@ class Linear:
 
     iterative: ClassVar[bool] = False
 
+    def of_stages(self, count: int) -> "Linear":
+        """The structure of equations for so many states at once, what is of one number side by side.
+
+        Entry (i, j) of df/dy is a block there, of rows count i, ... and columns count j, ....
+        """
+        if count == 1:
+            return self
+        raise NotImplementedError(
+            f"linear={self} does not say what it is for several stages at once: give it `of_stages`, as "
+            "those of jaxode.methods have, or choose a method that solves for one stage after the other, "
+            "such as 'implicit_midpoint' or 'kvaerno5'."
+        )
+
+    def jacobian_of_stages(self, a: np.ndarray, f, y: Array) -> PyTree:
+        """The derivative of all f(y + sum_j a_ij x_j) in the x_j: df/dy times a, a block an entry."""
+        count, push = len(a), jax.linearize(f, y)[1]
+
+        def moved(xs):
+            sums = jnp.sum(xs.reshape(-1, 1, count) * a[None], 2)
+            return jax.vmap(push, 1, 1)(sums).reshape(-1)
+
+        return self.of_stages(count).jacobian(moved, jnp.zeros(count * len(y), y.dtype))
+
     def jacobian(self, f, y: Array) -> PyTree:
         """df/dy at y."""
         raise NotImplementedError
@@ -92,6 +115,12 @@ def numpy_or_jax(x):
 @dataclasses.dataclass(frozen=True)
 class Dense(Linear):
     """Any Jacobian: n derivatives of f, and Gaussian elimination with partial pivoting."""
+
+    def of_stages(self, count):
+        return self
+
+    def jacobian_of_stages(self, a, f, y):
+        return jnp.kron(self.jacobian(f, y), a)  # in as many derivatives as one state takes
 
     def jacobian(self, f, y):
         return jax.jacfwd(f)(y)

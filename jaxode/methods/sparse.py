@@ -1,5 +1,6 @@
 """A Jacobian of any pattern: found by few derivatives, and solved with as a narrow band."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,9 @@ class Sparse(Linear):
     def __repr__(self):
         colors = int(self.color.max()) + 1
         return f"Sparse({self.n} equations, {len(self.rows)} entries, {colors} colors, {self.band})"
+
+    def of_stages(self, count):
+        return stages_of(self, count) if count > 1 else self
 
     def jacobian(self, f, y):
         if len(y) != self.n:
@@ -131,6 +135,14 @@ class Sparse(Linear):
         _, g = lax.scan(forwards, zero, (inverses, lower, right))
         _, x = lax.scan(backwards, zero, (upper, g), reverse=True)
         return x.reshape(-1)[self.rank]
+
+
+@functools.lru_cache(16)
+def stages_of(sparse: Sparse, count: int) -> Sparse:
+    """Its structure for so many states at once; found once, as that takes a while."""
+    each = np.indices((count, count)).reshape(2, -1, 1)
+    rows, columns = (count * np.stack([sparse.rows, sparse.columns])[:, None] + each).reshape(2, -1)
+    return Sparse((rows, columns), count * sparse.n)
 
 
 def by_blocks(L, D, U):

@@ -23,6 +23,9 @@ class Diagonal(Linear):
     One derivative of f in all directions at once. Entries off the diagonal would be added to it.
     """
 
+    def of_stages(self, count):
+        return BlockDiagonal(count) if count > 1 else self
+
     def jacobian(self, f, y):
         return jax.jvp(f, (y,), (jnp.ones_like(y),))[1]
 
@@ -67,6 +70,10 @@ class Banded(Linear):
                 raise ValueError(
                     f"`{name}` of Banded must be a whole number, 0 or more; got {value!r}."
                 )
+
+    def of_stages(self, count):
+        more = count - 1
+        return Banded(count * self.lower + more, count * self.upper + more)
 
     @property
     def width(self) -> int:
@@ -173,6 +180,9 @@ class BlockDiagonal(Linear):
     def __post_init__(self):
         if not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"`size` of BlockDiagonal must be 1 or more; got {self.size!r}.")
+
+    def of_stages(self, count):
+        return BlockDiagonal(count * self.size)
 
     def count(self, n: int) -> int:
         if n % self.size:
