@@ -171,7 +171,10 @@ MOVES = {
     "transpose": lambda y: jnp.sin(y.reshape(2, 2).T).reshape(4),
     "unstack": lambda y: y * jnp.unstack(y)[1],
 }
+# `jax.checkpoint`, by the name that this JAX has for it.
+CHECKPOINT = jax.make_jaxpr(jax.checkpoint(jnp.sin))(1.0).eqns[0].primitive.name
 CALLS = {
+    CHECKPOINT: jax.checkpoint(lambda y: jnp.sin(jnp.cos(y))),
     "while": lambda y: y * powers(y),
     "empty2": lambda y: jax.grad(lambda y: lax.cond(y[0] > 0.41, jnp.sin, jnp.cos, y).sum())(y),
     "cond": lambda y: lax.cond(y[0] > 0.41, jnp.sin, jnp.cos, y),
@@ -227,7 +230,9 @@ NAMES = {
     "core_call": "jit",
     "closed_call": "jit",
     "expand_dims": "broadcast_in_dim",
-}
+    "pmax": "reduce_max",
+    "pmin": "reduce_min",
+} | dict.fromkeys({"checkpoint", "remat2"} - {CHECKPOINT}, CHECKPOINT)
 
 
 def group(names):

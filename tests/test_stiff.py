@@ -95,7 +95,7 @@ def test_linear_systems_are_solved_and_differentiated_as_by_numpy(n, linear):
     close(many, np.linalg.solve(whole, np.stack([b, v], 1)))
 
 
-# The ring modulator oscillates for 40,000 steps and more, over which errors grow to 25 to 60 tolerances.
+# The ring modulator oscillates for 40,000 steps and more, whose errors add up to 10 to 45 tolerances.
 STIFF = [n for n, p in problems.items() if p.stiff and p.mass is None and n != "ring_modulator"]
 SLOW_TO_COMPILE = ("brusselator_square", "cusp")  # by one method only
 PAIRS = [
@@ -109,8 +109,6 @@ PAIRS = [
 @pytest.mark.parametrize(("problem", "name"), PAIRS)
 def test_stiff_problems_are_solved_to_ten_tolerances(problem, name):
     p = problems[problem]
-    # It enlarges errors, those of rodas5p to 12.5 tolerances at 1e-6 and 1e-8.
-    most = 15 if problem == "brusselator_square" else 10
     linear = Banded(*p.band) if p.band else None
     run = jax.jit(
         lambda rtol: solve(
@@ -121,7 +119,7 @@ def test_stiff_problems_are_solved_to_ten_tolerances(problem, name):
     for rtol in (1e-4, 1e-6, 1e-8):
         found = run(rtol)
         error = np.abs(found.ys[-1] - p.answer()) / (p.scale + np.abs(p.answer()))
-        assert int(found.status) != Status.SUCCESS or error.max() < most * rtol, rtol
+        assert int(found.status) != Status.SUCCESS or error.max() < 10 * rtol, rtol
 
 
 @pytest.mark.parametrize("name", rosenbrock)
@@ -130,7 +128,7 @@ def test_what_df_dy_keeps_is_kept_to_roundings_so_that_e5_is_right_where_it_is_s
     run = jax.jit(
         lambda atol: (
             solve(
-                p.f, p.y0, [0.0, 1e7, 1e13], method=name, rtol=1e-7, atol=atol, max_steps=2**15
+                p.f, p.y0, [0.0, 1e7, 1e13], method=name, rtol=1e-8, atol=atol, max_steps=2**15
             ).ys
         )
     )

@@ -33,6 +33,11 @@ def is_short(eqn) -> bool:
     return eqn.invars[0].aval.size <= REDUCED
 
 
+def is_of_lanes(eqn) -> bool:
+    """Whether a collective is a short reduction: `jax.vmap` has put the place of an axis for its name."""
+    return is_short(eqn) and all(isinstance(axis, int) for axis in eqn.params["axes"])
+
+
 def is_no_matrix_product(eqn) -> bool:
     """Whether a product is one of a vector, or of tiny matrices."""
     (contract_a, contract_b), (batch, _) = eqn.params["dimension_numbers"]
@@ -62,7 +67,7 @@ MOVES = frozenset(
     unstack""".split()
 )
 CALLS = frozenset(
-    """while cond scan jit pjit closed_call core_call custom_jvp_call custom_vjp_call
+    """while cond scan jit pjit closed_call core_call checkpoint remat2 custom_jvp_call custom_vjp_call
     custom_linear_solve""".split()
 )
 # What one call can be made of, and when: found out by compiling each (tests/test_one_call.py does it
@@ -75,6 +80,8 @@ RULES: dict[str, Callable] = {
         is_short,
     ),
     "clamp": is_real,
+    "pmax": is_of_lanes,
+    "pmin": is_of_lanes,
     "dot_general": is_no_matrix_product,
 }
 

@@ -89,18 +89,14 @@ class Auto(Method):
     def step(self, f, s, y: PyTree, memory: Memory, h) -> Step:
         seen = lax.stop_gradient(memory.seen)
         is_stiff = seen >= PATIENCE
-        some, every = of_all(is_stiff)
-        # Each has its turn if any of the solves that go in step needs it, with h = 0 for the others:
-        # what is computed and left out must have finite derivatives.
+        # With h = 0 for the others: what is computed and left out must have finite derivatives.
         zero = jnp.zeros_like(h)
         mild_h, stiff_h = jnp.where(is_stiff, zero, h), jnp.where(is_stiff, h, zero)
-        mild = tree.where_needed(
-            ~every, lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen)
+        step, seen = chosen(
+            is_stiff,
+            lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen),
+            lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen),
         )
-        stiff = tree.where_needed(
-            some, lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen)
-        )
-        step, seen = tree.where(is_stiff, stiff, mild)
         return step._replace(memory=Memory(step.slope, seen), stages=(is_stiff, step.stages))
 
     def mild_step(self, f, s, y, k, h, seen):
@@ -143,13 +139,19 @@ def alike(step: Step, stages) -> Step:
     )
 
 
-def of_all(flag):
-    """Whether it is so for any, and for all, of the solves that go in step."""
+def chosen(flag, fn, otherwise):
+    """`fn()` where the flag is set, else `otherwise()`: each if any of the solves that go in step needs it.
+
+    Backwards each is computed again from what it was given. Else its derivative would be handed all
+    that both compute on the way, two hundred arrays, zeros for the one that is not taken.
+    """
+    fn, otherwise = (jax.checkpoint(fn, prevent_cse=False) for fn in (fn, otherwise))
     number = flag.astype(jnp.int32)
     try:
-        return lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
+        some, every = lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
     except NameError:  # there is one solve
-        return flag, flag
+        return lax.cond(flag, fn, otherwise)
+    return tree.where(flag, tree.where_needed(some, fn), tree.where_needed(~every, otherwise))
 
 
 def fastest(f, y: PyTree, v: PyTree, products: int):

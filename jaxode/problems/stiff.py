@@ -65,10 +65,14 @@ def e5(y, t):
     It keeps b - c - d = 0, and at late times only b - c decides: b falls from 1e-10 to 1e-20 at t = 1e11
     and 9e-23 at 1e13, as 1 / t, but to whatever b - c has become. So a rounding of 1e-26 made where
     b was large is there at the end, and an `atol` below 1e-25 cannot be met in double precision. Rosenbrock
-    methods meet 1.1e-24 because they keep linear invariants (`Rosenbrock.missed`; without that b - c
-    drifts by 1e-22 to 1e-19, up to 800 times b at 1e13), but for rodas5p at rtol 1e-4, which is off by
-    2e-22 there. kvaerno5 and kencarp4 have 3 digits of b at 1e13. To see more, put c = b - d, and solve for
-    a, b and d: 5 to 8 digits are right then.
+    methods keep linear invariants (`Rosenbrock.missed`; without that b - c drifts by 1e-22 to 1e-19, up to
+    800 times b at 1e13), but no better than this func does: at the stages of a step joined and freed are
+    1e3 times what is left of them, and their roundings, times h, go into b - c. At t = 2e3 to 9e4 a step of
+    rodas5p at rtol 1e-4 leaves 1e-23 to 4e-23, one of rodas4 a fifth of that; the solution is smooth there,
+    so that no estimate of a truncation error sees it. With an `atol` of 1.1e-24 rodas5p is right to 10
+    tolerances at rtol 1e-4 to 1e-8, but by luck at the first two (4 and 6; other steps gave 12 to 155),
+    and off by 1e-21 at 1e-3. kvaerno5 and kencarp4 have 3 digits of b at 1e13. To see more, put c = b - d,
+    and solve for a, b and d: 5 to 8 digits are right then.
     """
     a, b, c, d = y
     split, joined, removed, freed = 7.89e-10 * a, 1.1e7 * a * c, 1.13e9 * b * c, 1.13e3 * d
