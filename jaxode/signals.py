@@ -327,7 +327,7 @@ class Split:
         func, *args = opened(trace.jaxpr, [*leaves, *jax.tree.leaves(y0), t])
         self.jaxpr, *args = opened(jax.make_jaxpr(partial(inlined, func))(*args), args)
         *given, self.t = self.jaxpr.invars
-        y = given[len(given) - len(self.jaxpr.outvars) :]
+        y = given[len(given) - len(jax.tree.leaves(y0)) :]
         self.values = dict(zip(given[: -len(y) or None], args))
         self.asked: list = []
         self.uncut: list = []  # the equations, without those that cut an affine time off

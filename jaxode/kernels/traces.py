@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from jaxode.methods.method import Parts
+
 RULES = ("custom_jvp_call", "custom_vjp_call")
 ORDERS = 2  # of derivatives that are compared: as many as `replay` has
 
@@ -33,6 +35,20 @@ class Trace:
         time = closed.jaxpr.invars[-1]
         used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
         self.uses_time = any(x is time for x in used)
+
+    @functools.cached_property
+    def parts(self) -> list["Trace"]:
+        """A trace of each part of dy/dt, where func is a pair of functions; else itself."""
+        parts = jax.tree.unflatten(self.out_tree, self.jaxpr.outvars)
+        if not isinstance(parts, Parts):
+            return [self]
+
+        def alone(part):
+            outvars, out_tree = jax.tree.flatten(part)
+            jaxpr = without_dead_code(self.jaxpr.replace(outvars=outvars))
+            return Trace(core.ClosedJaxpr(jaxpr, ()), out_tree, self.key)
+
+        return list(map(alone, parts))
 
     def depends(self, outputs, inputs) -> bool:
         """Whether any of these leaves of dy/dt depends on any of these leaves of y."""
