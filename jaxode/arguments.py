@@ -280,9 +280,10 @@ def number_of_steps(dt, t, max_steps):
     return jnp.where(fine, jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32), -1)
 
 
-def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
+def tolerances(rtol, atol, y0, method: Method) -> tuple[PyTree, PyTree]:
     """rtol and atol as pytrees like y0, never so small that rounding decides."""
     rtol, atol = per_leaf("rtol", rtol, y0), per_leaf("atol", atol, y0)
+    within_reach(method, atol, y0)
 
     def floor(r, a, y):
         least = 4 * float(jnp.finfo(y.dtype).eps)
@@ -318,7 +319,7 @@ def within_reach(method: Method, atol, y0) -> None:
                 "numbers as small as that are right only where no larger one feeds them. Choose a larger "
                 "`atol`; where a law ties small numbers to large ones, use it to leave one of them out; or "
                 "pass atol=0 for relative accuracy alone.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -452,7 +453,7 @@ def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
     closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
     leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
     origin = jax.tree.flatten(static)[::-1]
-    return Trace(closed, jax.tree.structure(out), origin), leaves
+    return Trace(closed.jaxpr, jax.tree.structure(out), origin), leaves
 
 
 def like_state(k, y):

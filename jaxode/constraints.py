@@ -339,9 +339,10 @@ def told(func, given, method, name, mass, jac):
 
 
 def check(
-    problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol
+    problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol, driven: bool
 ) -> tuple[PyTree, bool]:
-    """y0, made to fulfil the algebraic equations to roundings if all is known, and whether it was.
+    """y0, made to fulfil the algebraic equations to roundings if all is known, and whether no other start
+    has to be: a signal that drives func may jump at its knots.
 
     Raise if df/dy has other entries than declared, or y0 does not fulfil them to the tolerances; as far as
     that is known.
@@ -360,7 +361,7 @@ def check(
             f"{off:.3g} tolerances from a state that does. Such a state is found by "
             "jaxode.consistent(func, y0, t0, *args, mass=mass), which keeps what has a derivative."
         )
-    return y, True
+    return y, not driven
 
 
 NOT_FOUND = (

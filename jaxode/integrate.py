@@ -172,8 +172,7 @@ def solve(
     name, method = method, arguments.method_for(method, linear, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
-    rtol, atol = arguments.tolerances(rtol, atol, y0)
-    arguments.within_reach(method, atol, y0)
+    rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     at = y0, t, func_time, args
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
@@ -185,7 +184,7 @@ def solve(
     arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     driven = asks(trace.jaxpr)
-    y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol)
+    y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
@@ -201,7 +200,7 @@ def solve(
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside),
         seen=not driven and dt is None and known(t, rtol, atol, limits),
         jac=of_jac,
-        consistent=consistent and not driven,  # a jump of a signal moves the algebraic part
+        consistent=consistent,
     )
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)

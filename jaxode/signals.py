@@ -338,7 +338,7 @@ class Split:
         bound = {*y, self.t, *(v for eqn in held.eqns for v in eqn.outvars)}
         used = variables([*(v for eqn in held.eqns for v in eqn.invars), *held.outvars])
         self.leaves = [v for v in dict.fromkeys(used) if v not in bound]
-        held = core.ClosedJaxpr(held.replace(invars=[*self.leaves, *y, self.t]), ())
+        held = held.replace(invars=[*self.leaves, *y, self.t])
         self.trace = Trace(held, trace.out_tree, trace.key)
 
     def levelled(self, affine: dict) -> list:

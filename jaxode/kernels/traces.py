@@ -27,13 +27,13 @@ class Trace:
     parts) has to be equal as well.
     """
 
-    def __init__(self, closed: core.ClosedJaxpr, out_tree, origin):
-        self.jaxpr, self.out_tree = closed.jaxpr, out_tree
+    def __init__(self, jaxpr: core.Jaxpr, out_tree, origin):
+        self.jaxpr, self.out_tree = jaxpr, out_tree
         unknown = []
-        key = fingerprint(closed.jaxpr, unknown, ORDERS)
+        key = fingerprint(jaxpr, unknown, ORDERS)
         self.key = (key, out_tree, frozen(origin, unknown, 0) if unknown else None)
-        time = closed.jaxpr.invars[-1]
-        used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
+        time = jaxpr.invars[-1]
+        used = [x for eqn in jaxpr.eqns for x in eqn.invars] + jaxpr.outvars
         self.uses_time = any(x is time for x in used)
 
     @functools.cached_property
@@ -46,7 +46,7 @@ class Trace:
         def alone(part):
             outvars, out_tree = jax.tree.flatten(part)
             jaxpr = without_dead_code(self.jaxpr.replace(outvars=outvars))
-            return Trace(core.ClosedJaxpr(jaxpr, ()), out_tree, self.key)
+            return Trace(jaxpr, out_tree, self.key)
 
         return list(map(alone, parts))
 
