@@ -18,8 +18,8 @@ from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
-from jaxode.methods.method import Method
-from jaxode.methods.names import by_name, named
+from jaxode.methods.method import Method, Parts
+from jaxode.methods.names import by_name, methods, named
 from jaxode.signals import crowded
 from jaxode.tree import known
 
@@ -101,12 +101,24 @@ def with_linear(method: Method, name, linear) -> Method:
     return dataclasses.replace(method, linear=linear)  # type: ignore[type-var]
 
 
-def takes(method: Method, name, mass, jac) -> None:
-    """Raise if a mass matrix or a Jacobian is given which this method cannot take."""
+def takes(method: Method, name, func, mass, jac) -> None:
+    """Raise if func is a pair, or a mass matrix or a Jacobian is given, which this method cannot take."""
+    pair = isinstance(func, Pair)
+    if pair and not method.takes_parts:
+        able = ", ".join(repr(name) for name, method in methods.items() if method.takes_parts)
+        raise ValueError(
+            f"func is a pair (stiff, nonstiff), which is for {able}; {name!r} has one table for all of "
+            "dy/dt: choose one of these, or pass a function that adds the two."
+        )
+    if pair and mass is not None:
+        raise ValueError(
+            "`mass` is for one function: pass one that adds the two of func, and an implicit method such "
+            "as 'rodas5p'. (A regular matrix may also be solved with inside of both.)"
+        )
     if mass is not None and not method.takes_mass:
         raise ValueError(
-            f"`mass` is for Rosenbrock methods such as 'rodas5p'; {name!r} has none. (A regular matrix may "
-            "also be solved with inside of func.)"
+            f"`mass` is for implicit methods such as 'rodas5p' or 'kvaerno5'; {name!r} takes none. (A regular "
+            "matrix may also be solved with inside of func.)"
         )
     if jac is not None and not method.takes_jac:
         raise ValueError(f"`jac` is for implicit methods such as 'rodas5p'; {name!r} takes none.")
@@ -114,16 +126,31 @@ def takes(method: Method, name, mass, jac) -> None:
         raise TypeError(f"`jac` must be a function jac(y, t, *args); got {type(jac).__name__}.")
 
 
-def present(unknown, func, t) -> None:
-    """Raise if an argument is missing, of another library, or no function."""
+class Pair(eqx.Module):
+    """dy/dt in two parts, as one function."""
+
+    stiff: Callable
+    nonstiff: Callable
+
+    def __call__(self, y, t, *args) -> Parts:
+        return Parts(self.stiff(y, t, *args), self.nonstiff(y, t, *args))
+
+
+def present(unknown, func, t) -> Callable:
+    """func, a pair of functions as one; an error if an argument is missing, of another library, or no
+    function."""
     if unknown:
         raise TypeError(about_words(unknown))
     if t is None:
         raise TypeError("The output times `t` are missing: solve(func, y0, t, *args).")
-    if not callable(func):
-        raise TypeError(
-            f"`func` must be callable, as func(y, t, *args); got {type(func).__name__}."
-        )
+    if callable(func):
+        return func
+    if isinstance(func, tuple | list) and len(func) == 2 and all(map(callable, func)):
+        return Pair(*func)
+    raise TypeError(
+        "`func` must be callable, as func(y, t, *args), or a pair (stiff, nonstiff) of such functions; "
+        f"got {type(func).__name__}."
+    )
 
 
 def as_state(y0: PyTree) -> PyTree:
@@ -253,9 +280,10 @@ def number_of_steps(dt, t, max_steps):
     return jnp.where(fine, jnp.ceil(jnp.minimum(exact, most)).astype(jnp.int32), -1)
 
 
-def tolerances(rtol, atol, y0) -> tuple[PyTree, PyTree]:
+def tolerances(rtol, atol, y0, method: Method) -> tuple[PyTree, PyTree]:
     """rtol and atol as pytrees like y0, never so small that rounding decides."""
     rtol, atol = per_leaf("rtol", rtol, y0), per_leaf("atol", atol, y0)
+    within_reach(method, atol, y0)
 
     def floor(r, a, y):
         least = 4 * float(jnp.finfo(y.dtype).eps)
@@ -291,7 +319,7 @@ def within_reach(method: Method, atol, y0) -> None:
                 "numbers as small as that are right only where no larger one feeds them. Choose a larger "
                 "`atol`; where a law ties small numbers to large ones, use it to leave one of them out; or "
                 "pass atol=0 for relative accuracy alone.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -422,14 +450,16 @@ def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
         return checked(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
-    closed = jax.make_jaxpr(derivative)(arrays, y0, time)
+    closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
     leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
     origin = jax.tree.flatten(static)[::-1]
-    return Trace(closed, jax.tree.structure(y0), origin), leaves
+    return Trace(closed.jaxpr, jax.tree.structure(out), origin), leaves
 
 
 def like_state(k, y):
     """What func returned, if it is a derivative of y; else a TypeError that says what it is."""
+    if isinstance(k, Parts):
+        return Parts(*(like_state(part, y) for part in k))
     one = jax.tree.structure(0)
     if jax.tree.structure(y) == one and isinstance(k, list | tuple):
         k = jnp.stack([jnp.asarray(x) for x in k]) if k else jnp.zeros(0, y.dtype)

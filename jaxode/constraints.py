@@ -56,12 +56,15 @@ class Problem(NamedTuple):
         return beside.system(Field(self.trace, leaves, *at), of_jac)
 
 
-def of_systems(adjoint: Callable, beside: Beside, of_jac: Field | None) -> Callable:
-    """The adjoint, for a field with what stands beside it; y0 is made to fulfil its algebraic equations."""
+def of_systems(
+    adjoint: Callable, beside: Beside, of_jac: Field | None, consistent: bool
+) -> Callable:
+    """The adjoint, for a field with what stands beside it; y0 is made to fulfil its algebraic equations, if
+    it is not known to."""
 
     def solve(integrator, field, y0, ss):
         f = beside.system(field, of_jac)
-        if beside.mass is None:
+        if beside.mass is None or consistent:
             return adjoint(integrator, f, y0, ss)
         start = 0 * ss[0]
         y, found = corrected(f, integrator.method.linear, y0, start)
@@ -217,7 +220,7 @@ def check_structure(problem: Problem, leaves, beside: Beside | None, y0, t) -> N
 @partial(jax.jit, static_argnums=0)
 def difference_of_products(problem: Problem, leaves, beside: Beside, y0, t0):
     """How much they differ, over what roundings may be; 0 where they are not finite."""
-    linear, system = problem.method.linear, problem.system(leaves, beside, t0)
+    linear, system = problem.method.linear, problem.system(leaves, beside, t0).parts[0]
     field, pack, _ = vectors(system, y0)
     x, s = pack(y0), 0 * t0
     found = problem.method.jacobian(system, field, s, x)
@@ -315,7 +318,7 @@ def initial(problem: Problem, leaves, beside: Beside, y0, t0):
 def told(func, given, method, name, mass, jac):
     """func, with its equations combined where that is needed; what a method is told beside it; and the
     trace of the user's Jacobian, if there is one. `given` are (y0, t, func_time, args)."""
-    arguments.takes(method, name, mass, jac)
+    arguments.takes(method, name, func, mass, jac)
     if mass is None and jac is None:
         return func, None, None
     y0, t, func_time, args = given
@@ -335,12 +338,18 @@ def told(func, given, method, name, mass, jac):
     return func, Beside(jax.tree.map(jnp.asarray, mass), algebraic, leaves), of_jac
 
 
-def check(problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol) -> None:
-    """Raise if df/dy has other entries than declared, or y0 does not fulfil the algebraic equations; as far
-    as that is known."""
+def check(
+    problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol, driven: bool
+) -> tuple[PyTree, bool]:
+    """y0, made to fulfil the algebraic equations to roundings if all is known, and whether no other start
+    has to be: a signal that drives func may jump at its knots.
+
+    Raise if df/dy has other entries than declared, or y0 does not fulfil them to the tolerances; as far as
+    that is known.
+    """
     check_structure(problem, leaves, beside, y0, t)
     if beside is None or beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
-        return
+        return y0, False
     y, found = initial(problem, leaves, beside, y0, jnp.asarray(t[0]))
     if not found:
         raise ValueError(NOT_FOUND)
@@ -352,6 +361,7 @@ def check(problem: Problem, leaves, beside: Beside | None, y0, t, rtol, atol) ->
             f"{off:.3g} tolerances from a state that does. Such a state is found by "
             "jaxode.consistent(func, y0, t0, *args, mass=mass), which keeps what has a derivative."
         )
+    return y, not driven
 
 
 NOT_FOUND = (

@@ -92,7 +92,10 @@ def solve(
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
-            a vector). Any callable, an equinox module too. Traced once.
+            a vector). Any callable, an equinox module too. Traced once. Or a pair (stiff, nonstiff) of
+            such functions whose sum it is, for "kencarp3", "kencarp4" and "kencarp5" (IMEX): the first is
+            solved implicitly, so that its fast modes do not limit the steps, and `linear` and `jac` are
+            about it alone; the second is only evaluated, once a stage.
         y0: the initial state, a pytree of real or complex arrays of any shapes. Integers and
             booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
             and times are computed in float32.
@@ -136,12 +139,12 @@ def solve(
             `BlockDiagonal(size)`, `Diagonal()`, `Sparse(pattern)`, `Krylov()`, or `Dense()`, the default. Of
             the state as one vector. Entries that it leaves out are an error where y0, t and args are known,
             and found once for each problem; under `jit` nothing looks for them.
-        mass: M of M dy/dt = func(y, t, *args), for "rodas5p", "rodas4" and "rodas4p": constant, an array of
-            n x n numbers that acts on the state as one vector, or its diagonal: n numbers, or a pytree
-            like y0. May be traced. Where a row is 0 the equation is algebraic: a DAE of index 1. Its
-            part of y0 has to fulfil it to the tolerance (see `jaxode.consistent`); where values are not
-            known, as under `jit`, it is the first guess of what does.
-        jac: df/dy, for these and the diagonally implicit methods, as `jac(y, t, *args)`: an array of n x n
+        mass: M of M dy/dt = func(y, t, *args), for the Rosenbrock and the diagonally implicit methods:
+            constant, an array of n x n numbers that acts on the state as one vector, or its diagonal: n
+            numbers, or a pytree like y0. May be traced. Where a row is 0 the equation is algebraic: a DAE of
+            index 1. Its part of y0 has to fulfil it to the tolerance (see `jaxode.consistent`); where values
+            are not known, as under `jit`, it is the first guess of what does.
+        jac: df/dy, for the same methods, as `jac(y, t, *args)`: an array of n x n
             numbers, or what `jax.jacfwd(func)` returns. By default it is derived from func.
 
     Returns:
@@ -163,14 +166,13 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
-    arguments.present(unknown, func, t)
+    func = arguments.present(unknown, func, t)
     y0 = arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
     name, method = method, arguments.method_for(method, linear, y0)
     max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
-    rtol, atol = arguments.tolerances(rtol, atol, y0)
-    arguments.within_reach(method, atol, y0)
+    rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     at = y0, t, func_time, args
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
@@ -181,8 +183,8 @@ def solve(
         return no_times(y0, t)
     arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
     problem = constraints.Problem(trace, of_jac, method, func_time)
-    constraints.check(problem, leaves, beside, y0, t, rtol, atol)
     driven = asks(trace.jaxpr)
+    y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
@@ -198,6 +200,7 @@ def solve(
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside),
         seen=not driven and dt is None and known(t, rtol, atol, limits),
         jac=of_jac,
+        consistent=consistent,
     )
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
@@ -210,11 +213,13 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
     *_, dt, _ = limits
     method = static.method
     chosen_steps = method.error_order and static.steps is None and dt is None
-    if method.implicit or not chosen_steps:
+    parts = static.trace.parts
+    if (method.implicit and len(parts) == 1) or not chosen_steps:
         return checked(solution, throw)
-    slope = lambda y, t: static.trace(given[0], y, t.astype(static.func_time))
+    slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
     again = lambda *times: solve_at(*times, *limits)
-    return checked(solution, throw, lambda: stiffness.hint(solution, again, times, slope))
+    remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
+    return checked(solution, throw, lambda: stiffness.hint(solution, again, times, slope, remedy))
 
 
 def run(program: Callable, *args) -> Solution:
@@ -232,7 +237,8 @@ def run(program: Callable, *args) -> Solution:
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a compiled solve is specialised to. `seen`: times and limits were checked at the door."""
+    """What a compiled solve is specialised to. `seen`: times and limits were checked at the door;
+    `consistent`: y0 fulfils the algebraic equations."""
 
     trace: Trace
     method: Method
@@ -246,6 +252,7 @@ class Static:
     throw: bool
     seen: bool
     jac: Trace | None = None
+    consistent: bool = False
 
 
 @partial(jax.jit, static_argnums=0)
@@ -260,7 +267,7 @@ def compiled(
     field, adjoint = Field(static.trace, leaves, *given), static.adjoint
     if beside is not None:
         of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
-        adjoint = constraints.of_systems(adjoint, beside, of_jac)
+        adjoint = constraints.of_systems(adjoint, beside, of_jac, static.consistent)
     valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
     if dt is not None:

@@ -327,7 +327,7 @@ class Split:
         func, *args = opened(trace.jaxpr, [*leaves, *jax.tree.leaves(y0), t])
         self.jaxpr, *args = opened(jax.make_jaxpr(partial(inlined, func))(*args), args)
         *given, self.t = self.jaxpr.invars
-        y = given[len(given) - len(self.jaxpr.outvars) :]
+        y = given[len(given) - len(jax.tree.leaves(y0)) :]
         self.values = dict(zip(given[: -len(y) or None], args))
         self.asked: list = []
         self.uncut: list = []  # the equations, without those that cut an affine time off
@@ -338,7 +338,7 @@ class Split:
         bound = {*y, self.t, *(v for eqn in held.eqns for v in eqn.outvars)}
         used = variables([*(v for eqn in held.eqns for v in eqn.invars), *held.outvars])
         self.leaves = [v for v in dict.fromkeys(used) if v not in bound]
-        held = core.ClosedJaxpr(held.replace(invars=[*self.leaves, *y, self.t]), ())
+        held = held.replace(invars=[*self.leaves, *y, self.t])
         self.trace = Trace(held, trace.out_tree, trace.key)
 
     def levelled(self, affine: dict) -> list:

@@ -13,13 +13,18 @@ BOUND = 2.0  # h |lambda| where explicit methods begin to be unstable: 2 for Eul
 PRODUCTS = 30  # with df/dy, of the power method
 
 
-def hint(solution: Solution, again: Callable, times, slope: Callable) -> str:
+EXPLICIT = "Pass method='rodas5p' (or 'auto')."
+OF_PAIR = "Move what decays so fast to the first function of the pair, which is solved implicitly."
+
+
+def hint(solution: Solution, again: Callable, times, slope: Callable, remedy=EXPLICIT) -> str:
     """What to say to a failed explicit solve: that it looks stiff, if it does; else nothing.
 
     A step that accuracy holds short has h |lambda| about 1 or less for every eigenvalue lambda of df/dy; at
     2 or more, with a negative real part, it is stability that does (Hairer and Wanner 1996, sec. IV.2).
 
-    `again(t, since)` is the same solve at other times than `times`, and `slope(y, t)` func. The solve is
+    `again(t, since)` is the same solve at other times than `times`, and `slope(y, t)` func, or what of it an
+    explicit table serves. The solve is
     done again to have the state near its end: no solve that succeeds pays for this.
     """
     ends = Status.MAX_STEPS, Status.DT_TOO_SMALL
@@ -41,7 +46,7 @@ def hint(solution: Solution, again: Callable, times, slope: Callable) -> str:
         return ""
     return (
         f" It looks stiff: the fastest mode decays at a rate of {rate:.1e}, and explicit steps must not be "
-        f"longer than about {h:.1e} to be stable. Pass method='rodas5p' (or 'auto')."
+        f"longer than about {h:.1e} to be stable. {remedy}"
     )
 
 

@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
     tree solution methods.method methods.explicit methods.tables methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
-    methods.implicit methods.rosenbrock methods.esdirk methods.collocation methods.auto methods.names
+    methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
+    methods.names
     tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
     stepping.field stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes

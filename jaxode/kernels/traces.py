@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from jaxode.methods.method import Parts
+
 RULES = ("custom_jvp_call", "custom_vjp_call")
 ORDERS = 2  # of derivatives that are compared: as many as `replay` has
 
@@ -25,14 +27,28 @@ class Trace:
     parts) has to be equal as well.
     """
 
-    def __init__(self, closed: core.ClosedJaxpr, out_tree, origin):
-        self.jaxpr, self.out_tree = closed.jaxpr, out_tree
+    def __init__(self, jaxpr: core.Jaxpr, out_tree, origin):
+        self.jaxpr, self.out_tree = jaxpr, out_tree
         unknown = []
-        key = fingerprint(closed.jaxpr, unknown, ORDERS)
+        key = fingerprint(jaxpr, unknown, ORDERS)
         self.key = (key, out_tree, frozen(origin, unknown, 0) if unknown else None)
-        time = closed.jaxpr.invars[-1]
-        used = [x for eqn in closed.jaxpr.eqns for x in eqn.invars] + closed.jaxpr.outvars
+        time = jaxpr.invars[-1]
+        used = [x for eqn in jaxpr.eqns for x in eqn.invars] + jaxpr.outvars
         self.uses_time = any(x is time for x in used)
+
+    @functools.cached_property
+    def parts(self) -> list["Trace"]:
+        """A trace of each part of dy/dt, where func is a pair of functions; else itself."""
+        parts = jax.tree.unflatten(self.out_tree, self.jaxpr.outvars)
+        if not isinstance(parts, Parts):
+            return [self]
+
+        def alone(part):
+            outvars, out_tree = jax.tree.flatten(part)
+            jaxpr = without_dead_code(self.jaxpr.replace(outvars=outvars))
+            return Trace(jaxpr, out_tree, self.key)
+
+        return list(map(alone, parts))
 
     def depends(self, outputs, inputs) -> bool:
         """Whether any of these leaves of dy/dt depends on any of these leaves of y."""

@@ -6,9 +6,11 @@ equations, a review.
 """
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,7 +19,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.methods.implicit import Implicit, square, vectors
 from jaxode.methods.linear import DENSE, Linear
-from jaxode.methods.method import Method, Step
+from jaxode.methods.method import Method, Parts, Step
 from jaxode.methods.newton import relative, simplified, solved
 
 
@@ -30,14 +32,25 @@ class Esdirk(Implicit):
     y1 is the argument of the last k_i, and this k_i is the slope there: the k_0 of the next step. Each
     is differentiated as the implicit function that it is, so that no derivative knows of iterations.
 
+    For M dy/ds = f(y, s), M constant, singular or not, M k_i stands in the place of k_i: every stage, the
+    last one too, fulfils the algebraic equations (HW sec. VI.1).
+
+    For dy/ds = f(y, s) + g(y, s), g not stiff, a method with an `explicit` table takes the slopes of g in
+    the same stages by it, and those of f by the other one:
+
+        Y_i = y + h sum_(j < i) (a_ij f_j + A_ij g_j) + h gamma f_i,    y1 = y + h sum_i b_i (f_i + g_i),
+
+    b the last row of a, with gamma (Kennedy and Carpenter 2003, see `jaxode.methods.kencarp`).
+
     Attributes:
         order, error_order: of y1, and of the embedded solution.
         gamma, c, a: the coefficients; row i of a has i entries, without gamma.
-        e: weights of the error, h sum_i e_i k_i; `filtered` by (I - h gamma J)^-1 where it would be large
+        e: weights of the error, h sum_i e_i k_i; `filtered` by (M - h gamma J)^-1 where it would be large
             for fast modes that have died out (HW eq. IV.8.20).
         guess: weights of the slopes before in the first guess of k_i.
         dense_order: the order with which dense output converges: the cubic Hermite interpolant, or for
             order 1 the straight line.
+        explicit: the table A of the part that is not stiff; none where the method has no such part.
         iterations: the most iterations for a stage; a step in which one needs more is rejected.
         kappa: a stage is solved when what is left of it has a norm below this; the error of a step may
             have 1.
@@ -53,65 +66,136 @@ class Esdirk(Implicit):
     guess: tuple[tuple[float, ...], ...]
     dense_order: int
     filtered: bool = False
+    explicit: tuple[tuple[float, ...], ...] = ()
     iterations: int = 10
     kappa: float = 1e-2
     linear: Linear = DENSE
     takes_jac = True
+    takes_mass = True
     iterates = True
 
     @property
     def beyond(self) -> bool:  # type: ignore[override]
         return max(self.c) > 1
 
+    @property
+    def takes_parts(self) -> bool:  # type: ignore[override]
+        return bool(self.explicit)
+
+    def start(self, f, s, y: PyTree) -> PyTree:
+        """dy/ds, of each part."""
+        ks = [part(y, s) for part in parts_of(f)]
+        if getattr(f, "mass", None) is not None:
+            return self.slope_of_system(f, s, y, *ks)
+        return memory_of(ks)
+
+    def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
+        """dy/ds. In algebraic equations the slope of a stage is of a lower order than y is."""
+        if getattr(f, "mass", None) is not None:
+            return self.slope_of_system(f, s, y, f(y, s))
+        return whole(memory)
+
     def step(self, f, s, y: PyTree, memory: PyTree, h, norm=relative) -> Step:
-        field, pack, unpack = vectors(f, y)
-        y0, k0 = pack(y), pack(memory)
-        jacobian = self.jacobian(f, field, s, y0)
+        stiff, *others = parts_of(f)
+        field, pack, unpack = vectors(stiff, y)
+        explicit = [vectors(other, y)[0] for other in others]
+        y0, *k0s = map(pack, (y, *(memory if others else [memory])))
         width = tree.scale(self.gamma, h)
-        matrix = self.linear.shifted(jacobian, width)
-        substitute = partial(self.linear.substitute, self.linear.factor(lax.stop_gradient(matrix)))
-        a, guess = square(self.a, y0.dtype), square(self.guess, y0.dtype)
+        jacobian, solve, filtered = self.equations(stiff, field, s, y0, k0s[0], h)
         measure = lambda x, y: lax.convert_element_type(norm(unpack(x), unpack(y)), y0.dtype)
+        tables, guess = tables_of(self, bool(others), y0.dtype), square(self.guess, y0.dtype)
 
         def stage(carry, given):
             ys, guesses, (good, count, factor) = carry
-            i, c, a, guess = given
+            i, c, columns, guess = given
             begin, first = (lax.dynamic_index_in_dim(x, i, 0, False) for x in (ys, guesses))
             place = lambda k: begin + tree.scale(width, k)
-            residual = lambda k: k - field(place(k), s + tree.scale(c, h))
-            newton = partial(
-                simplified, substitute, place, measure, self.kappa, self.iterations, factor
-            )
-            k, found = solved(residual, first, newton, self.linear)
-            ys, guesses = added(ys, tree.scale(h, k), a), added(guesses, k, guess)
-            return (ys, guesses, (good * found[0], count + found[1], found[2])), (k, begin)
+            time = s + tree.scale(c, h)
+            k, found = solve(lambda k: field(place(k), time), place, measure, first, factor)
+            ks = [k, *(other(place(k), time) for other in explicit)]
+            for k, column in zip(ks, columns):
+                ys = added(ys, tree.scale(h, k), column)
+            guesses = added(guesses, ks[0], guess)
+            return (ys, guesses, (good * found[0], count + found[1], found[2])), (ks, begin)
 
-        wide = jnp.broadcast_to(y0, (len(self.c), *y0.shape))
-        begin = (
-            added(wide, tree.scale(h, k0), a[:, 0]),
-            added(jnp.zeros_like(wide), k0, guess[:, 0]),
-            tuple(jnp.asarray(x, y0.dtype) for x in (1, 0, 1)),
-        )
-        rest = jnp.asarray(self.c[1:], h.dtype), jnp.asarray(a.T[1:]), jnp.asarray(guess.T[1:])
+        ys = jnp.broadcast_to(y0, (len(tables[0]), *y0.shape))
+        for k0, table in zip(k0s, tables):
+            ys = added(ys, tree.scale(h, k0), table[:, 0])
+        guesses = jnp.zeros((len(self.c), *y0.shape), y0.dtype)
+        counted = tuple(jnp.asarray(x, y0.dtype) for x in (1, 0, 1))
+        begin = ys, added(guesses, k0s[0], guess[:, 0]), counted
+        columns = [jnp.asarray(table.T[1:]) for table in tables]
+        rest = jnp.asarray(self.c[1:], h.dtype), columns, jnp.asarray(guess.T[1:])
         given = jnp.arange(1, len(self.c), dtype=jnp.int32), *rest
-        (_, _, (good, count, _)), (ks, begins) = lax.scan(stage, begin, given)
-        y1 = begins[-1] + tree.scale(width, ks[-1])
-        error = tree.scale(self.e[0], k0) + jnp.tensordot(np.asarray(self.e[1:], y0.dtype), ks, 1)
-        error = tree.scale(h, error)
-        if self.filtered:
-            error = substitute(error)
-        k1 = unpack(ks[-1])
+        (ys, _, (good, count, _)), (kss, begins) = lax.scan(stage, begin, given)
+        if others:
+            y1 = unpack(ys[-1])
+            memory1 = memory_of([part(y1, s + h) for part in (stiff, *others)])
+        else:
+            y1 = unpack(begins[-1] + tree.scale(width, kss[0][-1]))
+            memory1 = unpack(kss[0][-1])
+        e = np.asarray(self.e[1:], y0.dtype)
+        weighed = [tree.scale(self.e[0], k0) + jnp.tensordot(e, ks, 1) for k0, ks in zip(k0s, kss)]
+        error = unpack(filtered(tree.scale(h, functools.reduce(jnp.add, weighed))))
         # The inverse of an infinite matrix is 0: Newton's method would stop where it began.
         converged = (good > 0) & tree.all_finite(jacobian)
         evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
-        return Step(unpack(y1), k1, k1, [unpack(error)], memory, converged, evaluations)
+        ends = whole(memory), whole(memory1)
+        return Step(y1, memory1, ends[1], [error], ends[0], converged, evaluations)
+
+    def equations(self, f, field, s, y0, k0, h):
+        """df/dy; what solves M k = slope(k) from a first guess of k (the other arguments are those of
+        `simplified`); and the filter of the error."""
+        mass = getattr(f, "mass", None)
+        jacobian = self.jacobian(f, field, s, y0)
+        weigh, regular = self.weights(mass, y0, h)
+        matrix = self.linear.shifted(jacobian, tree.scale(self.gamma, h), regular)
+        substitute = partial(self.linear.substitute, self.linear.factor(lax.stop_gradient(matrix)))
+
+        def solve(slope, place, measure, first, factor):
+            def residual(k):
+                if mass is None:
+                    return k - slope(k)
+                return jnp.where(h == 0, k - k0, weigh(k) - slope(k))
+
+            limits = self.kappa, self.iterations, factor
+            newton = partial(simplified, substitute, place, measure, *limits)
+            return solved(residual, first, newton, self.linear)
+
+        return jacobian, solve, lambda error: substitute(weigh(error)) if self.filtered else error
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """The cubic through y, y', y1, y1' (HNW eq. II.6.7); the straight line for a method of order 1."""
         moved = tree.difference(step.y, y)
         if self.order == 1:
             return [moved]
-        return tree.hermite(h, moved, step.stages, step.slope)
+        if getattr(f, "mass", None) is None:
+            return tree.hermite(h, moved, step.stages, step.slope)
+        # The slopes of stages would make it of order 3 in what algebraic equations say.
+        return tree.hermite(h, moved, self.slope(f, s, y, None), self.slope(f, s + h, step.y, None))
+
+
+def tables_of(method: Esdirk, several: bool, dtype) -> list[np.ndarray]:
+    """The tables of the parts, as matrices; of several with y1 as one more stage."""
+    if not several:
+        return [square(method.a, dtype)]
+    b = (*method.a[-1], method.gamma)
+    return [square((*rows, b), dtype)[:, :-1] for rows in (method.a, method.explicit)]
+
+
+def parts_of(f) -> list:
+    """The fields of which a field is the sum."""
+    return getattr(f, "parts", [f])
+
+
+def memory_of(slopes: list) -> PyTree:
+    """What a step hands to the next: the slope, or that of each part."""
+    return Parts(*slopes) if len(slopes) > 1 else slopes[0]
+
+
+def whole(memory: PyTree) -> PyTree:
+    """dy/ds."""
+    return jax.tree.map(jnp.add, *memory) if isinstance(memory, Parts) else memory
 
 
 def added(sums: Array, x: Array, weights) -> Array:
@@ -120,8 +204,9 @@ def added(sums: Array, x: Array, weights) -> Array:
 
 
 def esdirk(
-    order, *, gamma, c, a, e, guess, dense_order, error_order=None, filtered=False, caution=1.0
-) -> Esdirk:
+    order, *, gamma, c, a, e, guess, dense_order, error_order=None, filtered=False, caution=1.0,
+    explicit=(),
+) -> Esdirk:  # fmt: skip
     """An ESDIRK method as the literature prints it, but for the diagonal of a.
 
     The error is multiplied by `caution`. The published estimates are honest, but some come so close
@@ -134,7 +219,7 @@ def esdirk(
     return Esdirk(
         order, error_order or order - 1, float(gamma), floats(c), rows(a),
         floats([caution * w for w in e]), rows(guess),
-        dense_order, filtered,
+        dense_order, filtered, rows(explicit),
     )  # fmt: skip
 
 
@@ -243,44 +328,10 @@ kvaerno5 = esdirk(
 )
 """The same paper: order 5(4), seven stages."""
 
-kencarp4 = esdirk(
-    4,
-    gamma=0.25,
-    c=[0, 0.5, 0.332, 0.62, 0.85, 1],
-    a=[
-        [],
-        [0.25],
-        [0.137776, -0.055776],
-        [0.14463686602698217, -0.22393190761334475, 0.4492950415863626],
-        [0.09825878328356477, -0.5915442428196704, 0.8101210538282996, 0.283164405707806],
-        [0.15791629516167136, 0, 0.18675894052400077, 0.6805652953093346, -0.27524053099500667],
-    ],
-    e=[
-        0.0032044943984591845,
-        0,
-        -0.002446251136679456,
-        -0.021480075919587227,
-        0.04394686806857245,
-        -0.02322503541076487,
-    ],
-    guess=[
-        [],
-        [1],
-        [0.33599999999999997, 0.664],
-        [-0.24, 1.24, 0],
-        [-0.37096774193548376, 0, 0, 1.3709677419354838],
-        [-0.17647058823529416, 0, 0, 0, 1.1764705882352942],
-    ],
-    dense_order=4,
-    caution=14,
-)
-"""Kennedy and Carpenter (2003), ARK4(3)6L[2]SA, its implicit part: order 4(3), six stages."""
-
 methods: dict[str, Method] = {
     "implicit_euler": implicit_euler,
     "trbdf2": trbdf2,
     "kvaerno3": kvaerno3,
-    "kencarp4": kencarp4,
     "kvaerno5": kvaerno5,
 }
 """Every method by its name."""

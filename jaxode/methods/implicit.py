@@ -1,6 +1,7 @@
 """What families of implicit methods share: what they hand to the next step, and states as vectors."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.methods.linear import Linear
+from jaxode.methods.linear import Linear, solver
 from jaxode.methods.method import Method
 
 
@@ -39,11 +40,39 @@ class Implicit(Method):
             return self.linear.jacobian(lambda y: field(y, s), y)
         return self.linear.matrix(jac(y, s))
 
+    def slope_of_system(self, f, s, y: PyTree, known: PyTree) -> PyTree:
+        """dy/ds for M dy/ds = f: known = f in the rows of M that are not 0; in the others, which are
+        algebraic equations, 0 = df/dy dy/ds + df/ds."""
+        field, pack, unpack = vectors(f, y)
+        x = pack(y)
+        of_time = time_derivative(f, field, s, x)
+        still = jnp.zeros_like(x) if of_time is None else -of_time
+        algebraic = lax.convert_element_type(f.algebraic, x.dtype)
+        solve = solver(self.linear, self.jacobian(f, field, s, x), -algebraic, f.mass)
+        return unpack(solve(jnp.where(f.algebraic, still, pack(known))))
+
+    def weights(self, mass, y: Array, h):
+        """x -> M x, and what stands in the place of M in the matrix of the stages."""
+        if mass is None:
+            return lambda x: x, None
+        one = self.linear.matrix(np.ones(len(y), y.dtype))
+        # A step of size 0 is the identity: a singular M alone could not be solved with.
+        regular = jax.tree.map(lambda one, m: jnp.where(h == 0, one, m), one, mass)
+        return partial(self.linear.product, mass), regular
+
     def backwards(self) -> Method:
         raise ValueError(
             "adjoint='backsolve' has no implicit methods: it solves y(t) backwards in time, where the "
             "fast modes of a stiff problem explode. Use 'replay'."
         )
+
+
+def time_derivative(f, field, s, y):
+    """df/ds, or None where the field does not look at the time."""
+    trace = getattr(f, "trace", None)
+    if trace is not None and not trace.uses_time:
+        return None
+    return jax.jvp(lambda s: field(y, s), (s,), (jnp.ones_like(s),))[1]
 
 
 def vectors(f, y: PyTree) -> tuple[Callable, Callable, Callable]:

@@ -30,6 +30,14 @@ class Step(NamedTuple):
     evaluations: Array | int = 0
 
 
+class Parts(NamedTuple):
+    """dy/ds in two parts, of which it is the sum: one for the implicit table of a method, one for its
+    explicit table."""
+
+    stiff: Any
+    nonstiff: Any
+
+
 class Method:
     """A one-step method: a hashable value that answers three questions about a field f on [0, 1].
 
@@ -58,9 +66,10 @@ class Method:
             arrays may be handed over as one vector.
         sums_slopes: whether a step only adds multiples of slopes, so that a step of the state with
             its sensitivities is the derivative of the step.
-        takes_mass: whether the field may be a `System`: of M dy/ds, with a mass matrix M. The slope of
-            a step is then M dy/ds, and `slope` is dy/ds all the same.
+        takes_mass: whether the field may be a `System`: of M dy/ds, with a mass matrix M. What a step
+            hands to the next may then be M dy/ds, and `slope` is dy/ds all the same.
         takes_jac: whether it uses the Jacobian of such a field, if there is one.
+        takes_parts: whether the field may have two `parts`, one stiff and one not, and a table for each.
     """
 
     order: int
@@ -76,6 +85,7 @@ class Method:
     sums_slopes: bool = False
     takes_mass: bool = False
     takes_jac: bool = False
+    takes_parts: bool = False
     stage_count: int = 8
 
     def suited_to(self, y0: PyTree) -> "Method":

@@ -5,12 +5,15 @@ import difflib
 from jaxode.methods.auto import methods as auto
 from jaxode.methods.collocation import methods as collocation
 from jaxode.methods.esdirk import methods as esdirk
+from jaxode.methods.kencarp import methods as kencarp
 from jaxode.methods.method import Method
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
 
-methods: dict[str, Method] = {**tables, **splittings, **rosenbrock, **esdirk, **auto, **collocation}
+methods: dict[str, Method] = {
+    **tables, **splittings, **rosenbrock, **esdirk, **kencarp, **auto, **collocation,
+}  # fmt: skip
 
 
 def by_name(meanings: dict[str, str]) -> dict[str, str]:
@@ -30,7 +33,7 @@ ELSEWHERE = by_name({
     "leapfrogmidpoint semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
     "bdf radau radauiia5 rodas5 rosenbrock23 vode cvode zvode": STIFF,
     "lsoda autotsit5": "'auto' finds out by itself whether a problem is stiff, as it does",
-    "kvaerno4 kencarp3 kencarp5": STIFF,
+    "kvaerno4": STIFF,
     "impliciteuler": "it is 'implicit_euler' here",
     "implicitmidpoint": "it is 'implicit_midpoint' here",
     "gausslegendre gausslegendre4 gl4 irk": "'gauss4' is Gauss's method of order 4",

@@ -6,7 +6,6 @@ References: Hairer and Wanner (1996), Solving Ordinary Differential Equations II
 import dataclasses
 import functools
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.methods.implicit import Implicit, square, vectors
+from jaxode.methods.implicit import Implicit, square, time_derivative, vectors
 from jaxode.methods.linear import DENSE, WRITTEN_OUT, Linear, solver
 from jaxode.methods.method import Method, Step
 
@@ -59,17 +58,10 @@ class Rosenbrock(Implicit):
     takes_jac = True
 
     def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
-        """dy/ds: with a mass matrix M dy/ds = f, and 0 = df/dy dy/ds + df/ds in algebraic equations."""
-        mass = getattr(f, "mass", None)
-        if mass is None:
+        """dy/ds: the memory is M dy/ds."""
+        if getattr(f, "mass", None) is None:
             return memory
-        field, pack, unpack = vectors(f, y)
-        x = pack(y)
-        known, of_time = pack(memory), time_derivative(f, field, s, x)
-        still = jnp.zeros_like(x) if of_time is None else -of_time
-        algebraic = lax.convert_element_type(f.algebraic, x.dtype)
-        solve = solver(self.linear, self.jacobian(f, field, s, x), -algebraic, mass)
-        return unpack(solve(jnp.where(f.algebraic, still, known)))
+        return self.slope_of_system(f, s, y, memory)
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         field, pack, unpack = vectors(f, y)
@@ -89,15 +81,6 @@ class Rosenbrock(Implicit):
         solved = tree.all_finite(jacobian, *(us if self.linear.iterative else us[:1]))
         error = us[-1] if self.caution == 1 else tree.scale(self.caution, us[-1])
         return Step(y1, k1, k1, [unpack(error)], us, solved, len(self.c))
-
-    def weights(self, mass, y, h):
-        """x -> M x, and what stands in the place of M in the matrix of the stages."""
-        if mass is None:
-            return lambda x: x, None
-        one = self.linear.matrix(np.ones(len(y), y.dtype))
-        # A step of size 0 is the identity: a singular M alone could not be solved with.
-        regular = jax.tree.map(lambda one, m: jnp.where(h == 0, one, m), one, mass)
-        return partial(self.linear.product, mass), regular
 
     def written_out(self, field, s, y, k, of_time, h, solve, weigh):
         """The u_i, the last y_i, and the slopes at all of them."""
@@ -187,14 +170,6 @@ class Rosenbrock(Implicit):
         rows = [sum(tree.scale(w, u) for w, u in zip(row, step.stages) if w) for row in self.dense]
         d = [moved + rows[0], *[b - a for a, b in itertools.pairwise(rows)], -rows[-1]]
         return [unpack(x) for x in d]
-
-
-def time_derivative(f, field, s, y):
-    """df/ds, or None where the field does not look at the time."""
-    trace = getattr(f, "trace", None)
-    if trace is not None and not trace.uses_time:
-        return None
-    return jax.jvp(lambda s: field(y, s), (s,), (jnp.ones_like(s),))[1]
 
 
 def rosenbrock(order, *, gamma, c, d, a, g, dense, dense_order, caution=1.0) -> Rosenbrock:

@@ -6,6 +6,7 @@ gradients with respect to t0 and t1 are those of two more parameters of the fiel
 their full relative precision when t0 is large, because what is added up is s and not t.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.kernels.traces import Trace
+from jaxode.methods.method import Parts
 
 
 class Field(eqx.Module):
@@ -35,6 +37,11 @@ class Field(eqx.Module):
     time_dtype: Any = eqx.field(static=True)
     beyond: bool = eqx.field(static=True, default=False)  # as of a `Method`
 
+    @property
+    def parts(self) -> list["Field"]:
+        """The fields of which this is the sum: one, or a stiff one and another."""
+        return [dataclasses.replace(self, trace=trace) for trace in self.trace.parts]
+
     def time(self, s):
         """t0 + (t1 - t0) s, never beyond t1 by a rounding; t0 if func does not look at it.
 
@@ -49,6 +56,8 @@ class Field(eqx.Module):
 
     def __call__(self, y: PyTree, s) -> PyTree:
         out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
+        if isinstance(out, Parts):
+            out = jax.tree.map(jnp.add, *out)
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)
 
 
@@ -67,6 +76,10 @@ class System(eqx.Module):
     def trace(self) -> Trace:
         return self.field.trace
 
+    @property
+    def parts(self) -> list["System"]:
+        return [dataclasses.replace(self, field=field) for field in self.field.parts]
+
     def __call__(self, y: PyTree, s) -> PyTree:
         return self.field(y, s)
 
@@ -84,6 +97,10 @@ class Ravelled(eqx.Module):
     @property
     def trace(self) -> Trace:
         return self.field.trace
+
+    @property
+    def parts(self) -> list["Ravelled"]:
+        return [dataclasses.replace(self, field=field) for field in self.field.parts]
 
     def __call__(self, y, s):
         return ravel(self.field(self.unravel(y), s))
