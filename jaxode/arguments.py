@@ -47,14 +47,15 @@ WORDS = by_name({
         "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
     "Dfun jacobian": "the Jacobian df/dy, for an implicit method, is `jac`, a function jac(y, t, *args)",
     "mass_matrix M": "the mass matrix is `mass`",
-    "events event event_fn": "there are no events: solve to a time, look at the state, and solve on",
+    "event event_fn callback callbacks cb discrete_terminating_event":
+        "events are `events=[jaxode.Event(...), ...]`",
     "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
     "tfirst vectorized": CALLED,
     "stepsize_controller controllers options":
         "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
     "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg": GRADIENTS,
     "solver alg integrator": "the method is `method`, a name such as 'tsit5'",
-    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`",
+    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`, and at `jaxode.Event(times=...)`",
     "max_num_steps maxiters nsteps": "the most steps are `max_steps`",
     "full_output printmessg stats": "`solve` returns statistics and the status",
     "reltol rel_tol": "the relative tolerance is `rtol`",
@@ -64,7 +65,8 @@ WORDS = by_name({
     "progress_meter": "there is none",
 })  # fmt: skip
 OPTIONS = (
-    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac"
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac "
+    "events"
 ).split()
 
 
@@ -384,6 +386,32 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     return bool(heuristics)
 
 
+def with_events(happening, adjoint, heuristics, mass) -> None:
+    """Raise if something is asked for that a solve with events does not have."""
+    if happening is None:
+        return
+    if adjoint in ("backsolve", adjoints.named["backsolve"]):
+        raise ValueError(
+            "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
+        )
+    if heuristics:
+        raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
+    if mass is not None and any(event.change is not None for event in happening.events):
+        raise ValueError(
+            "An Event cannot change the state of a problem with `mass`: end the solve there "
+            "(terminal=True), change the state, and solve on."
+        )
+
+
+def no_signals(both: bool) -> None:
+    """Raise if a solve has events and asks signals."""
+    if both:
+        raise ValueError(
+            "A solve has either events or a jaxode.Signal: let func interpolate (jnp.interp), and pass the "
+            "knots as Event(times=knots)."
+        )
+
+
 def no_varying(inputs) -> None:
     """Raise if JAX checks what varies over a mesh: loops that begin with zeros do not pass it."""
     for x in jax.tree.leaves(inputs):
@@ -422,10 +450,10 @@ def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
         return checked(func(y, t, *args), y)
 
     time = jax.ShapeDtypeStruct((), func_time)
-    closed = jax.make_jaxpr(derivative)(arrays, y0, time)
+    closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
     leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
     origin = jax.tree.flatten(static)[::-1]
-    return Trace(closed, jax.tree.structure(y0), origin), leaves
+    return Trace(closed, jax.tree.structure(out), origin), leaves
 
 
 def like_state(k, y):

@@ -74,6 +74,8 @@ RULES: dict[str, Callable] = {
         reduce_prod reduce_sum reduce_xor""".split(),
         is_short,
     ),
+    # Of solves that go in step: `jax.vmap` has made reductions over an axis of them.
+    **dict.fromkeys(("pmax", "pmin"), is_short),
     "clamp": is_real,
     "dot_general": is_no_matrix_product,
 }

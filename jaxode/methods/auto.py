@@ -17,7 +17,7 @@ from jaxode import tree
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.implicit import vectors
 from jaxode.methods.linear import DENSE, Linear
-from jaxode.methods.method import LANES, Method, Step
+from jaxode.methods.method import Method, Step, of_all
 from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
 from jaxode.methods.tables import methods as tables
 
@@ -141,15 +141,6 @@ def alike(step: Step, stages) -> Step:
     return step._replace(
         memory=None, stages=stages, converged=jnp.asarray(step.converged), evaluations=evaluations
     )
-
-
-def of_all(flag):
-    """Whether it is so for any, and for all, of the solves that go in step."""
-    number = flag.astype(jnp.int32)
-    try:
-        return lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
-    except NameError:  # there is one solve
-        return flag, flag
 
 
 def fastest(f, y: PyTree, v: PyTree, products: int):

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PyTree
 
 # The axis of solves that go in step, where there are many: for `lax.pmax` and the like.
@@ -107,3 +109,12 @@ class Method:
     def backwards(self) -> "Method":
         """The method that solves the continuous adjoint of `backsolve`, whose state is (y, a, p)."""
         return self
+
+
+def of_all(flag):
+    """Whether it is so for any, and for all, of the solves that go in step."""
+    number = flag.astype(jnp.int32)
+    try:
+        return lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
+    except NameError:  # there is one solve
+        return flag, flag
