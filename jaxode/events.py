@@ -27,7 +27,7 @@ class Event:
     """Something that happens in a solve: `solve(..., events=[Event(...), ...])`.
 
     Either where a condition changes its sign, which is found on the dense output of each accepted step, at
-    four places of it, and then to rounding; or at known times. Every step ends at an event, and the next
+    eight places of it, and then to rounding; or at known times. Every step ends at an event, and the next
     one starts there with what `change` has made of the state. Of several the first in time is taken
     first; at the same time, the first in the list.
 
@@ -143,10 +143,20 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
     of_condition: list = []
     of_change: list = []
     real = jnp.asarray(t).dtype
+
+    def trace(name, func, checked, given=y0):
+        try:
+            return arguments.trace_of(func, given, t, func_time, args, checked)
+        except TypeError as error:
+            if "positional argument" not in str(error):
+                raise
+            more = ", value" if name == "change" and values is not None else ""
+            raise TypeError(
+                f"The {name} of an Event is called as {name}(y, t{more}, *args): {error}"
+            ) from error
+
     if event.condition is not None:
-        condition, of_condition = arguments.trace_of(
-            event.condition, y0, t, func_time, args, as_condition
-        )
+        condition, of_condition = trace("condition", event.condition, as_condition)
         keep = event.keep or (event.count if event.terminal else KEEP)
     else:
         times = known_times(event.times, t, real)
@@ -162,9 +172,7 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
     if event.change is not None:
         given = y0 if values is None else (y0, jax.tree.map(lambda v: v[0], values))
         func = event.change if values is None else WithValue(event.change)
-        change, of_change = arguments.trace_of(
-            func, given, t, func_time, args, lambda k, given: as_change(k, y0)
-        )
+        change, of_change = trace("change", func, lambda k, given: as_change(k, y0), given)
     return Watched(
         condition=condition, change=change, direction=DIRECTIONS[event.direction],
         terminal=event.count if event.terminal else 0, keep=keep, of_condition=of_condition,
@@ -256,7 +264,7 @@ def occurrences(given: Given, folded) -> tuple[Occurrences, ...]:
     found, first = [], 1
     for event, count in zip(given.events, counts):
         mine = jax.tree.map(lambda x: x[first : first + event.keep], rows)
-        there = jnp.arange(event.keep) < count
+        there = jnp.arange(event.keep, dtype=count.dtype) < count
         fit = lambda x: there.reshape((-1,) + (1,) * (x.ndim - 1))
         times, states = jax.tree.map(lambda x: jnp.where(fit(x), x, jnp.nan), mine)
         found.append(Occurrences(times, states, lax.stop_gradient(count).astype(jnp.int32)))

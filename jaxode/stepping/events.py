@@ -29,7 +29,7 @@ from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method, Step, of_all
 from jaxode.solution import Status
 
-PLACES = 4  # of a step at which conditions are watched
+PLACES = 8  # of a step at which conditions are watched
 AT_ONCE = 256  # roundings of time within which an event that happens again will do so for ever
 SMALL = 4096  # numbers of a log, up to which choosing is faster than writing into it
 
@@ -192,8 +192,8 @@ class WithEvents(Method):
         y1, s_at, y_at = happen(f, which, s, y, due[which], counts[which])
         inner = self.method.start(f.field, s, y1)
         one = (jnp.arange(len(due)) == which).astype(due.dtype)
-        keep = np.array([event.keep for event in f.events])
-        first = jnp.asarray(np.cumsum([0, *keep[:-1]]), counts.dtype)
+        keep = np.array([event.keep for event in f.events], counts.dtype)
+        first = np.cumsum([0, *keep[:-1]], dtype=counts.dtype)
         row = jnp.sum(one * (first + counts)) + 1
         kept = jnp.sum(one * counts) < jnp.sum(one * keep)
         row = jnp.where(kept, row, 0).astype(jnp.int32)
@@ -344,9 +344,9 @@ def happens(method: WithEvents, f: Eventful, old, step: Step, h, cut):
     f, old, step = lax.stop_gradient((f, old, step))
     found = jnp.any(old.memory.due > 0) | cut
     if f.conditions:
-        changed = jnp.stack(places(method, f, old, step, h)) * old.watch.signs <= 0
+        changed = jnp.stack(places(method, f, old, step, h)) * old.watch.signs[None] <= 0
         watched = np.array([event.condition is not None for event in f.events])
-        found = found | jnp.any(changed & watched)
+        found = found | jnp.any(changed & watched[None])
     return found
 
 
@@ -367,7 +367,7 @@ def after_event(f: Eventful, old, new, step: Step):
     """After a step of size 0 that has made the change of an event: as `after_step`."""
     watch, memory, s = old.watch, new.memory, new.s
     one, at = step.stages[1].counts > 0, step.stages[1].s
-    terminal = np.array([event.terminal for event in f.events])
+    terminal = np.array([event.terminal for event in f.events], s.dtype)
     ended = jnp.any(one & (terminal > 0) & (memory.counts >= terminal))
     soon = AT_ONCE * float(jnp.finfo(s.dtype).eps) * jnp.maximum(s, watch.last)
     known_time = np.array([event.condition is None for event in f.events])
@@ -431,7 +431,7 @@ def watch_inside(method: WithEvents, f: Eventful, old, step: Step, h, accepted):
     found = Found(jnp.zeros(sign.shape, bool), jnp.zeros_like(sign), sign)
     if not f.conditions:
         return sign, found
-    directions = np.array([event.direction for event in f.events])
+    directions = np.array([event.direction for event in f.events], sign.dtype)
     for n, there in enumerate(places(method, f, old, step, h)):
         crossed = (sign * there <= 0) & (sign != 0) & (directions * sign <= 0)  # not if NaN
         here = Found(crossed, jnp.full_like(sign, n / PLACES), sign)
@@ -480,7 +480,7 @@ class Log:
         """With what a step adds to it, if it does. (`accepted` is True where it is known to do so.)"""
         if accepted is True:
             return self.put(log, record)
-        some = of_all(accepted & (record.row > 0))[0]
+        some = of_all(accepted & jnp.any(record.counts > 0))[0]
         record = jax.tree.map(lambda x: jnp.where(accepted, x, 0), record)
         # A loop that turns at most once: unlike a conditional it leaves the rows where they are.
         turn = lambda carry: (jnp.array(False), self.put(carry[1], record))
