@@ -386,32 +386,6 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     return bool(heuristics)
 
 
-def with_events(happening, adjoint, heuristics, mass) -> None:
-    """Raise if something is asked for that a solve with events does not have."""
-    if happening is None:
-        return
-    if adjoint in ("backsolve", adjoints.named["backsolve"]):
-        raise ValueError(
-            "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
-        )
-    if heuristics:
-        raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
-    if mass is not None and any(event.change is not None for event in happening.events):
-        raise ValueError(
-            "An Event cannot change the state of a problem with `mass`: end the solve there "
-            "(terminal=True), change the state, and solve on."
-        )
-
-
-def no_signals(both: bool) -> None:
-    """Raise if a solve has events and asks signals."""
-    if both:
-        raise ValueError(
-            "A solve has either events or a jaxode.Signal: let func interpolate (jnp.interp), and pass the "
-            "knots as Event(times=knots)."
-        )
-
-
 def no_varying(inputs) -> None:
     """Raise if JAX checks what varies over a mesh: loops that begin with zeros do not pass it."""
     for x in jax.tree.leaves(inputs):

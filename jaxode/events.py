@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, tree
+from jaxode import arguments
+from jaxode.adjoints import names as adjoints
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
 
@@ -83,14 +84,14 @@ class Event:
                     f"`{name}` must be a function {name}(y, t, *args); got {type(value).__name__}."
                 )
         if self.direction not in DIRECTIONS:
-            raise ValueError(
-                f"`direction` must be 'up', 'down' or 'both'; got {self.direction!r}."
-            )
+            raise ValueError(f"`direction` must be 'up', 'down' or 'both'; got {self.direction!r}.")
         if not isinstance(self.terminal, bool):
             raise TypeError(f"`terminal` must be True or False; got {self.terminal!r}.")
         arguments.whole("count", self.count)
         if self.count > 1 and not self.terminal:
-            raise ValueError("`count` says when a terminal event ends the solve: pass terminal=True.")
+            raise ValueError(
+                "`count` says when a terminal event ends the solve: pass terminal=True."
+            )
         if self.keep is not None:
             arguments.whole("keep", self.keep)
         if self.times is None and self.values is not None:
@@ -114,25 +115,46 @@ class Given(NamedTuple):
     """Events with times in the unit of func: what is static of them, and their arrays."""
 
     static: Any
-    arrays: list[Array]
+    arrays: Any
 
     @property
     def events(self) -> tuple[Watched, ...]:
         return jax.tree.unflatten(self.static, self.arrays)
 
 
-def at_the_door(events, func, y0, t, func_time, args) -> Given | None:
-    """The events of a solve, traced; None if there are none. Raises errors that say what to do."""
-    if events is None:
-        return None
-    events = [events] if isinstance(events, Event) else events
-    if not isinstance(events, Sequence) or not all(isinstance(e, Event) for e in events):
+def at_the_door(events, func, y0, t, func_time, args, other) -> Given:
+    """The events of a solve, traced: `Given(None, None)` if there are none.
+
+    `other` is what else was asked for. Raises errors that say what to do.
+    """
+    events = [events] if isinstance(events, Event) else [] if events is None else events
+    kinds = (
+        [type(e).__name__ for e in events]
+        if isinstance(events, Sequence)
+        else [type(events).__name__]
+    )
+    if set(kinds) - {"Event"}:
         raise TypeError(
-            "`events` must be a list of jaxode.Event(condition, ...); got "
-            f"{type(events).__name__ if not isinstance(events, Sequence) else [type(e).__name__ for e in events]}."
+            f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
         )
     if not events:
-        return None
+        return Given(None, None)
+    if other["adjoint"] in ("backsolve", adjoints.named["backsolve"]):
+        raise ValueError(
+            "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
+        )
+    if other["heuristics"]:
+        raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
+    if other["mass"] is not None and any(event.change is not None for event in events):
+        raise ValueError(
+            "An Event cannot change the state of a problem with `mass`: end the solve there "
+            "(terminal=True), change the state, and solve on."
+        )
+    if other["signal"]:
+        raise ValueError(
+            "A solve has either events or a jaxode.Signal: let func interpolate (jnp.interp), and pass the "
+            "knots as Event(times=knots)."
+        )
     all_of_them = tuple(traced(event, y0, t, func_time, args) for event in events)
     return Given(*jax.tree.flatten(all_of_them)[::-1])
 
@@ -224,7 +246,9 @@ def as_change(k, y):
     try:
         return arguments.like_state(k, y)
     except TypeError as error:
-        message = str(error).replace("func must return a derivative", "`change` must return a state")
+        message = str(error).replace(
+            "func must return a derivative", "`change` must return a state"
+        )
         message = message.replace("func returned", "`change` returned")
         raise TypeError(f"{message} (in an Event)") from error
 
@@ -261,12 +285,17 @@ def on_the_unit_interval(event: Watched, t0, span) -> Watched:
 def occurrences(given: Given, folded) -> tuple[Occurrences, ...]:
     """The log of a solve, event by event."""
     rows, counts = folded
-    found, first = [], 1
-    for event, count in zip(given.events, counts):
-        mine = jax.tree.map(lambda x: x[first : first + event.keep], rows)
+    first = np.cumsum([1, *(event.keep for event in given.events)])
+
+    def one(start: int, event: Watched, count):
         there = jnp.arange(event.keep, dtype=count.dtype) < count
-        fit = lambda x: there.reshape((-1,) + (1,) * (x.ndim - 1))
-        times, states = jax.tree.map(lambda x: jnp.where(fit(x), x, jnp.nan), mine)
-        found.append(Occurrences(times, states, lax.stop_gradient(count).astype(jnp.int32)))
-        first += event.keep
-    return tuple(found)
+
+        def mine(x):
+            x = x[start : start + event.keep]
+            return jnp.where(there.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan)
+
+        count = lax.stop_gradient(count).astype(jnp.int32)
+        times, states = jax.tree.map(mine, rows)
+        return Occurrences(times, states, count)
+
+    return tuple(map(one, first, given.events, counts))

@@ -186,10 +186,9 @@ def solve(
     arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     constraints.check(problem, leaves, beside, y0, t, rtol, atol)
-    happening = look_for(events, func, *at)
-    arguments.with_events(happening, adjoint, heuristics, mass)
     driven = asks(trace.jaxpr)
-    arguments.no_signals(driven and happening is not None)
+    other = dict(adjoint=adjoint, heuristics=heuristics, mass=mass, signal=driven)
+    happening = look_for(events, func, *at, other)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
@@ -197,7 +196,7 @@ def solve(
         method=method,
         controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint, method),
-        max_steps=(steps or 0) + max_steps if happening else steps or max_steps,
+        max_steps=max_steps + (steps or 0) if happening.arrays else steps or max_steps,
         steps=steps,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
@@ -205,10 +204,10 @@ def solve(
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside),
         seen=not driven and dt is None and known(t, rtol, atol, limits),
         jac=of_jac,
-        events=None if happening is None else happening.static,
+        events=happening.static,
     )
-    of_events = None if happening is None else happening.arrays
-    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, of_events)
+    limits = rtol, atol, *limits, dt, beside, happening.arrays
+    given = static, (leaves, y0), (t, since), limits
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 

@@ -36,7 +36,14 @@ def dropped(height, g=G, **options):
 
 
 METHODS = [
-    *(("tsit5", {}), ("dop853", {}), ("bosh3", {}), ("rodas5p", {}), ("kvaerno5", {}), ("auto", {})),
+    *(
+        ("tsit5", {}),
+        ("dop853", {}),
+        ("bosh3", {}),
+        ("rodas5p", {}),
+        ("kvaerno5", {}),
+        ("auto", {}),
+    ),
     *(("rk4", {"dt": 0.1}), ("dopri5", {"dt": 0.3}), ("gauss4", {"dt": 0.2})),
 ]
 
@@ -97,11 +104,13 @@ def test_event_times_have_the_derivatives_of_the_closed_form(adjoint, n):
 def test_forward_mode_and_second_derivatives_agree_with_the_closed_form():
     """The n-th time is proportional to the square root of the height."""
     time = bounces(1.0, G, 2)[1]
-    of = lambda adjoint: lambda height: (
-        dropped(height, t=[0.0, 1.5], adjoint=adjoint, max_steps=50).events[0].times[1]
+    of = lambda adjoint: (
+        lambda height: (
+            dropped(height, t=[0.0, 1.5], adjoint=adjoint, max_steps=50).events[0].times[1]
+        )
     )
-    np.testing.assert_allclose(jax.jacfwd(of("forward"))(1.0), time / 2, rtol=1e-9)
-    np.testing.assert_allclose(jax.hessian(of("replay"))(1.0), -time / 4, rtol=1e-8)
+    value, slope = jax.jvp(jax.jacfwd(of("forward")), (1.0,), (1.0,))
+    np.testing.assert_allclose((value, slope), (time / 2, -time / 4), rtol=1e-8)
 
 
 @pytest.mark.parametrize("adjoint", ["replay", "direct"])
@@ -109,7 +118,7 @@ def test_what_comes_after_a_jump_has_its_derivatives(adjoint):
     """Height at t = 1, after two bounces, against finite differences of the closed form."""
 
     def height_at_1(height, g):
-        (t1, t2), v = bounces(height, g, 2), BOUNCE**2 * np.sqrt(2 * g * height)
+        (_, t2), v = bounces(height, g, 2), BOUNCE**2 * np.sqrt(2 * g * height)
         assert t2 < 1.3
         return v * (1.3 - t2) - g * (1.3 - t2) ** 2 / 2
 
@@ -137,7 +146,9 @@ def test_doses_at_known_times():
 
     def amount(times, amounts, k, adjoint="replay"):
         dose = Event(times=times, values=amounts, change=lambda y, t, amount, k: y + amount)
-        return solve(lambda y, t, k: -k * y, 0.0, [0.0, 16.0, 24.0], k, events=[dose], adjoint=adjoint)
+        return solve(
+            lambda y, t, k: -k * y, 0.0, [0.0, 16.0, 24.0], k, events=[dose], adjoint=adjoint
+        )
 
     def exact(times, amounts, k, t=24.0):
         return jnp.sum(amounts * jnp.exp(-k * (t - times)))
@@ -178,7 +189,9 @@ def test_a_terminal_event_ends_the_solve():
 
 def test_a_terminal_event_may_have_to_happen_several_times():
     stop = Event(lambda y, t: y[0], terminal=True, count=3)
-    sol = solve(lambda y, t: jnp.stack([y[1], -y[0]]), jnp.array([0.0, 1.0]), [0.0, 20.0], events=[stop])
+    sol = solve(
+        lambda y, t: jnp.stack([y[1], -y[0]]), jnp.array([0.0, 1.0]), [0.0, 20.0], events=[stop]
+    )
     np.testing.assert_allclose(sol.events[0].times, np.pi * np.arange(1, 4), rtol=1e-6)
     np.testing.assert_allclose(sol.reached, 3 * np.pi, rtol=1e-6)
 
@@ -207,7 +220,9 @@ def test_two_crossings_within_one_step_are_found():
     np.testing.assert_allclose(sol.events[0].times[:2], [0.4, 0.6], rtol=1e-9)
 
 
-@pytest.mark.parametrize(("direction", "exact"), [("up", [0.5]), ("down", [1.0]), ("both", [0.5, 1.0])])
+@pytest.mark.parametrize(
+    ("direction", "exact"), [("up", [0.5]), ("down", [1.0]), ("both", [0.5, 1.0])]
+)
 def test_only_the_wanted_direction_counts(direction, exact):
     wave = Event(lambda y, t: -jnp.sin(2 * jnp.pi * t), direction=direction)
     sol = solve(lambda y, t: 0 * y, jnp.zeros(1), [0.0, 1.3], events=[wave], hmax=0.1)
@@ -225,7 +240,9 @@ def test_one_that_begins_on_its_root_is_not_found_there():
 
 def test_bounces_that_accumulate_end_with_a_status():
     """After the sum of all flights the ball would have bounced infinitely often."""
-    floor = Event(lambda y, t, g: y[0], direction="down", change=lambda y, t, g: y * jnp.array([1.0, -0.5]))
+    floor = Event(
+        lambda y, t, g: y[0], direction="down", change=lambda y, t, g: y * jnp.array([1.0, -0.5])
+    )
     sol = dropped(jnp.array(1.0), events=[floor], throw=False)
     first = np.sqrt(2 / G)
     assert sol.status == Status.EVENTS_ACCUMULATE
@@ -244,7 +261,9 @@ def test_decreasing_time():
 def test_a_state_of_several_arrays_and_a_boolean_condition():
     y0 = {"x": jnp.array([1.0, 2.0]), "v": jnp.array(1.0)}
     field = lambda y, t: {"x": -y["x"], "v": 0 * y["v"]}
-    low = Event(lambda y, t: y["x"][1] < 1.0, change=lambda y, t: {"x": y["x"] * 3, "v": y["v"] + 1})
+    low = Event(
+        lambda y, t: y["x"][1] < 1.0, change=lambda y, t: {"x": y["x"] * 3, "v": y["v"] + 1}
+    )
     sol = solve(field, y0, [0.0, 1.0], events=[low], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(sol.events[0].times[0], np.log(2), rtol=1e-5)
     np.testing.assert_allclose(sol.ys["v"][-1], 2.0)
@@ -273,7 +292,11 @@ WRONG = [
     (lambda: Event(lambda y, t: y, count=2), ValueError, "terminal=True"),
     (lambda: Event(lambda y, t: y, values=[1.0]), TypeError, "known `times`"),
     (lambda: run(Event(lambda y, t: y)), TypeError, "one real number"),
-    (lambda: run(Event(lambda y, t: y[0], change=lambda y, t: y[0])), TypeError, "`change` returned"),
+    (
+        lambda: run(Event(lambda y, t: y[0], change=lambda y, t: y[0])),
+        TypeError,
+        "`change` returned",
+    ),
     (lambda: run(Event(times=[3.0], terminal=True)), ValueError, "from t\\[0\\] to t\\[-1\\]"),
     (lambda: run(Event(times=[0.5], values=[1.0, 2.0])), ValueError, "a row for each"),
     (lambda: run(lambda y, t: y[0]), TypeError, "jaxode.Event"),

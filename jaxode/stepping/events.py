@@ -88,12 +88,14 @@ class Eventful(eqx.Module):
     def condition(self, i: int, y, s) -> Array:
         """The value of a condition, in the dtype of time; of a boolean one 1 or -1."""
         event = self.events[i]
+        assert event.condition is not None
         g = event.condition(event.of_condition, self.unravel(y), self.time(s))
         return jnp.where(g, 1, -1).astype(s.dtype) if g.dtype == bool else g.astype(s.dtype)
 
     def change(self, i: int, y, s, count) -> PyTree:
         """The state after an event that happens for the `count`-th time, from 0."""
         event, given = self.events[i], self.unravel(y)
+        assert event.change is not None
         if event.values is not None:
             given = given, jax.tree.map(lambda v: v[count], event.values)
         return self.ravel_like(event.change(event.of_change, given, self.time(s)), y)
