@@ -99,6 +99,12 @@ class Stepper(NamedTuple):
             new = seen if go is True else tree.where(go, seen, new)
         return new, h, arrays_of(step)
 
+    def expects_event(self, own, state):
+        """Whether the next step of one solve ends at an event, or makes its change."""
+        integrator, f, ss = self.problems.of(own)
+        cut = integrator.next_end_or_event(state, end_of(ss))[2]
+        return integrator.is_due(state) | cut
+
     def trial_quietly(self, own, state):
         """A trial step of one solve with events; if one happens, none, and that it does."""
         integrator, f, ss = self.problems.of(own)

@@ -413,7 +413,9 @@ def after_step(method: WithEvents, f: Eventful, old, new, step: Step, h, cut, si
     due = jnp.where(accepted & ~behind, due, 0)
     on = with_next(f, watch, counts, new.s)
     on = on._replace(signs=signs, cuts=watch.cuts + cut.astype(jnp.int32))
-    closer = watch._replace(target=old.s + first * h + slack / 2)
+    # So that it is behind the root, and yet so close that the next step ends there.
+    beyond = jnp.maximum(eps**0.4 * first * h, 64 * eps * new.s) / 2
+    closer = watch._replace(target=old.s + first * h + beyond)
     watch = tree.where(behind, closer, tree.where(accepted, on, watch))
     h = jnp.where(cut & accepted, jnp.maximum(new.h, old.h), new.h)
     of = lambda state, h: changes_of(state._replace(h=h), watch, due)
@@ -456,7 +458,7 @@ def first_roots(method: WithEvents, f: Eventful, old, step: Step, h, found: Foun
         there = jnp.stack([at(middle[i])[i] for i in range(len(low))])
         return jnp.where(there == found.sign, middle, low), width / 2
 
-    halvings = int(np.ceil(-np.log2(float(jnp.finfo(h.dtype).eps) ** 0.4))) + 1
+    halvings = int(np.ceil(-np.log2(float(jnp.finfo(h.dtype).eps) ** 0.4))) + 5
     begin = found.start, jnp.full_like(found.start, 1 / PLACES)
     low, width = lax.fori_loop(0, halvings, halve, begin)
     return jnp.where(found.there, low + width, jnp.inf)

@@ -90,18 +90,24 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None)
         return (new, rows, tape), happens
 
     unfinished = lambda carry: steps.unfinished(own, carry[0])
-    turns = lax.while_loop if begin.watch is None else partial(between_events, quiet_body)
+    quietly = quiet_body, lambda carry: steps.expects_event(own, carry[0])
+    turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
     if tape is None:
         return turns(unfinished, body, (begin, rows, tape))
     return checkpoints.recorded(unfinished, body, (begin, rows, tape), turns)
 
 
-def between_events(quiet_body, unfinished, body, carry):
+def between_events(quiet_body, expected, unfinished, body, carry):
     """`lax.while_loop`, whose turns at which nothing happens are a loop of their own with less in it."""
+
+    def quiet(state):
+        carry, happens = quiet_body(state[0])
+        return carry, happens | expected(carry)
 
     def until_one(carry):
         go = lambda state: unfinished(state[0]) & ~state[1]
-        carry, happens = lax.while_loop(go, lambda st: quiet_body(st[0]), (carry, jnp.array(False)))
+        carry, happens = lax.while_loop(go, quiet, (carry, expected(carry)))
+        happens = happens & unfinished(carry)
         # A loop that turns at most once: unlike a conditional it leaves rows and tape where they are.
         turn = lambda state: (body(state[0]), jnp.array(False))
         return lax.while_loop(lambda state: state[1], turn, (carry, happens))[0]
