@@ -29,6 +29,7 @@ from scipy.integrate import solve_ivp
 
 import jaxode
 from bench.ensembles import ensemble_rows
+from bench.events import event_rows
 from bench.everyday import WORKS, cold_rows, eager_rows, work_rows
 from bench.peers import OPTIONAL
 from bench.shards import shard_rows
@@ -394,6 +395,7 @@ STUDIES = {
     "ensembles": ensemble_rows,
     "shards": shard_rows,
     "stiff": stiff_rows,
+    "events": event_rows,
     **EVERYDAY,
 }
 

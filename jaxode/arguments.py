@@ -47,14 +47,15 @@ WORDS = by_name({
         "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
     "Dfun jacobian": "the Jacobian df/dy, for an implicit method, is `jac`, a function jac(y, t, *args)",
     "mass_matrix M": "the mass matrix is `mass`",
-    "events event event_fn": "there are no events: solve to a time, look at the state, and solve on",
+    "event event_fn callback callbacks cb discrete_terminating_event":
+        "events are `events=[jaxode.Event(...), ...]`",
     "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
     "tfirst vectorized": CALLED,
     "stepsize_controller controllers options":
         "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
     "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg": GRADIENTS,
     "solver alg integrator": "the method is `method`, a name such as 'tsit5'",
-    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`",
+    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`, and at `jaxode.Event(times=...)`",
     "max_num_steps maxiters nsteps": "the most steps are `max_steps`",
     "full_output printmessg stats": "`solve` returns statistics and the status",
     "reltol rel_tol": "the relative tolerance is `rtol`",
@@ -64,7 +65,8 @@ WORDS = by_name({
     "progress_meter": "there is none",
 })  # fmt: skip
 OPTIONS = (
-    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac"
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac "
+    "events"
 ).split()
 
 

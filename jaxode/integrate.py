@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, constraints, outputs, stiffness
+from jaxode import arguments, constraints, events, outputs, stiffness
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
@@ -20,12 +20,13 @@ from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.signals import Split, asks, piecewise, valid_times
-from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status
+from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
 from jaxode.stepping.field import Field, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
 from jaxode.tree import known
 
 MAX_STEPS = 2**14
+look_for = events.at_the_door
 
 
 def odeint(
@@ -84,6 +85,7 @@ def solve(
     linear: Linear | None = None,
     mass=None,
     jac: Callable | None = None,
+    events=None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -146,6 +148,8 @@ def solve(
             are not known, as under `jit`, it is the first guess of what does.
         jac: df/dy, for the same methods, as `jac(y, t, *args)`: an array of n x n
             numbers, or what `jax.jacfwd(func)` returns. By default it is derived from func.
+        events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
+            is recorded or changed, or the solve ends. Then `Solution.events`, in the same order.
 
     Returns:
         A `Solution`: ts, ys, status, stats, reached.
@@ -185,6 +189,8 @@ def solve(
     problem = constraints.Problem(trace, of_jac, method, func_time)
     driven = asks(trace.jaxpr)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
+    other = dict(adjoint=adjoint, heuristics=heuristics, mass=mass, signal=driven)
+    happening = look_for(events, func, *at, other)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
@@ -192,7 +198,7 @@ def solve(
         method=method,
         controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint, method),
-        max_steps=steps or max_steps,
+        max_steps=max_steps + (steps or 0) if happening.arrays else steps or max_steps,
         steps=steps,
         func_time=func_time,
         bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
@@ -201,8 +207,10 @@ def solve(
         seen=not driven and dt is None and known(t, rtol, atol, limits),
         jac=of_jac,
         consistent=consistent,
+        events=happening.static,
     )
-    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside)
+    limits = rtol, atol, *limits, dt, beside, happening.arrays
+    given = static, (leaves, y0), (t, since), limits
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
@@ -210,7 +218,7 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
     """The solution; or an error, with what there is to know of the failure."""
     solve_at = partial(run, program, static, *given)
     solution = solve_at(*times, *limits)
-    *_, dt, _ = limits
+    *_, dt, _, _ = limits
     method = static.method
     chosen_steps = method.error_order and static.steps is None and dt is None
     parts = static.trace.parts
@@ -253,11 +261,12 @@ class Static:
     seen: bool
     jac: Trace | None = None
     consistent: bool = False
+    events: Any = None
 
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, of_events
 ) -> Solution:
     """The solve. `since` is t - t[0], if that is known better than t."""
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
@@ -265,6 +274,9 @@ def compiled(
     ss, span = unit_times(times)
     given = t[0], t[-1], span, static.func_time, static.method.beyond
     field, adjoint = Field(static.trace, leaves, *given), static.adjoint
+    happening = None if of_events is None else events.Given(static.events, of_events)
+    if happening is not None:
+        adjoint = events.of_events(adjoint, happening, t[0], span, static.func_time)
     if beside is not None:
         of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
         adjoint = constraints.of_systems(adjoint, beside, of_jac, static.consistent)
@@ -288,7 +300,7 @@ def compiled(
         hmax=if_valid(hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
-        fold=outputs.heuristics if static.heuristics else None,
+        fold=outputs.Estimates() if static.heuristics else None,
     )
     if static.method.any_state and several(y0):
         shapes = tuple(y.shape for y in jax.tree.leaves(y0))
@@ -303,12 +315,14 @@ def compiled(
     ys = jax.tree.map(lambda y: if_valid(y, jnp.nan), ys)
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
-    estimates = None
-    if report.folded is not None:
+    estimates, occurrences = None, None
+    if happening is not None:
+        occurrences = events.occurrences(happening, report.folded)
+    elif report.folded is not None:
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
-    solution = Solution(t, ys, status, stats, reached, estimates)
-    return ended(solution, static.throw, (leaves, y0, t, beside))
+    solution = Solution(t, ys, status, stats, reached, estimates, occurrences)
+    return ended(solution, static.throw, (leaves, y0, t, beside, of_events))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -320,21 +334,22 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
     quiet = dataclasses.replace(static, trace=split.trace, throw=False)
     stretch = lambda leaves, y, t: compiled(quiet, leaves, y, t, None, *options)
     solution = piecewise(stretch, split, y0, t)
-    return ended(solution, static.throw, (leaves, y0, t, options[-1]))
+    return ended(solution, static.throw, (leaves, y0, t, options[-2]))
 
 
 def ended(solution: Solution, throw: bool, inputs) -> Solution:
     """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
-    ys, status = solution.ys, solution.status
+    ys, status = (solution.ys, solution.events), solution.status
     if throw:
-        codes = [code for code in Status if code != Status.SUCCESS]
+        codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
         messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-        failed = status != Status.SUCCESS.value
+        failed = ~succeeded(status)
         ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    ys = poisoned(ys, status == Status.SUCCESS.value, inputs)
-    return solution._replace(ys=ys, status=status)
+    numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
+    ys, happened = eqx.combine(poisoned(numbers, succeeded(status), inputs), counts)
+    return solution._replace(ys=ys, status=status, events=happened)
 
 
 def unit_times(t) -> tuple[Array, Array]:
@@ -357,7 +372,7 @@ def no_times(y0, t) -> Solution:
 
 def checked(solution: Solution, throw: bool | None, hint=lambda: "") -> Solution:
     """Raise if the solve failed, where that is known; `hint()` is what else there is to say of that."""
-    if throw is False or not known(solution) or not np.any(np.asarray(solution.status)):
+    if throw is False or not known(solution) or np.all(succeeded(np.asarray(solution.status))):
         return solution
     status = Status(int(solution.status))
     raise SolveError(

@@ -2,8 +2,8 @@
 
 An output is rows in an array, each written when the step that holds it is accepted. What a kind of
 output says is for one solve and one row; `write` and `gather` below do it for one solve and for many,
-forwards and backwards. Dense output of a step is y(s + theta h) = y + sum_p theta^(p+1) d_p. A fold is
-a sum over the accepted steps of `fold(method, y, h, step)`, with its derivative.
+forwards and backwards. Dense output of a step is y(s + theta h) = y + sum_p theta^(p+1) d_p. A fold
+is linear in what each accepted step adds to it, as a sum is, and is differentiated as such.
 """
 
 import dataclasses
@@ -142,9 +142,24 @@ class EveryStep:
         return jax.tree.map(lambda x: jnp.where(at(x), x, jnp.nan), rows)
 
 
-def heuristics(method, y, h, step):
-    """A fold over the steps: the solver's own estimates of its error and of stiffness."""
-    return method.heuristics(y, h, step)
+class Estimates:
+    """A fold over the steps: the sum of the solver's own estimates of its error and of stiffness."""
+
+    def of_step(self, method, y, h, step):
+        """What a step adds."""
+        return method.heuristics(y, h, step)
+
+    def begin(self, found):
+        """Before the first step; `found` is something like what a step adds."""
+        return jax.tree.map(jnp.zeros_like, found)
+
+    def add(self, total, found, accepted):
+        """The fold after a step."""
+        return jax.tree.map(lambda x, more: x + jnp.where(accepted, more, 0), total, found)
+
+    def total(self, found):
+        """The fold of many steps, along the leading axis; those that were none have added zeros."""
+        return jax.tree.map(lambda x: jnp.sum(x, 0), found)
 
 
 # Forwards.

@@ -13,11 +13,13 @@ class Status(enum.IntEnum):
     """How a solve ended. Data, one per sample: it goes through `jit` and `vmap`."""
 
     SUCCESS = 0
+    EVENT = 1
     MAX_STEPS = 2
     DT_TOO_SMALL = 3
     NON_FINITE = 4
     NON_FINITE_INITIAL = 5
     NOT_CONVERGED = 6
+    EVENTS_ACCUMULATE = 7
     BAD_INPUT = 9
 
     @property
@@ -28,6 +30,7 @@ class Status(enum.IntEnum):
 
 _MESSAGES = {
     Status.SUCCESS: "The solve reached the last time.",
+    Status.EVENT: "A terminal event ended the solve; what comes after it is NaN.",
     Status.MAX_STEPS: (
         "The step limit was reached before the last time. Raise `max_steps` (or `mxstep`), loosen "
         "`rtol` and `atol`, or, if the problem is stiff, pass method='rodas5p'."
@@ -50,11 +53,20 @@ _MESSAGES = {
         "near this time: it may have a kink or a jump, or have left its domain (sqrt and powers at 0). With "
         "a singular `mass`: no initial values fulfil the algebraic equations, or their index is above 1."
     ),
+    Status.EVENTS_ACCUMULATE: (
+        "An event happened again and again, with no time in between. Make it `terminal` after some `count`, "
+        "or let its `change` leave the root of its condition, as a ball that comes to rest does not."
+    ),
     Status.BAD_INPUT: (
         "The times are not increasing (or decreasing) and finite; a tolerance or limit is negative or "
         "NaN; `dt` is not positive and finite; or the knots of a signal decrease."
     ),
 }
+
+
+def succeeded(status):
+    """Whether a solve ended as it should: at its last time, or at a terminal event."""
+    return (status == Status.SUCCESS.value) | (status == Status.EVENT.value)
 
 
 class SolveError(RuntimeError):
@@ -97,6 +109,8 @@ class Solution(NamedTuple):
         stats: `Stats`: evaluations of func in the forward solve, accepted and rejected steps.
         reached: the time up to which the solution is known; the last of `ts` after a success.
         heuristics: `Heuristics`, if asked for.
+        events: for each of `events` when it happened and the states right before (`times`, `states`,
+            `count`).
     """
 
     ts: Array
@@ -105,6 +119,7 @@ class Solution(NamedTuple):
     stats: Stats
     reached: Array
     heuristics: Heuristics | None = None
+    events: tuple | None = None
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxode.adjoints.failed import held, held_by_status
-from jaxode.solution import Status
+from jaxode.solution import succeeded
 from jaxode.stepping import checkpoints, loop
+from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
 from jaxode.stepping.problems import end_of
 
@@ -27,14 +28,14 @@ def direct(integrator, f, y0, ss):
     step computed is computed again in the backward pass).
     """
     at, end = lax.stop_gradient(ss), end_of(ss)
-    if isinstance(integrator.steps, int):
+    if isinstance(integrator.steps, int) and not isinstance(f, Eventful):
         places = jnp.arange(integrator.steps + 1, dtype=ss.dtype) / integrator.steps
-        grid, n, report = end * places, integrator.step_count(end), None
+        grid, n, report, due = end * places, integrator.step_count(end), None, None
     else:
         _, report, recorded = loop.record(*lax.stop_gradient((integrator, f, y0, ss)))
-        grid, n = recorded.tape.grid, recorded.tape.steps
+        grid, n, due = recorded.tape.grid, recorded.tape.steps, recorded.tape.due
     x, rest = eqx.partition((f, y0, ss), eqx.is_inexact_array)
-    arrays, static = eqx.partition((integrator, rest, at, grid, n, report), eqx.is_array)
+    arrays, static = eqx.partition((integrator, rest, at, grid, n, report, due), eqx.is_array)
 
     def again(x, arrays):
         integrator, rest, *found = eqx.combine(arrays, static)
@@ -42,10 +43,10 @@ def direct(integrator, f, y0, ss):
 
     if report is None:
         return held_by_status(again, x, arrays, lambda out: out[1].status)
-    return again(held(x, report.status != Status.SUCCESS.value), arrays)
+    return again(held(x, ~succeeded(report.status)), arrays)
 
 
-def taken_again(integrator, f, y0, ss, at, grid, n, report):
+def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
     """The solution by a scan over the n steps of a grid, and the report (None: made here)."""
     method, output, end = integrator.method, integrator.output, at[-1]
     memory0 = method.start(f, 0 * end, y0)
@@ -53,8 +54,8 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
     inside = output.rows(ss) > 0
 
     def one(pair, ends):
-        y, memory = pair
-        s, s1 = ends
+        s, s1, due = ends
+        y, memory = checkpoints.with_due(pair, due)
         step = trial_step(integrator, f, s, y, memory, s1 - s)
         cost = jnp.asarray(step.evaluations, jnp.int32)
         fine = integrator.finite(step.y, step.slope) & step.converged
@@ -63,19 +64,19 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report):
             d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else [step.y]
             kept["inside"] = y, d
         if integrator.fold is not None:
-            kept["fold"] = integrator.fold(method, y, s1 - s, step)
+            kept["fold"] = integrator.fold.of_step(method, y, s1 - s, step)
         return (step.y, step.memory), kept
 
     pair = y0, memory0
     if report is None:
-        (y1, memory1), kept = lax.scan(one, pair, (grid[:-1], grid[1:]))
+        (y1, memory1), kept = lax.scan(one, pair, (grid[:-1], grid[1:], None))
         went = kept["went"]
         report = report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, went, end)
     else:
         width = checkpoints.segment(integrator.max_steps)
-        (y1, memory1), kept = scanned(one, pair, grid, n, width)
+        (y1, memory1), kept = scanned(one, pair, grid, n, width, due)
     if integrator.fold is not None:
-        report = report._replace(folded=jax.tree.map(lambda x: jnp.sum(x, 0), kept["fold"]))
+        report = report._replace(folded=integrator.fold.total(kept["fold"]))
     rows = rows_of(integrator, f, ss, at, grid, n, kept["inside"]) if inside else None
     slope1 = method.slope(f, end, y1, memory1)
     return output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report), report
@@ -97,13 +98,14 @@ def report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, went, end):
     return integrator.report(state, y0, slope0, end)
 
 
-def scanned(one, start, grid, n, width):
+def scanned(one, start, grid, n, width, due=None):
     """A scan of `one` over the first n steps of a grid, whose derivatives take each step again.
 
     It goes by blocks of `width` places: those beyond n cost nothing.
     """
     one = jax.checkpoint(one)
-    blank = jax.eval_shape(one, start, (grid[0], grid[1]))[1]
+    first_due = None if due is None else due[0]
+    blank = jax.eval_shape(one, start, (grid[0], grid[1], first_due))[1]
     zeros = lambda *lead: jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), blank)
 
     def maybe(state, place):
@@ -115,10 +117,11 @@ def scanned(one, start, grid, n, width):
         return lax.cond(block[0][0] < n, several, lambda: (state, zeros(width)))
 
     places = -(-(len(grid) - 1) // width) * width
-    pad = jnp.zeros(places + 1 - len(grid), grid.dtype)
-    grid = jnp.concatenate([grid, pad])
-    xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:])
-    blocks = jax.tree.map(lambda x: x.reshape(-1, width), xs)
+    widened = lambda x: jnp.zeros((places + 1, *x.shape[1:]), x.dtype).at[: len(x)].set(x)
+    grid, due = jax.tree.map(widened, (grid, due))
+    due = None if due is None else due[:-1]
+    xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:], due)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), xs)
     end, steps = lax.scan(maybe_several, start, blocks)
     return end, jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), steps)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxode import tree
 from jaxode.kernels import forms
 from jaxode.kernels.calls import in_calls
 from jaxode.kernels.forms import CALLS, PLAIN
@@ -21,6 +22,8 @@ from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
+from jaxode.stepping import events
+from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
 from jaxode.stepping.problems import Problems, end_of
 
@@ -58,8 +61,10 @@ class Stepper(NamedTuple):
             folded = None
             if integrator.fold is not None:
                 step = lambda: trial_step(integrator, f, 0 * end, y0, memory, end)
-                shapes = jax.eval_shape(lambda: integrator.fold(self.method, y0, end, step()))
-                folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                found = lambda: integrator.fold.of_step(self.method, y0, end, step())
+                folded = zeros_like(lambda: integrator.fold.begin(found()))
+            if isinstance(f, Eventful):
+                state = events.begin(f, state)
             return state._replace(folded=folded), slope
 
         return self.problems.each(one)(own, y0)
@@ -87,11 +92,33 @@ class Stepper(NamedTuple):
         """The same of one solve, in one go."""
         s1, h, go = self.move(integrator, f, ss, state)
         step = trial_step(integrator, self.field(f), state.s, state.y, state.memory, h)
-        return integrator.accept_or_reject(state, step, s1, h, go), h, arrays_of(step)
+        new = integrator.accept_or_reject(state, step, s1, h, go)
+        if state.watch is not None:
+            cut = integrator.next_end_or_event(state, end_of(ss))[2]
+            seen = events.watched(self.method, f, state, new, step, h, cut)
+            new = seen if go is True else tree.where(go, seen, new)
+        return new, h, arrays_of(step)
+
+    def expects_event(self, own, state):
+        """Whether the next step of one solve ends at an event, or makes its change."""
+        integrator, _, ss = self.problems.of(own)
+        cut = integrator.next_end_or_event(state, end_of(ss))[2]
+        return integrator.is_due(state) | cut
+
+    def trial_quietly(self, own, state):
+        """A trial step of one solve with events; if one happens, none, and that it does."""
+        integrator, f, ss = self.problems.of(own)
+        s1, h, cut = integrator.next_end_or_event(state, end_of(ss))
+        quiet = events.quiet(integrator)
+        step = trial_step(quiet, f, state.s, state.y, state.memory, h)
+        happens = events.happens(self.method, f, state, step, h, cut)
+        new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
+        happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
+        return new, h, arrays_of(step), happens
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
-        s1, h = integrator.next_end(state, end_of(ss))
+        s1, h, _ = integrator.next_end_or_event(state, end_of(ss))
         if self.problems.axis is None:  # then the loop has asked
             return s1, h, True
         go = integrator.unfinished(state, end_of(ss))
@@ -127,8 +154,11 @@ class Stepper(NamedTuple):
             f = self.field(f, mask)
             step = trial_step(integrator, f, s, y, memory, h)
             d = self.method.inside(f, s, y, h, step) if inside else []
-            fold = None if integrator.fold is None else integrator.fold(self.method, y, h, step)
-            return step.y, step.memory, d, fold
+            fold, added = integrator.fold, None
+            if fold is not None:
+                found = fold.of_step(self.method, y, h, step)
+                added = fold.add(fold.begin(found), found, True)
+            return step.y, step.memory, d, added
 
         fn = lambda problems, own, *args: problems.each(step_of)(own, *args)
         (_, _, d, _), vjp = pullback(self.problems, own, mask, fn, (y, memory), (s, h))
@@ -181,6 +211,11 @@ def pullback(problems: Problems, own, mask, fn: Callable, moving, constant=()):
         return eqx.combine(own_bar, shared_bar), *rest
 
     return out, back
+
+
+def zeros_like(fn) -> PyTree:
+    """Zeros like what a function returns, which is not called."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
 
 
 def arrays_of(step: Step) -> Step:

@@ -17,7 +17,7 @@ from jaxode import tree
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.implicit import vectors
 from jaxode.methods.linear import DENSE, Linear
-from jaxode.methods.method import LANES, Method, Step
+from jaxode.methods.method import Method, Step, chosen
 from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
 from jaxode.methods.tables import methods as tables
 
@@ -137,21 +137,6 @@ def alike(step: Step, stages) -> Step:
     return step._replace(
         memory=None, stages=stages, converged=jnp.asarray(step.converged), evaluations=evaluations
     )
-
-
-def chosen(flag, fn, otherwise):
-    """`fn()` where the flag is set, else `otherwise()`: each if any of the solves that go in step needs it.
-
-    Backwards each is computed again from what it was given. Else its derivative would be handed all
-    that both compute on the way, two hundred arrays, zeros for the one that is not taken.
-    """
-    fn, otherwise = (jax.checkpoint(fn, prevent_cse=False) for fn in (fn, otherwise))
-    number = flag.astype(jnp.int32)
-    try:
-        some, every = lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
-    except NameError:  # there is one solve
-        return lax.cond(flag, fn, otherwise)
-    return tree.where(flag, tree.where_needed(some, fn), tree.where_needed(~every, otherwise))
 
 
 def fastest(f, y: PyTree, v: PyTree, products: int):

@@ -2,7 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PyTree
+
+from jaxode import tree
 
 # The axis of solves that go in step, where there are many: for `lax.pmax` and the like.
 LANES = "lanes"
@@ -117,3 +122,25 @@ class Method:
     def backwards(self) -> "Method":
         """The method that solves the continuous adjoint of `backsolve`, whose state is (y, a, p)."""
         return self
+
+
+def of_all(flag):
+    """Whether it is so for any, and for all, of the solves that go in step."""
+    number = flag.astype(jnp.int32)
+    try:
+        return lax.pmax(number, LANES) > 0, lax.pmin(number, LANES) > 0
+    except NameError:  # there is one solve
+        return flag, flag
+
+
+def chosen(flag, fn, otherwise):
+    """`fn()` where the flag is set, else `otherwise()`: each if any of the solves that go in step needs it.
+
+    Backwards each is computed again from what it was given. Else its derivative would be handed all
+    that both compute on the way, two hundred arrays, zeros for the one that is not taken.
+    """
+    fn, otherwise = (jax.checkpoint(fn, prevent_cse=False) for fn in (fn, otherwise))
+    some, every = of_all(flag)
+    if some is flag:  # there is one solve
+        return lax.cond(flag, fn, otherwise)
+    return tree.where(flag, tree.where_needed(some, fn), tree.where_needed(~every, otherwise))

@@ -26,13 +26,15 @@ class Tape(NamedTuple):
     """Where each step began, and the states at some of these places.
 
     Row i of `pairs` (y and memory) is the state after i 2^level steps (a last row takes what is not
-    stored); `grid[n]` is where step n began, `grid[steps]` where the last one ended.
+    stored); `grid[n]` is where step n began, `grid[steps]` where the last one ended. With events `due`
+    says which of them each step makes the change of; a step does not say that of the next one.
     """
 
     pairs: PyTree
     grid: Array
     level: Array
     steps: Array
+    due: Array | None = None
 
 
 def empty(max_steps: int, pair, dtype) -> Tape:
@@ -42,7 +44,19 @@ def empty(max_steps: int, pair, dtype) -> Tape:
     rows = min(stored + segment(max_steps), max_steps)
     zero = jnp.zeros((), jnp.int32)
     grid = jnp.zeros(max_steps + 1, dtype)
-    return Tape(pairs=tree.rooms(pair, rows + 1), grid=grid, level=zero, steps=zero)
+    due = due_of(pair)
+    due = None if due is None else tree.rooms(due, max_steps + 1)
+    return Tape(pairs=tree.rooms(pair, rows + 1), grid=grid, level=zero, steps=zero, due=due)
+
+
+def due_of(pair):
+    """Which events are due in a step that begins so; None without events."""
+    return getattr(pair[1], "due", None)
+
+
+def with_due(pair, due):
+    """A pair whose next step makes these changes."""
+    return pair if due is None else (pair[0], pair[1]._replace(due=due))
 
 
 def write(tape: Tape, n, pair, s1) -> Tape:
@@ -53,21 +67,23 @@ def write(tape: Tape, n, pair, s1) -> Tape:
     """
     row = (n + (1 << tape.level) - 1) >> tape.level
     grid = lax.dynamic_update_index_in_dim(tape.grid, lax.stop_gradient(s1), n + 1, 0)
-    return tape._replace(pairs=tree.put(row, pair, tape.pairs), grid=grid)
+    due = None if tape.due is None else tree.put(n, due_of(pair), tape.due)
+    return tape._replace(pairs=tree.put(row, pair, tape.pairs), grid=grid, due=due)
 
 
-def recorded(unfinished, body, state) -> Any:
-    """`lax.while_loop` over (state, rows, tape); whenever the tape is full, every other row is dropped."""
+def recorded(unfinished, body, state, turns=lax.while_loop) -> Any:
+    """`lax.while_loop`, or other `turns`, over (state, rows, tape); whenever the tape is full, every other
+    row is dropped."""
     tape = state[-1]
     if slots(tape) >= len(tape.grid) - 1:
-        return lax.while_loop(unfinished, body, state)
+        return turns(unfinished, body, state)
 
     def room_left(state):
         return state[0].accepted < (slots(state[-1]) << state[-1].level)
 
     def until_full(state):
         state = *state[:-1], thin(state[-1], ~room_left(state))
-        return lax.while_loop(lambda state: unfinished(state) & room_left(state), body, state)
+        return turns(lambda state: unfinished(state) & room_left(state), body, state)
 
     return lax.while_loop(unfinished, until_full, state)
 
@@ -123,7 +139,8 @@ def backwards(max_steps: int, tape: Tape, again, visit, carry):
             # Before start: written over.
             rooms = tree.put(jnp.maximum(n - start, 0) + base, pair, rooms)
             s, s1 = tree.row(tape.grid, n), tree.row(tape.grid, n + 1)
-            return n + 1, again(s, *pair, s1 - s), rooms
+            due = None if tape.due is None else tree.row(tape.due, n + 1)
+            return n + 1, with_due(again(s, *pair, s1 - s), due), rooms
 
         row = start >> tape.level
         first = jnp.where(all_there, end - 1, row << tape.level)

@@ -17,6 +17,7 @@ from jaxode import tree
 from jaxode.controllers import Controller, first_step
 from jaxode.methods.method import Method, Step
 from jaxode.solution import Status
+from jaxode.stepping.events import Watch
 
 
 class Report(NamedTuple):
@@ -27,14 +28,14 @@ class Report(NamedTuple):
     evaluations: Array
     accepted: Array
     rejected: Array
-    folded: Any = None  # the sum that `Integrator.fold` made over the steps, if there was one
+    folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
 
 
 class State(NamedTuple):
     """Between two trial steps: at s, with a next step of size h.
 
     `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
-    next output, `folded` what a fold over the steps has come to.
+    next output, `folded` what a fold over the steps has come to, `watch` what events need to know.
     """
 
     s: Array
@@ -49,6 +50,7 @@ class State(NamedTuple):
     since: Any
     output: Array
     folded: Any
+    watch: Watch | None = None
 
 
 class Integrator(eqx.Module):
@@ -71,7 +73,7 @@ class Integrator(eqx.Module):
     hmin: Array
     mxstep: Any
     controlled: Callable = eqx.field(static=True, default=lambda y: y)
-    fold: Callable | None = eqx.field(static=True, default=None)
+    fold: Any = eqx.field(static=True, default=None)
 
     def __call__(self, f, y0: PyTree, ss: Array):
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -134,28 +136,51 @@ class Integrator(eqx.Module):
         go = state.h > 0
         if not self.adaptive:
             n = self.step_count(end)
-            return go & (state.accepted < jnp.where(n <= self.max_steps, n, 0))
-        go = (state.s < end) & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
+            more = self.equal_steps(state) < jnp.where(n <= self.max_steps, n, 0)
+            if state.watch is None:
+                return go & more
+            return go & (more | self.is_due(state)) & (state.tried < self.max_steps)
+        more = state.s < end
+        if state.watch is not None:
+            more = more | self.is_due(state)
+        go = more & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
         return go if state.since is None else go & self.in_time(state)
 
     def in_time(self, state: State):
         """Whether there are not too many trial steps since the last output."""
         return lax.convert_element_type(state.since, state.s.dtype) < self.mxstep
 
+    def is_due(self, state: State):
+        """Whether the next step is one of size 0, which makes the change of an event."""
+        return jnp.any(state.memory.due > 0)
+
+    def equal_steps(self, state: State):
+        """How many steps of equal size have been taken."""
+        return state.accepted if state.watch is None else state.accepted - state.watch.cuts
+
     def next_end(self, state: State, end):
         """Where the next trial step is to end, and its size."""
         if not self.adaptive:
             count = lax.convert_element_type(jnp.maximum(self.step_count(end), 1), end.dtype)
-            i = lax.convert_element_type(state.accepted, end.dtype)
+            i = lax.convert_element_type(self.equal_steps(state), end.dtype)
             s, s1 = end * (i / count), end * ((i + 1) / count)
             return s1, s1 - s
         s1 = lax.min(state.s + state.h, end)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
 
-    def accept_or_reject(self, state: State, step: Step, s1, h, go=True) -> State:
+    def next_end_or_event(self, state: State, end):
+        """The same, and whether an event is what it ends at."""
+        s1, h = self.next_end(state, end)
+        if state.watch is None:
+            return s1, h, False
+        at = jnp.where(self.is_due(state), state.s, lax.min(s1, state.watch.target))
+        return at, at - state.s, at < s1
+
+    def accept_or_reject(self, state: State, step: Step, s1, h, go=True, veto=None) -> State:
         """The state after a trial step: at its end, or back at its beginning with a smaller step.
 
-        `go` says whether there was one: else the state stays what it is.
+        `go` says whether there was one: else the state stays what it is. A `veto` makes of one that is
+        accepted one that is to be taken again.
         """
         tried, h_taken = jnp.asarray(go).astype(jnp.int32), h
         counted = dict(
@@ -167,14 +192,18 @@ class Integrator(eqx.Module):
             # A step that is not finite ends the solve where it began.
             fine = self.finite(step.y, step.slope) & step.converged
             accept, stop = fine & go, ~fine & go
+            accept = accept if veto is None else accept & ~veto
             h = jnp.where(stop, 0, state.h)
             ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
             history = state.history
         else:
             ratio = self.error_over_tolerance(state.y, step)
-            accept = (ratio <= 1) & go
+            accept = fine = (ratio <= 1) & go
+            accept = accept if veto is None else accept & ~veto
             factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
             h = lax.min(h * factor, self.hmax)
+            if veto is not None:
+                h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
             if go is not True:
                 ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
         s, y, memory, history = tree.where(
@@ -184,8 +213,8 @@ class Integrator(eqx.Module):
         )
         folded = state.folded
         if self.fold is not None:
-            more = self.fold(self.method, state.y, h_taken, step)
-            folded = jax.tree.map(lambda x, more: x + jnp.where(accept, more, 0), folded, more)
+            found = self.fold.of_step(self.method, state.y, h_taken, step)
+            folded = self.fold.add(folded, found, accept)
         return state._replace(
             s=s, h=h, y=y, memory=memory, ratio=ratio, history=history, folded=folded,
             accepted=state.accepted + accept.astype(jnp.int32), **counted,
@@ -223,16 +252,23 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
         done = state.s >= end
     else:
         n = self.step_count(end)
-        spent, done = n > self.max_steps, state.accepted >= n
+        spent, done = n > self.max_steps, self.equal_steps(state) >= n
+        if state.watch is not None:
+            spent = spent | (state.tried >= self.max_steps)
     if state.since is not None:
         spent = spent | ~self.in_time(state)
     cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)
     if self.method.implicit:
         cut = jnp.where(state.ratio == jnp.inf, Status.NOT_CONVERGED.value, cut)
     status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
+    reached = state.s
+    if state.watch is not None:
+        ended = state.watch.status != 0
+        status = jnp.where(ended, state.watch.status, status)
+        reached = jnp.where(ended, jnp.max(state.watch.last), reached)
     status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
     return Report(
-        status.astype(jnp.int32), fraction(state.s, end), state.evaluations, state.accepted,
+        status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
         state.tried - state.accepted, state.folded,
     )  # fmt: skip
 

@@ -1,8 +1,10 @@
 """One solve: trial steps from 0 to the end, with its outputs, and a tape if it is wanted."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
@@ -64,18 +66,50 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None)
     `after(old, new) -> new` sees every trial step, and may add to what an accepted one did.
     """
 
-    def body(carry):
-        old, rows, tape = carry
-        new, h, step = steps.trial(own, old)
+    def kept(old, new, h, step, rows, tape):
+        """The state, the rows and the tape after a trial step."""
         if tape is not None:
             tape = checkpoints.write(tape, old.accepted, (old.y, old.memory), new.s)
         if rows is not None:
             inside = lambda: steps.inside(own, old.s, old.y, h, step)
             put = lambda row, values, rows, due: tree.put(row, values, rows)
             new, rows = write(steps.problems, inside, own, old, new, h, rows, put)
+        return new, rows, tape
+
+    def body(carry):
+        old, rows, tape = carry
+        new, h, step = steps.trial(own, old)
+        new, rows, tape = kept(old, new, h, step, rows, tape)
         return after(old, new) if after else new, rows, tape
 
+    def quiet_body(carry):
+        """A trial step at which no event happens; or none, and that one does."""
+        old, rows, tape = carry
+        new, h, step, happens = steps.trial_quietly(own, old)
+        new, rows, tape = kept(old, new, h, step, rows, tape)
+        return (new, rows, tape), happens
+
     unfinished = lambda carry: steps.unfinished(own, carry[0])
+    quietly = quiet_body, lambda carry: steps.expects_event(own, carry[0])
+    turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
     if tape is None:
-        return lax.while_loop(unfinished, body, (begin, rows, tape))
-    return checkpoints.recorded(unfinished, body, (begin, rows, tape))
+        return turns(unfinished, body, (begin, rows, tape))
+    return checkpoints.recorded(unfinished, body, (begin, rows, tape), turns)
+
+
+def between_events(quiet_body, expected, unfinished, body, carry):
+    """`lax.while_loop`, whose turns at which nothing happens are a loop of their own with less in it."""
+
+    def quiet(state):
+        carry, happens = quiet_body(state[0])
+        return carry, happens | expected(carry)
+
+    def until_one(carry):
+        go = lambda state: unfinished(state[0]) & ~state[1]
+        carry, happens = lax.while_loop(go, quiet, (carry, expected(carry)))
+        happens = happens & unfinished(carry)
+        # A loop that turns at most once: unlike a conditional it leaves rows and tape where they are.
+        turn = lambda state: (body(state[0]), jnp.array(False))
+        return lax.while_loop(lambda state: state[1], turn, (carry, happens))[0]
+
+    return lax.while_loop(unfinished, until_one, carry)

@@ -1,0 +1,508 @@
+"""Events inside of a solve: where they are, and the change of the state that they make.
+
+A condition g(y, s) is watched at several places of the dense output of every accepted step. A step with a
+root inside is rejected, and the next one ends just behind the root. What happens there is a step of its
+own, of size 0: it finds the root to rounding, records it, changes the state, and starts the method again.
+So to every adjoint an event is one more step.
+
+With d the time from the root to where the step ended, the step of size 0 is, for a change c,
+
+    y -> flow_d(c(flow_-d(y))),   g(flow_-d(y)) = 0.
+
+Its derivative has that of the root by the implicit function rule, and times of steps stay fixed: it is
+the saltation matrix (Hiskens and Pai 2000, doi 10.1109/81.828574).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.kernels.traces import Trace
+from jaxode.methods.method import Method, Step, chosen, of_all
+from jaxode.solution import Status
+
+PLACES = 8  # of a step at which conditions are watched
+AT_ONCE = 256  # roundings of time within which an event that happens again will do so for ever
+SMALL = 4096  # numbers of a log, up to which choosing is faster than writing into it
+
+
+class Watched(eqx.Module):
+    """One event, on the unit interval: a condition, or known times in increasing order.
+
+    `change` is None for one that only records; `terminal` is the number of times after which it ends the
+    solve, 0 for never; `keep` how many times are recorded. `values` has a row for each known time.
+    """
+
+    condition: Trace | None = eqx.field(static=True)
+    change: Trace | None = eqx.field(static=True)
+    direction: int = eqx.field(static=True)
+    terminal: int = eqx.field(static=True)
+    keep: int = eqx.field(static=True)
+    of_condition: Any
+    of_change: Any
+    times: Any
+    values: Any
+
+
+class Eventful(eqx.Module):
+    """A field with its events: their arrays are leaves, as those of the field are."""
+
+    field: Any
+    events: tuple[Watched, ...]
+    t0: Array
+    span: Array
+    time_dtype: Any = eqx.field(static=True)
+
+    @property
+    def trace(self) -> Trace:
+        return self.field.trace
+
+    def __call__(self, y, s):
+        return self.field(y, s)
+
+    def unravel(self, y) -> PyTree:
+        """The state as the user knows it."""
+        field = self.field
+        while not hasattr(field, "unravel") and hasattr(field, "field"):
+            field = field.field
+        return field.unravel(y) if hasattr(field, "unravel") else y
+
+    def ravel_like(self, state: PyTree, y) -> PyTree:
+        """The reverse, for a state like y."""
+        if jax.tree.structure(state) == jax.tree.structure(y):
+            return state
+        return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(state)])
+
+    def time(self, s):
+        """t0 + span s, as the user's functions see it."""
+        return lax.convert_element_type(self.t0 + self.span * s, self.time_dtype)
+
+    def condition(self, i: int, y, s) -> Array:
+        """The value of a condition, in the dtype of time; of a boolean one 1 or -1."""
+        event = self.events[i]
+        assert event.condition is not None
+        g = event.condition(event.of_condition, self.unravel(y), self.time(s))
+        return jnp.where(g, 1, -1).astype(s.dtype) if g.dtype == bool else g.astype(s.dtype)
+
+    def change(self, i: int, y, s, count) -> PyTree:
+        """The state after an event that happens for the `count`-th time, from 0."""
+        event, given = self.events[i], self.unravel(y)
+        assert event.change is not None
+        if event.values is not None:
+            given = given, jax.tree.map(lambda v: v[count], event.values)
+        return self.ravel_like(event.change(event.of_change, given, self.time(s)), y)
+
+    @property
+    def conditions(self) -> list[int]:
+        """The events that have a condition."""
+        return [i for i, event in enumerate(self.events) if event.condition is not None]
+
+    def next_times(self, counts) -> list[Array]:
+        """When each event with known times happens next; infinity for others."""
+        return [
+            jnp.inf * jnp.ones_like(counts[i])
+            if event.times is None
+            else event.times[jnp.minimum(counts[i].astype(jnp.int32), len(event.times) - 1)]
+            for i, event in enumerate(self.events)
+        ]
+
+
+class Memory(NamedTuple):
+    """That of the method; and of each event, as numbers along which a cotangent can go: how far back its
+    root may be if it is due, else 0; and how often it happened."""
+
+    inner: PyTree
+    due: Array
+    counts: Array
+
+
+class Watch(NamedTuple):
+    """What decides: the sign of each condition, where the next step is to end, and what ended the solve.
+
+    `last` is where each event happened last, `cuts` the number of accepted steps that are none of those
+    of equal size, `status` that of a solve which an event has ended, else 0.
+    """
+
+    signs: Array
+    target: Array
+    last: Array
+    cuts: Array
+    status: Array
+
+
+class Record(NamedTuple):
+    """What a step adds to the log: into a row, 0 for none."""
+
+    row: Array
+    s: Array
+    y: PyTree
+    counts: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class WithEvents(Method):
+    """A method whose fields are `Eventful`: where an event is due, a step of size 0 makes its change.
+
+    A `quiet` one is for steps at which none is.
+    """
+
+    method: Method
+    quiet: bool = False
+
+    def __post_init__(self):
+        for name in Method.__annotations__:
+            object.__setattr__(self, name, getattr(self.method, name))
+        object.__setattr__(self, "sums_slopes", False)
+
+    def start(self, f: Eventful, s, y: PyTree) -> Memory:
+        none = jnp.zeros(len(f.events), jnp.result_type(s))
+        return Memory(self.method.start(f.field, s, y), none, none)
+
+    def slope(self, f: Eventful, s, y: PyTree, memory: Memory) -> PyTree:
+        return self.method.slope(f.field, s, y, memory.inner)
+
+    def inside(self, f: Eventful, s, y: PyTree, h, step: Step) -> list[PyTree]:
+        return self.method.inside(f.field, s, y, h, step.stages[0])
+
+    def step(self, f: Eventful, s, y: PyTree, memory: Memory, h, *norm) -> Step:
+        inner = self.method.step(f.field, s, y, memory.inner, h, *norm)
+        none = Record(jnp.zeros((), jnp.int32), jnp.zeros_like(s), y, jnp.zeros_like(memory.due))
+        plain = inner.y, memory._replace(inner=inner.memory), inner.slope, none
+        if self.quiet:
+            return quiet_step(inner, plain)
+        is_due = jnp.any(memory.due > 0)
+        change = lambda: self.happens(f, s, y, memory)
+        y1, memory1, slope, record = chosen(is_due, change, lambda: plain)
+        evaluations = jnp.where(is_due, 1, jnp.asarray(inner.evaluations, jnp.int32))
+        converged = True if inner.converged is True else inner.converged | is_due
+        errors = [jax.tree.map(lambda e: jnp.where(is_due, 0, e), e) for e in inner.errors]
+        changed = inner._replace(errors=errors, converged=converged, evaluations=evaluations)
+        return quiet_step(changed, (y1, memory1, slope, record), inner)
+
+    def happens(self, f: Eventful, s, y: PyTree, memory: Memory):
+        """The change of the first event that is due: the state, the memory, the slope, the record."""
+        due, counts = memory.due, lax.stop_gradient(memory.counts)
+        which = jnp.argmax(due > 0)
+        y1, s_at, y_at = happen(f, which, s, y, due[which], counts[which])
+        inner = self.method.start(f.field, s, y1)
+        one = (jnp.arange(len(due)) == which).astype(due.dtype)
+        keep = np.array([event.keep for event in f.events], counts.dtype)
+        first = np.cumsum([0, *keep[:-1]], dtype=counts.dtype)
+        row = jnp.sum(one * (first + counts)) + 1
+        kept = jnp.sum(one * counts) < jnp.sum(one * keep)
+        row = jnp.where(kept, row, 0).astype(jnp.int32)
+        counts = counts + one
+        due = jnp.where(one > 0, 0, due)
+        again = jnp.stack(f.next_times(counts)) <= s
+        due = jnp.where(again & (s < 1), jnp.ones_like(due), due)
+        memory1 = Memory(inner, lax.stop_gradient(due), counts)
+        return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_at, one)
+
+
+def quiet_step(step: Step, found, inner: Step | None = None) -> Step:
+    """A step with what was found; `inner` is that of the method, for dense output."""
+    y, memory, slope, record = found
+    inside = (inner or step)._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+    return step._replace(y=y, memory=memory, slope=slope, stages=(inside, record))
+
+
+def happen(f: Eventful, which, s, y: PyTree, slack, count):
+    """The state after an event, and when and where it happened; s is at most `slack` later than that."""
+    d = delay(f, which, s, y, slack, count)
+    y_at, s_at = along(f, y, s, d), s + d
+    index = count.astype(jnp.int32)
+
+    def changed(i: int):
+        return y_at if f.events[i].change is None else f.change(i, y_at, s_at, index)
+
+    if all(event.change is None for event in f.events):
+        return y, s_at, y_at
+    y1 = along(f, one_of(f, which, changed), s_at, -d)
+    changes = one_of(f, which, lambda i: jnp.array(f.events[i].change is not None))
+    return tree.where(changes & (s < 1), y1, y), s_at, y_at  # at the end nothing goes on
+
+
+def one_of(f: Eventful, which, fn):
+    """fn(i) of one event."""
+    if len(f.events) == 1:
+        return fn(0)
+    return lax.switch(which, [partial(fn, i) for i in range(len(f.events))])
+
+
+def delay(f: Eventful, which, s, y: PyTree, slack, count):
+    """The time to the root of a condition, by Newton's method; its derivative is that of the root.
+
+    Two iterations, so that second derivatives are right, too. Where the condition has no slope, 0. To a
+    known time it is 0, with the derivative of that time.
+    """
+    times = jnp.stack(f.next_times(jnp.full(len(f.events), count)))[which]
+    known = jnp.where(jnp.isfinite(times), times - lax.stop_gradient(times), 0)
+    if not f.conditions:
+        return known
+
+    def g(d):
+        there = along(f, y, s, d)
+        value = lambda i: f.condition(i, there, s + d) if i in f.conditions else jnp.zeros_like(d)
+        return one_of(f, which, value)
+
+    def newton(d, _):
+        value, rate = jax.jvp(g, (d,), (jnp.ones_like(d),))
+        return d - jnp.where(rate == 0, 0, value / jnp.where(rate == 0, 1, rate)), None
+
+    d, _ = lax.scan(newton, jnp.zeros_like(s), None, length=2)
+    far = ~(jnp.abs(d) <= 2 * slack)
+    return d - jnp.where(far, lax.stop_gradient(d), 0) + known
+
+
+def along(f: Eventful, y: PyTree, s, d) -> PyTree:
+    """The solution a little later, to third order: by Heun's method."""
+    k = f(y, s)
+    k1 = f(tree.combine(y, d, [1.0], [k]), s + d)
+    return tree.combine(y, d, [0.5, 0.5], [k, k1])
+
+
+# What decides.
+
+
+def begin(f: Eventful, state):
+    """The state of a solve before its first step, with its events."""
+    s, memory = state.s, state.memory
+    counts, last = memory.counts, jnp.full_like(memory.due, -1)
+    now = jnp.stack(f.next_times(counts)) <= s
+    memory = memory._replace(due=lax.stop_gradient(now.astype(s.dtype)))
+    watch = Watch(
+        signs=signs_of(f, state.y, s, 0 * memory.due), target=jnp.full_like(s, jnp.inf), last=last,
+        cuts=jnp.zeros((), jnp.int32), status=jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+    watch = with_next(f, watch, counts, s)
+    return state._replace(memory=memory, watch=lax.stop_gradient(watch))
+
+
+def with_next(f: Eventful, watch: Watch, counts, s) -> Watch:
+    """The next step ends at the next known time, if it comes so far."""
+    times = jnp.stack(f.next_times(counts))
+    return watch._replace(target=jnp.min(jnp.where(times > s, times, jnp.inf)))
+
+
+def signs_of(f: Eventful, y: PyTree, s, slack) -> Array:
+    """The sign of each condition; where it is at its root, that which it has a little later."""
+    few = 16 * float(jnp.finfo(s.dtype).eps)
+
+    def sign(i: int, slack):
+        if f.events[i].condition is None:
+            return jnp.zeros_like(s)
+        g = lambda d: f.condition(i, tree.combine(y, d, [1.0], [k]), s + d)
+        value, rate = jax.jvp(g, (jnp.zeros_like(s),), (jnp.ones_like(s),))
+        at_root = jnp.abs(value) <= jnp.maximum(4 * slack, few) * jnp.abs(rate)
+        return jnp.sign(jnp.where(at_root, rate, value))
+
+    k = f(y, s)
+    return jnp.stack([sign(i, slack[i]) for i in range(len(f.events))])
+
+
+def watched(method: WithEvents, f: Eventful, old, new, step: Step, h, cut):
+    """The state after a trial step, from what was decided of its error: with its events.
+
+    `cut` says whether the step ended before it would have without events.
+    """
+    f, old_, new_, step = lax.stop_gradient((f, old, new, step))
+    accepted = new.accepted > old.accepted
+    signs, found = watch_inside(method, f, old_, step, h, accepted)
+    is_due = jnp.any(old_.memory.due > 0)
+    nothing = jnp.array(False), changes_of(new_, new.watch._replace(signs=signs), new_.memory.due)
+
+    def something():
+        decided = after_step(method, f, old_, new_, step, h, cut, signs, found)
+        return tree.where(is_due, after_event(f, old_, new_, step), decided)
+
+    some = of_all(is_due | (cut & accepted) | jnp.any(found.there))[0]
+    again, changes = lax.cond(some, something, lambda: nothing)
+    memory = new.memory._replace(due=changes.pop("due"))
+    # What is recorded is recorded in steps that are never taken again.
+    before = old._replace(
+        tried=new.tried, evaluations=new.evaluations, since=new.since, folded=None
+    )
+    after = new._replace(memory=memory, folded=None)
+    return tree.where(again, before, after)._replace(folded=new.folded, **changes)
+
+
+def quiet(integrator):
+    """The integrator of steps at which nothing happens."""
+    return dataclasses.replace(
+        integrator, method=dataclasses.replace(integrator.method, quiet=True), fold=None
+    )
+
+
+def happens(method: WithEvents, f: Eventful, old, step: Step, h, cut):
+    """Whether an event is due, or there is one in a step: or at least a condition that changes its sign."""
+    f, old, step = lax.stop_gradient((f, old, step))
+    found = jnp.any(old.memory.due > 0) | cut
+    if f.conditions:
+        changed = jnp.stack(places(method, f, old, step, h)) * old.watch.signs[None] <= 0
+        watched = np.array([event.condition is not None for event in f.events])
+        found = found | jnp.any(changed & watched[None])
+    return found
+
+
+def places(method: WithEvents, f: Eventful, old, step: Step, h) -> list[Array]:
+    """The signs at several places of a step."""
+    d = method.inside(f, old.s, old.y, h, step)
+    thetas = [jnp.asarray(n / PLACES, h.dtype) for n in range(1, PLACES)]
+    inside = [signs_at(f, tree.polynomial(old.y, theta, d), old.s + theta * h) for theta in thetas]
+    return [*inside, signs_at(f, step.y, old.s + h)]
+
+
+def changes_of(state, watch: Watch, due) -> dict:
+    """What events may change in a state, beside what they undo."""
+    return dict(h=state.h, ratio=state.ratio, history=state.history, watch=watch, due=due)
+
+
+def after_event(f: Eventful, old, new, step: Step):
+    """After a step of size 0 that has made the change of an event: as `after_step`."""
+    watch, memory, s = old.watch, new.memory, new.s
+    one, at = step.stages[1].counts > 0, step.stages[1].s
+    terminal = np.array([event.terminal for event in f.events], s.dtype)
+    ended = jnp.any(one & (terminal > 0) & (memory.counts >= terminal))
+    soon = AT_ONCE * float(jnp.finfo(s.dtype).eps) * jnp.maximum(s, watch.last)
+    known_time = np.array([event.condition is None for event in f.events])
+    for_ever = jnp.any(one & ~known_time & (watch.last >= 0) & (at - watch.last <= soon))
+    status = jnp.where(for_ever, Status.EVENTS_ACCUMULATE.value, 0)
+    status = jnp.where(ended, Status.EVENT.value, status).astype(jnp.int32)
+    watch = watch._replace(
+        signs=signs_of(f, new.y, s, jnp.where(one, old.memory.due, 0)),
+        last=jnp.where(one, at, watch.last), cuts=watch.cuts + 1, status=status,
+    )  # fmt: skip
+    fine = new.accepted > old.accepted
+    watch = with_next(f, watch, memory.counts, s)
+    changes = changes_of(new, watch, memory.due)
+    changes["h"] = jnp.where(fine & (status == 0), old.h, 0)
+    changes["ratio"] = jnp.where(fine, old.ratio, new.ratio)
+    return jnp.array(False), {**changes, "history": old.history}
+
+
+class Found(NamedTuple):
+    """In which part of a step each condition has its first root: whether, where it starts, and the sign
+    before."""
+
+    there: Array
+    start: Array
+    sign: Array
+
+
+def after_step(method: WithEvents, f: Eventful, old, new, step: Step, h, cut, signs, found: Found):
+    """After any other step: whether it is to be taken again, because a condition has a root inside of it that
+    is not at its end; and what changes in the state."""
+    watch, counts = old.watch, old.memory.counts
+    accepted = new.accepted > old.accepted
+    eps = float(jnp.finfo(h.dtype).eps)
+    slack = jnp.maximum(eps**0.4 * h, 64 * eps * new.s)
+    theta = first_roots(method, f, old, step, h, found)
+    first = jnp.min(theta)
+    behind = accepted & (first <= 1) & (first * h < h - slack)
+    reached = (theta <= 1) & (theta * h >= h - slack)
+    times = jnp.stack(f.next_times(counts))
+    due = jnp.where(reached | ((times <= new.s) & (new.s < 1)), slack, 0)
+    due = jnp.where(accepted & ~behind, due, 0)
+    on = with_next(f, watch, counts, new.s)
+    on = on._replace(signs=signs, cuts=watch.cuts + cut.astype(jnp.int32))
+    # So that it is behind the root, and yet so close that the next step ends there.
+    beyond = jnp.maximum(eps**0.4 * first * h, 64 * eps * new.s) / 2
+    closer = watch._replace(target=old.s + first * h + beyond)
+    watch = tree.where(behind, closer, tree.where(accepted, on, watch))
+    h = jnp.where(cut & accepted, jnp.maximum(new.h, old.h), new.h)
+    of = lambda state, h: changes_of(state._replace(h=h), watch, due)
+    return behind, tree.where(behind, of(old, old.h), of(new, h))
+
+
+def signs_at(f: Eventful, y: PyTree, s) -> Array:
+    """The sign of each condition; 0 for known times."""
+    g = [jnp.zeros_like(s) if event.condition is None else f.condition(i, y, s)
+         for i, event in enumerate(f.events)]  # fmt: skip
+    return jnp.sign(jnp.stack(g))
+
+
+def watch_inside(method: WithEvents, f: Eventful, old, step: Step, h, accepted):
+    """The signs after a step; and in which part of it conditions have roots in their directions."""
+    sign = old.watch.signs
+    found = Found(jnp.zeros(sign.shape, bool), jnp.zeros_like(sign), sign)
+    if not f.conditions:
+        return sign, found
+    directions = np.array([event.direction for event in f.events], sign.dtype)
+    for n, there in enumerate(places(method, f, old, step, h)):
+        crossed = (sign * there <= 0) & (sign != 0) & (directions * sign <= 0)  # not if NaN
+        here = Found(crossed, jnp.full_like(sign, n / PLACES), sign)
+        found = tree.where(found.there, found, here)
+        sign = jnp.where(there * there > 0, there, sign)
+    return jnp.where(accepted, sign, old.watch.signs), found._replace(there=found.there & accepted)
+
+
+def first_roots(method: WithEvents, f: Eventful, old, step: Step, h, found: Found):
+    """Where in a step each condition has its first root, on [0, 1], infinity for none: by bisection, each of
+    its own, all at the same time."""
+    if not f.conditions:
+        return jnp.full_like(found.start, jnp.inf)
+    d = method.inside(f, old.s, old.y, h, step)
+
+    def halve(_, ends):
+        low, width = ends
+        middle = low + width / 2
+        at = lambda theta: signs_at(f, tree.polynomial(old.y, theta, d), old.s + theta * h)
+        there = jnp.stack([at(middle[i])[i] for i in range(len(low))])
+        return jnp.where(there == found.sign, middle, low), width / 2
+
+    halvings = int(np.ceil(-np.log2(float(jnp.finfo(h.dtype).eps) ** 0.4))) + 5
+    begin = found.start, jnp.full_like(found.start, 1 / PLACES)
+    low, width = lax.fori_loop(0, halvings, halve, begin)
+    return jnp.where(found.there, low + width, jnp.inf)
+
+
+# What is kept.
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Times and states of all events, a fold over the steps: `rows` of them, and how many there were."""
+
+    rows: int
+
+    def of_step(self, method: Method, y: PyTree, h, step: Step) -> Record:
+        return step.stages[1]
+
+    def begin(self, record: Record):
+        """An empty log; row 0 takes what is not kept."""
+        return tree.rooms((record.s, record.y), self.rows + 1), jnp.zeros_like(record.counts)
+
+    def add(self, log, record: Record, accepted):
+        """With what a step adds to it, if it does. (`accepted` is True where it is known to do so.)"""
+        if accepted is True:
+            return self.put(log, record)
+        some = of_all(accepted & jnp.any(record.counts > 0))[0]
+        record = jax.tree.map(lambda x: jnp.where(accepted, x, 0), record)
+        # A loop that turns at most once: unlike a conditional it leaves the rows where they are.
+        turn = lambda carry: (jnp.array(False), self.put(carry[1], record))
+        return lax.while_loop(lambda carry: carry[0], turn, (some, log))[1]
+
+    def put(self, log, record: Record):
+        rows, counts = log
+        new = record.s, record.y
+        if tree.size_in_bytes(rows) > 8 * SMALL:
+            return tree.put(record.row, new, rows), counts + record.counts
+        here = jnp.arange(self.rows + 1, dtype=jnp.int32) == record.row
+        fit = lambda x: here.reshape((-1,) + (1,) * (x.ndim - 1))
+        rows = jax.tree.map(lambda x, r: jnp.where(fit(r), x, r), new, rows)
+        return rows, counts + record.counts
+
+    def total(self, records: Record):
+        """The log of many steps at once; row 0 stands for those that were none."""
+        blank = tree.rooms(jax.tree.map(lambda x: x[0], (records.s, records.y)), self.rows + 1)
+        put = lambda room, x: room.at[records.row].set(x)
+        rows = jax.tree.map(put, blank, (records.s, records.y))
+        return rows, jnp.sum(records.counts, 0)

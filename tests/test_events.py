@@ -1,0 +1,315 @@
+"""Events: when they are found, what they change, and their derivatives; against closed forms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import Event, Status, solve
+
+G, BOUNCE = 9.81, 0.9
+
+
+def fall(y, t, g):
+    return jnp.stack([y[1], -g])
+
+
+def bounce(y, t, g):
+    return y * jnp.array([1.0, -BOUNCE], y.dtype)
+
+
+FLOOR = Event(lambda y, t, g: y[0], direction="down", change=bounce, keep=12)
+
+
+def bounces(height, g, count):
+    """The times of the first bounces of a ball that is dropped."""
+    first = np.sqrt(2 * height / g)
+    flights = 2 * np.sqrt(2 * g * height) / g * BOUNCE ** np.arange(1, count)
+    return first + np.concatenate([[0], np.cumsum(flights)])
+
+
+def dropped(height, g=G, **options):
+    options = {"t": [0.0, 5.0], "events": [FLOOR], **options}
+    return solve(fall, jnp.stack([height, 0.0 * height]), options.pop("t"), g, **options)
+
+
+METHODS = [
+    *(
+        ("tsit5", {}),
+        ("dop853", {}),
+        ("bosh3", {}),
+        ("rodas5p", {}),
+        ("kvaerno5", {}),
+        ("auto", {}),
+    ),
+    *(("rk4", {"dt": 0.1}), ("dopri5", {"dt": 0.3}), ("gauss4", {"dt": 0.2})),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_a_bouncing_ball_bounces_when_it_should(method, options):
+    sol = dropped(jnp.array(1.0), method=method, **options)
+    exact = bounces(1.0, G, 10)
+    found = sol.events[0]
+    count = int(np.sum(exact < 5))
+    assert found.count == count
+    np.testing.assert_allclose(found.times[:count], exact[:count], rtol=1e-10)
+    np.testing.assert_allclose(found.states[:count, 0], 0, atol=1e-10)
+    speed = -np.sqrt(2 * G) * BOUNCE ** np.arange(count)
+    np.testing.assert_allclose(found.states[:count, 1], speed, rtol=1e-9)
+    assert np.all(np.isnan(found.times[count:]))
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, 1e-10])
+@pytest.mark.parametrize("method", ["tsit5", "dop853", "rodas5p", "kvaerno5"])
+def test_event_times_are_as_accurate_as_the_solution(method, tolerance):
+    """y = sin t has its n-th root at n pi."""
+    cross = Event(lambda y, t: y[0], direction="both")
+    sol = solve(
+        lambda y, t: jnp.stack([y[1], -y[0]]), jnp.array([0.0, 1.0]), [0.0, 20.0], events=[cross],
+        method=method, rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
+    times = np.asarray(sol.events[0].times[:6])
+    at = solve(
+        lambda y, t: jnp.stack([y[1], -y[0]]), jnp.array([0.0, 1.0]), [0.0, *np.pi * np.arange(1, 7)],
+        method=method, rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
+    error = np.max(np.abs(at.ys[1:, 0]))
+    assert sol.events[0].count == 6
+    assert np.max(np.abs(times - np.pi * np.arange(1, 7))) < 10 * max(error, tolerance)
+
+
+def test_float32_finds_them_too():
+    sol = dropped(jnp.float32(1.0), np.float32(G), t=np.array([0, 2], np.float32))
+    assert sol.events[0].times.dtype == jnp.float32
+    np.testing.assert_allclose(sol.events[0].times[:3], bounces(1.0, G, 3), rtol=1e-5)
+
+
+def nth(height, g, n, adjoint):
+    return dropped(height, g, adjoint=adjoint).events[0].times[n]
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "direct"])
+@pytest.mark.parametrize("n", [0, 4])
+def test_event_times_have_the_derivatives_of_the_closed_form(adjoint, n):
+    step = 1e-5
+    found = jax.grad(nth, (0, 1))(1.0, G, n, adjoint)
+    by_height = (bounces(1 + step, G, 5)[n] - bounces(1 - step, G, 5)[n]) / (2 * step)
+    by_g = (bounces(1.0, G + step, 5)[n] - bounces(1.0, G - step, 5)[n]) / (2 * step)
+    np.testing.assert_allclose(found, (by_height, by_g), rtol=1e-8)
+
+
+def test_forward_mode_and_second_derivatives_agree_with_the_closed_form():
+    """The n-th time is proportional to the square root of the height."""
+    time = bounces(1.0, G, 2)[1]
+    of = lambda adjoint: (
+        lambda height: (
+            dropped(height, t=[0.0, 1.5], adjoint=adjoint, max_steps=50).events[0].times[1]
+        )
+    )
+    value, slope = jax.jvp(jax.jacfwd(of("forward")), (1.0,), (1.0,))
+    np.testing.assert_allclose((value, slope), (time / 2, -time / 4), rtol=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "direct"])
+def test_what_comes_after_a_jump_has_its_derivatives(adjoint):
+    """Height at t = 1, after two bounces, against finite differences of the closed form."""
+
+    def height_at_1(height, g):
+        (_, t2), v = bounces(height, g, 2), BOUNCE**2 * np.sqrt(2 * g * height)
+        assert t2 < 1.3
+        return v * (1.3 - t2) - g * (1.3 - t2) ** 2 / 2
+
+    end = lambda height, g: dropped(height, g, t=[0.0, 1.3], adjoint=adjoint).ys[-1, 0]
+    step = 1e-5
+    found = jax.grad(end, (0, 1))(1.0, G)
+    by_height = (height_at_1(1 + step, G) - height_at_1(1 - step, G)) / (2 * step)
+    by_g = (height_at_1(1.0, G + step) - height_at_1(1.0, G - step)) / (2 * step)
+    np.testing.assert_allclose(end(1.0, G), height_at_1(1.0, G), rtol=1e-9)
+    np.testing.assert_allclose(found, (by_height, by_g), rtol=1e-6)
+
+
+def test_a_batch_has_events_of_its_own():
+    heights = jnp.linspace(0.5, 2.0, 40)
+    sol = jax.vmap(dropped)(heights)
+    grads = jax.vmap(jax.grad(partial(nth, g=G, n=2, adjoint="replay")))(heights)
+    exact = np.array([bounces(h, G, 3) for h in np.asarray(heights)])
+    np.testing.assert_allclose(sol.events[0].times[:, :3], exact, rtol=1e-9)
+    np.testing.assert_allclose(grads, exact[:, 2] / (2 * np.asarray(heights)), rtol=1e-8)
+
+
+def test_doses_at_known_times():
+    """Elimination at a rate k: every dose decays by itself."""
+    times, amounts = jnp.array([0.0, 8.0, 16.0]), jnp.array([10.0, 5.0, 2.0])
+
+    def amount(times, amounts, k, adjoint="replay"):
+        dose = Event(times=times, values=amounts, change=lambda y, t, amount, k: y + amount)
+        return solve(
+            lambda y, t, k: -k * y, 0.0, [0.0, 16.0, 24.0], k, events=[dose], adjoint=adjoint
+        )
+
+    def exact(times, amounts, k, t=24.0):
+        return jnp.sum(amounts * jnp.exp(-k * (t - times)))
+
+    sol = amount(times, amounts, 0.2)
+    before = exact(times[:2], amounts[:2], 0.2, 16.0)
+    np.testing.assert_allclose(sol.ys, [0.0, before, exact(times, amounts, 0.2)], rtol=1e-7)
+    np.testing.assert_allclose(sol.events[0].times, times)
+    last = lambda *args, **kw: amount(*args, **kw).ys[-1]
+    wanted = jax.grad(exact, (0, 1, 2))(times, amounts, 0.2)
+    for adjoint in ("replay", "direct"):
+        found = jax.grad(partial(last, adjoint=adjoint), (0, 1, 2))(times, amounts, 0.2)
+        for a, b in zip(found, wanted):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_patients_have_doses_of_their_own_and_nan_pads():
+    times = jnp.array([[0.0, 5.0, jnp.nan], [9.0, 2.0, 4.0]])
+    dose = lambda times: Event(times=times, change=lambda y, t, k: y + 1.0)
+    run = lambda times: solve(lambda y, t, k: -k * y, 0.0, [0.0, 10.0], 0.3, events=[dose(times)])
+    sol = jax.vmap(run)(times)
+    exact = [np.nansum(np.exp(-0.3 * (10 - np.asarray(row)))) for row in times]
+    np.testing.assert_allclose(sol.ys[:, -1], exact, rtol=1e-7)
+    np.testing.assert_array_equal(sol.events[0].count, [2, 3])
+
+
+def test_a_terminal_event_ends_the_solve():
+    stop = Event(lambda y, t: y - 0.5, terminal=True)
+    sol = solve(lambda y, t: -y, 1.0, jnp.linspace(0.0, 2.0, 5), events=[stop])
+    assert sol.status == Status.EVENT
+    np.testing.assert_allclose(sol.reached, np.log(2), rtol=1e-7)
+    np.testing.assert_allclose(sol.events[0].times, [np.log(2)], rtol=1e-7)
+    np.testing.assert_allclose(sol.ys[:2], np.exp([0, -0.5]), rtol=1e-7)
+    assert np.all(np.isnan(sol.ys[2:]))
+    time = lambda k: solve(lambda y, t: -k * y, 1.0, [0.0, 9.0], events=[stop]).events[0].times[0]
+    np.testing.assert_allclose(jax.grad(time)(2.0), -np.log(2) / 4, rtol=1e-6)
+
+
+def test_a_terminal_event_may_have_to_happen_several_times():
+    stop = Event(lambda y, t: y[0], terminal=True, count=3)
+    sol = solve(
+        lambda y, t: jnp.stack([y[1], -y[0]]), jnp.array([0.0, 1.0]), [0.0, 20.0], events=[stop]
+    )
+    np.testing.assert_allclose(sol.events[0].times, np.pi * np.arange(1, 4), rtol=1e-6)
+    np.testing.assert_allclose(sol.reached, 3 * np.pi, rtol=1e-6)
+
+
+def test_the_first_in_time_is_taken_first_whatever_its_place():
+    late = Event(lambda y, t: y - 0.7, change=lambda y, t: y + 100.0)
+    early = Event(lambda y, t: y - 0.6, change=lambda y, t: y + 0.05)
+    sol = solve(lambda y, t: 1.0, 0.0, [0.0, 1.0], events=[late, early], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(sol.events[1].times[0], 0.6, rtol=1e-9)
+    np.testing.assert_allclose(sol.events[0].times[0], 0.65, rtol=1e-9)
+    np.testing.assert_allclose(sol.ys[-1], 101.05, rtol=1e-9)
+
+
+def test_two_at_the_same_time_both_happen_in_the_order_of_the_list():
+    double = Event(lambda y, t: t - 0.5, change=lambda y, t: 2 * y)
+    add = Event(times=[0.5], change=lambda y, t: y + 1)
+    for events, end in (([double, add], 3.0), ([add, double], 4.0)):
+        sol = solve(lambda y, t: 0.0 * y, 1.0, [0.0, 1.0], events=events)
+        np.testing.assert_allclose(sol.ys[-1], end)
+
+
+def test_two_crossings_within_one_step_are_found():
+    cross = Event(lambda y, t: (y - 0.6) * (y - 0.4))
+    sol = solve(lambda y, t: 1.0, 0.0, [0.0, 1.0], events=[cross])
+    assert sol.stats.accepted < 10
+    np.testing.assert_allclose(sol.events[0].times[:2], [0.4, 0.6], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("direction", "exact"), [("up", [0.5]), ("down", [1.0]), ("both", [0.5, 1.0])]
+)
+def test_only_the_wanted_direction_counts(direction, exact):
+    wave = Event(lambda y, t: -jnp.sin(2 * jnp.pi * t), direction=direction)
+    sol = solve(lambda y, t: 0 * y, jnp.zeros(1), [0.0, 1.3], events=[wave], hmax=0.1)
+    assert sol.events[0].count == len(exact)
+    np.testing.assert_allclose(sol.events[0].times[: len(exact)], exact, rtol=1e-9)
+
+
+def test_one_that_begins_on_its_root_is_not_found_there():
+    sol = dropped(jnp.array(0.0), t=[0.0, 0.5])  # it lies on the floor and falls through
+    thrown = solve(fall, jnp.array([0.0, 1.0]), [0.0, 0.3], G, events=[FLOOR])
+    np.testing.assert_allclose(thrown.events[0].times[0], 2 / G, rtol=1e-9)
+    assert thrown.events[0].count == 1
+    assert sol.events[0].count == 0
+
+
+def test_bounces_that_accumulate_end_with_a_status():
+    """After the sum of all flights the ball would have bounced infinitely often."""
+    floor = Event(
+        lambda y, t, g: y[0], direction="down", change=lambda y, t, g: y * jnp.array([1.0, -0.5])
+    )
+    sol = dropped(jnp.array(1.0), events=[floor], throw=False)
+    first = np.sqrt(2 / G)
+    assert sol.status == Status.EVENTS_ACCUMULATE
+    np.testing.assert_allclose(sol.reached, 3 * first, rtol=1e-6)
+
+
+def test_decreasing_time():
+    cross = Event(lambda y, t: y - 2.0)
+    dose = Event(times=[0.5], change=lambda y, t: y * 10)
+    sol = solve(lambda y, t: -y, 1.0, [1.0, 0.0], events=[cross, dose])
+    np.testing.assert_allclose(sol.events[1].times, [0.5])
+    np.testing.assert_allclose(sol.ys[-1], 10 * np.e, rtol=1e-7)
+    np.testing.assert_allclose(sol.events[0].count, 0)  # 1.65, then 16.5
+
+
+def test_a_state_of_several_arrays_and_a_boolean_condition():
+    y0 = {"x": jnp.array([1.0, 2.0]), "v": jnp.array(1.0)}
+    field = lambda y, t: {"x": -y["x"], "v": 0 * y["v"]}
+    low = Event(
+        lambda y, t: y["x"][1] < 1.0, change=lambda y, t: {"x": y["x"] * 3, "v": y["v"] + 1}
+    )
+    sol = solve(field, y0, [0.0, 1.0], events=[low], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sol.events[0].times[0], np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(sol.ys["v"][-1], 2.0)
+    np.testing.assert_allclose(sol.events[0].states["x"][0], [0.5, 1.0], rtol=1e-5)
+
+
+def test_more_events_than_are_kept_are_counted():
+    tick = Event(lambda y, t: jnp.sin(jnp.pi * t), keep=3)
+    sol = solve(lambda y, t: 0 * y, 1.0, [0.0, 8.5], events=[tick], hmax=0.3)
+    assert sol.events[0].count == 8
+    np.testing.assert_allclose(sol.events[0].times, [1, 2, 3], rtol=1e-9)
+
+
+def test_steps_that_are_rebuilt_bounce_again():
+    """With few states stored, the backward pass rebuilds what lies between them."""
+    of = lambda steps: jax.grad(
+        lambda h: dropped(h, max_steps=steps, dt=5.0 / 2000, method="rk4").events[0].times[5]
+    )
+    np.testing.assert_allclose(of(4000)(1.0), bounces(1.0, G, 6)[5] / 2, rtol=1e-7)
+
+
+WRONG = [
+    (lambda: Event(), TypeError, "a condition"),
+    (lambda: Event(lambda y, t: y, times=[1.0]), TypeError, "one of the two"),
+    (lambda: Event(lambda y, t: y, direction="left"), ValueError, "'up', 'down' or 'both'"),
+    (lambda: Event(lambda y, t: y, count=2), ValueError, "terminal=True"),
+    (lambda: Event(lambda y, t: y, values=[1.0]), TypeError, "known `times`"),
+    (lambda: run(Event(lambda y, t: y)), TypeError, "one real number"),
+    (
+        lambda: run(Event(lambda y, t: y[0], change=lambda y, t: y[0])),
+        TypeError,
+        "`change` returned",
+    ),
+    (lambda: run(Event(times=[3.0], terminal=True)), ValueError, "from t\\[0\\] to t\\[-1\\]"),
+    (lambda: run(Event(times=[0.5], values=[1.0, 2.0])), ValueError, "a row for each"),
+    (lambda: run(lambda y, t: y[0]), TypeError, "jaxode.Event"),
+    (lambda: run(Event(lambda y, t: y[0]), adjoint="backsolve"), ValueError, "adjoint='replay'"),
+    (lambda: run(Event(lambda y: y[0])), TypeError, "condition"),
+]
+
+
+def run(event, **options):
+    return solve(lambda y, t: -y, jnp.ones(2), [0.0, 1.0], events=[event], **options)
+
+
+@pytest.mark.parametrize(("wrong", "error", "says"), WRONG)
+def test_what_is_wrong_is_said_at_the_door(wrong, error, says):
+    with pytest.raises(error, match=says):
+        wrong()
