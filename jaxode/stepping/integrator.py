@@ -121,7 +121,8 @@ class Integrator(eqx.Module):
         h0 = jnp.where(self.finite(y0, slope), lax.stop_gradient(h0), 0 * zero)
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
-            evaluations=none + evaluations, since=none if self.counts_since else None, output=none + 1,
+            evaluations=none + evaluations, since=none if self.counts_since else None,
+            output=none + self.output.first,
             folded=None,
         )  # fmt: skip
 
