@@ -148,8 +148,8 @@ def solve(
             known, as under `jit`, it is the first guess of what does.
         jac: df/dy, for these and the diagonally implicit methods, as `jac(y, t, *args)`: an array of n x n
             numbers, or what `jax.jacfwd(func)` returns. By default it is derived from func.
-        dense: give `Solution.dense` too, the solution as a function of time between t[0] and t[-1]
-            (`jaxode.dense.Dense`, which says what it holds of memory): `sol.dense(t)`, `sol.dense.derivative(t)`.
+        dense: give `Solution.dense` too, the solution as a function of time between t[0] and t[-1]:
+            `sol.dense(t)`, `sol.dense.derivative(t)`; `jaxode.dense.Dense` says what memory it takes.
         save: a function `save(y, t, *args)` of the state, any pytree of arrays (integers become floats): its
             rows are `ys`, and states are not kept. Differentiated in y, t, args, and what it closes over.
         save_steps: give the start and the end of every accepted step, in place of the states at times: `t`
@@ -203,21 +203,14 @@ def solve(
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
     static = Static(
-        trace=trace,
-        method=method,
-        controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint, method),
-        max_steps=steps or max_steps,
-        steps=steps,
-        func_time=func_time,
-        bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+        trace=trace, method=method, controller=arguments.controller_or_default(controller),
+        adjoint=arguments.named_adjoint(adjoint, method), max_steps=steps or max_steps, steps=steps,
+        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside, watched),
-        seen=not driven and dt is None and known(t, rtol, atol, limits),
-        jac=of_jac,
+        seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
         output=output_of(dense, saved, save_steps, steps or max_steps),
-        saved=saved,
-    )
+    )  # fmt: skip
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, watched)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
@@ -266,9 +259,9 @@ class Static:
     heuristics: bool
     throw: bool
     seen: bool
-    jac: Trace | None = None
-    output: Any = outputs.Times()
-    saved: Trace | None = None
+    jac: Trace | None
+    output: Any
+    saved: Trace | None
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):

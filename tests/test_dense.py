@@ -16,7 +16,7 @@ def decay(y, t, rates):
 
 
 def exact(t, y0, rates):
-    return y0 * np.exp(-np.asarray(t)[..., None] * np.asarray(rates))
+    return np.asarray(y0) * np.exp(-np.asarray(t)[..., None] * np.asarray(rates))
 
 
 def swing(y, t):
@@ -42,7 +42,10 @@ def test_dense_output_is_the_solution_at_times_of_any_shape(dtype, ends):
 
 def test_dense_output_agrees_with_that_of_scipy():
     y0 = np.array([1.0, 0.0])
-    peer = solve_ivp(lambda t, y: [y[1], -np.sin(y[0])], (0, 9), y0, "DOP853", rtol=1e-11, atol=1e-11, dense_output=True)  # fmt: skip
+    peer = solve_ivp(
+        lambda t, y: [y[1], -np.sin(y[0])], (0, 9), y0, "DOP853",
+        rtol=1e-11, atol=1e-11, dense_output=True,
+    )  # fmt: skip
     sol = solve(
         swing, y0, [0.0, 9.0], method="dop853", rtol=1e-10, atol=1e-10, dense=True, max_steps=200
     )
@@ -53,7 +56,7 @@ def test_dense_output_agrees_with_that_of_scipy():
 def test_dense_output_outside_of_its_interval_is_an_error_or_nan():
     dense = solve(decay, jnp.ones(2), [0.0, 1.0], RATES, dense=True, max_steps=50).dense
     for t in (-1e-9, np.array([0.5, 1.0 + 1e-9])):
-        with pytest.raises(ValueError, match="outside of 0.0 to 1.0"):
+        with pytest.raises(ValueError, match=r"outside of 0\.0 to 1\.0"):
             dense(t)
     found = jax.jit(lambda dense, t: dense(t))(dense, jnp.array([-1e-9, 0.0, 1.0, 1.1]))
     np.testing.assert_array_equal(np.isnan(found[:, 0]), [True, False, False, True])
@@ -106,7 +109,7 @@ def test_a_saved_function_and_its_gradients_are_those_of_the_closed_form(adjoint
         return jnp.sum(ys["sum"] ** 2 + ys["time"])
 
     def closed(y0, rates, weights, t):
-        y = y0 * jnp.exp(-(t - t[0])[:, None] * rates[None])
+        y = y0[None] * jnp.exp(-(t - t[0])[:, None] * rates[None])
         return jnp.sum((y @ weights) ** 2 + t * rates[0])
 
     args = y0, RATES, weights, t

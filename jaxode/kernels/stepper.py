@@ -6,10 +6,8 @@
 | a loop over stages | a method with a table | stage by stage, in a loop |
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree

@@ -122,8 +122,7 @@ class Integrator(eqx.Module):
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
-            output=none + self.output.first,
-            folded=None,
+            output=none + self.output.first, folded=None,
         )  # fmt: skip
 
     def step_count(self, end):
