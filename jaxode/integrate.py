@@ -218,7 +218,7 @@ def solve(
 def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
     solution = run(program, static, *given, *times, *limits)
-    if static.saved is not None:
+    if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
     *options, dt, beside, _ = limits
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)

@@ -9,7 +9,7 @@ a sum over the accepted steps of `fold(method, y, h, step)`, with its derivative
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,12 +116,13 @@ class Times:
 
         def saved(y, slope, s):
             """The same of the function, evaluated once: for each time it would take as many states."""
+            save = partial(cast(Callable, self.save), f)
             if not self.pushes:
-                return jax.vmap(partial(self.save, f))(along(y, slope), ss)
+                return jax.vmap(save)(along(y, slope), ss)
             if at is None:
-                return along(self.save(f, y, s), None)
+                return along(save(y, s), None)
             slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
-            return along(*jax.jvp(partial(self.save, f), (y, s), (slope, jnp.ones_like(s))))
+            return along(*jax.jvp(save, (y, s), (slope, jnp.ones_like(s))))
 
         if self.save is None:
             first, last = along(y0, slope0), along(y1, slope1)
