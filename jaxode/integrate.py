@@ -322,9 +322,9 @@ def compiled(
     else:
         rows, report = adjoint(integrator, field, y0, ss)
         unravel = None
-    status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     t_given = t
     t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel)
+    status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
