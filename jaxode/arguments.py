@@ -49,7 +49,7 @@ WORDS = by_name({
     "mass_matrix M": "the mass matrix is `mass`",
     "event event_fn callback callbacks cb discrete_terminating_event":
         "events are `events=[jaxode.Event(...), ...]`",
-    "dense_output dense": "there is no interpolant to keep: ask for as many times in `t` as are needed",
+    "dense_output": "the solution at any time is `dense=True`, or many times in `t`",
     "tfirst vectorized": CALLED,
     "stepsize_controller controllers options":
         "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
@@ -65,8 +65,8 @@ WORDS = by_name({
     "progress_meter": "there is none",
 })  # fmt: skip
 OPTIONS = (
-    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac "
-    "events"
+    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
+    "save_steps events"
 ).split()
 
 
@@ -412,6 +412,85 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     if heuristics and not method.explains:
         raise ValueError("`heuristics` need a method such as 'tsit5' or 'dopri5'.")
     return bool(heuristics)
+
+
+def for_solve_alone(options) -> None:
+    """Raise if `odeint` was asked for what only a `Solution` can hold."""
+    for name in ("dense", "save_steps"):
+        if options.get(name):
+            raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
+
+
+def kept_together(dense, save, save_steps, t, exact, driven: bool) -> None:
+    """Raise if what is to be kept of a solve cannot be kept, or not together."""
+    for name, flag in (("dense", dense), ("save_steps", save_steps)):
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"`{name}` must be True or False, got {flag!r}.")
+        if flag and driven:
+            raise ValueError(
+                f"`{name}` is for a func without signals: steps end at the knots of a `Signal`, which is a "
+                "solve for each piece. Ask for as many times in `t` as are needed."
+            )
+    if dense and save_steps:
+        raise ValueError(
+            "`dense` and `save_steps` keep the same steps: pass dense=True, and evaluate `sol.dense` where "
+            "it is needed; or save_steps=True."
+        )
+    if dense and save is not None:
+        raise ValueError(
+            "`dense` keeps states, and `save` is there to keep none: leave it out, and apply the function to "
+            "what `sol.dense(t)` returns, by jax.vmap."
+        )
+    if save_steps and len(t) != 2:
+        raise ValueError(
+            "`save_steps` keeps the steps from the first time to the last, and no times between: pass "
+            f"t=[t0, t1]; got {len(t)} times."
+        )
+    if dense and len(t) == 0:
+        raise ValueError("`dense` is the solution from t[0] to t[-1]: pass t=[t0, t1].")
+    if dense and exact is not None:
+        raise ValueError(
+            f"`dense` is asked for times, and {t.dtype} cannot tell these apart: shift time to begin near 0 "
+            "(pass t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+        )
+
+
+def saved_of(save, y0, t, func_time, args) -> tuple[Trace | None, list | None]:
+    """`save` as a jaxpr, and the arrays that it looks at; None if there is none."""
+    if save is None:
+        return None, None
+    if not callable(save):
+        raise TypeError(
+            f"`save` must be a function of the state, save(y, t, *args); got {type(save).__name__}."
+        )
+    trace, leaves = trace_of(save, y0, t, func_time, args, lambda kept, _: as_rows(kept))
+    return trace.needed(leaves)
+
+
+def as_rows(kept: PyTree) -> PyTree:
+    """What `save` returned as arrays of floats; a TypeError if it is none."""
+
+    def leaf(path, x):
+        where = f"save(y, t, *args){jax.tree_util.keystr(path)}"
+        try:
+            dtype = jnp.result_type(x)
+        except TypeError as error:
+            raise TypeError(
+                f"{where} must be an array of numbers, got {type(x).__name__}: `save` returns a pytree of "
+                "arrays."
+            ) from error
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
+            raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
+        return jnp.asarray(
+            x, dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
+        )
+
+    if not jax.tree.leaves(kept):
+        raise TypeError(
+            f"`save` must return an array, or a pytree of arrays: it returned {kept!r}. Its arguments are "
+            "(y, t, *args), in this order."
+        )
+    return jax.tree_util.tree_map_with_path(leaf, kept)
 
 
 def no_varying(inputs) -> None:

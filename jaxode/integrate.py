@@ -16,12 +16,13 @@ from jaxode import arguments, constraints, events, outputs, stiffness
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
+from jaxode.dense import of_steps
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.signals import Split, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
-from jaxode.stepping.field import Field, Ravelled, ravel, several
+from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
 from jaxode.tree import known
 
@@ -62,8 +63,9 @@ def odeint(
     >>> bool(jnp.allclose(ys[1], jnp.exp(-0.5) * ys[0], rtol=1e-3))
     True
     """
-    arguments = dict(rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint)
-    return solve(func, y0, t, *args, **arguments, **options).ys
+    arguments.for_solve_alone(options)
+    given = dict(rtol=rtol, atol=atol, mxstep=mxstep, hmax=hmax, method=method, adjoint=adjoint)
+    return solve(func, y0, t, *args, **given, **options).ys
 
 
 def solve(
@@ -85,6 +87,9 @@ def solve(
     linear: Linear | None = None,
     mass=None,
     jac: Callable | None = None,
+    dense: bool = False,
+    save: Callable | None = None,
+    save_steps: bool = False,
     events=None,
     **unknown,
 ) -> Solution:
@@ -148,11 +153,21 @@ def solve(
             are not known, as under `jit`, it is the first guess of what does.
         jac: df/dy, for the same methods, as `jac(y, t, *args)`: an array of n x n
             numbers, or what `jax.jacfwd(func)` returns. By default it is derived from func.
+        dense: give `Solution.dense` too, the solution as a function of time between t[0] and t[-1]:
+            `sol.dense(t)`, `sol.dense.derivative(t)`; `jaxode.dense.Dense` says what memory it takes.
+        save: a function `save(y, t, *args)` of the state, any pytree of arrays (integers become floats): its
+            rows are `ys`, and states are not kept. Differentiated in y, t, args, and what it closes over.
+        save_steps: give the start and the end of every accepted step, in place of the states at times: `t`
+            is then [t0, t1], and `ts` and `ys` have max_steps + 1 rows, of which `Solution.mask` says which
+            are real; the others are NaN. With `save`, a function of these states.
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order.
 
+    The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
+    steps of the whole solve.
+
     Returns:
-        A `Solution`: ts, ys, status, stats, reached.
+        A `Solution`: ts, ys, status, stats, reached; and what else was asked for.
 
     Raises:
         TypeError: func does not return a derivative of y0 (structure, shape or dtype), or an
@@ -183,51 +198,53 @@ def solve(
     trace, leaves = arguments.trace_of(func, *at)
     arguments.check_resolution(exact, func_time, trace)
     method.check(trace, y0)
-    if len(t) == 0:
-        return no_times(y0, t)
-    arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside))
-    problem = constraints.Problem(trace, of_jac, method, func_time)
     driven = asks(trace.jaxpr)
+    arguments.kept_together(dense, save, save_steps, t, exact, driven)
+    saved, watched = arguments.saved_of(save, *at)
+    if len(t) == 0:
+        return no_times(y0 if saved is None else saved.like(), t)
+    arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside, watched))
+    problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     other = dict(adjoint=adjoint, heuristics=heuristics, mass=mass, signal=driven)
     happening = look_for(events, func, *at, other)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
     steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
+    most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
+    arrays = leaves, y0, t, rtol, atol, limits, beside, watched, happening.arrays
     static = Static(
-        trace=trace,
-        method=method,
-        controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint, method),
-        max_steps=max_steps + (steps or 0) if happening.arrays else steps or max_steps,
-        steps=steps,
-        func_time=func_time,
-        bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
+        trace=trace, method=method, controller=arguments.controller_or_default(controller),
+        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
+        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(leaves, y0, t, rtol, atol, limits, beside),
-        seen=not driven and dt is None and known(t, rtol, atol, limits),
-        jac=of_jac,
-        consistent=consistent,
-        events=happening.static,
-    )
-    limits = rtol, atol, *limits, dt, beside, happening.arrays
+        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
+        seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
+        output=output_of(dense, saved, save_steps, most),
+    )  # fmt: skip
+    limits = rtol, atol, *limits, dt, beside, watched, happening.arrays
     given = static, (leaves, y0), (t, since), limits
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
 def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
-    solve_at = partial(run, program, static, *given)
-    solution = solve_at(*times, *limits)
-    *_, dt, _, _ = limits
-    method = static.method
+    solution = run(program, static, *given, *times, *limits)
+    if static.saved is not None and not static.output.each_step:
+        solution = solution._replace(ys=solution.ys[0])
+    *options, dt, beside, _, of_events = limits
+    method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
+    end = times[0][-1]
     chosen_steps = method.error_order and static.steps is None and dt is None
     parts = static.trace.parts
     if (method.implicit and len(parts) == 1) or not chosen_steps:
-        return checked(solution, throw)
+        return checked(solution, end, throw)
     slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
-    again = lambda *times: solve_at(*times, *limits)
+    again = lambda *times: run(
+        program, plain, *given, *times, *options, dt, beside, None, of_events
+    )
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
-    return checked(solution, throw, lambda: stiffness.hint(solution, again, times, slope, remedy))
+    hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
+    return checked(solution, end, throw, hint)
 
 
 def run(program: Callable, *args) -> Solution:
@@ -259,21 +276,36 @@ class Static:
     heuristics: bool
     throw: bool
     seen: bool
-    jac: Trace | None = None
-    consistent: bool = False
-    events: Any = None
+    jac: Trace | None
+    output: Any
+    saved: Trace | None
+    consistent: bool
+    events: Any
+
+
+def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
+    """What is kept of a solve."""
+    save = None if saved is None else outputs.observed
+    if dense or save_steps:
+        return outputs.EveryStep(max_steps + 1, bool(dense), save)
+    return outputs.Times(save, saved is None or saved.pushes)
 
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, of_events
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events
 ) -> Solution:
-    """The solve. `since` is t - t[0], if that is known better than t."""
+    """The solve. `since` is t - t[0], if that is known better than t.
+
+    With a function of the state (whose arrays are `watched`) ys are its rows, and the state at the end.
+    """
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     times, steps = t if since is None else since, static.steps
     ss, span = unit_times(times)
     given = t[0], t[-1], span, static.func_time, static.method.beyond
     field, adjoint = Field(static.trace, leaves, *given), static.adjoint
+    if static.saved is not None:
+        field = Observed(field, Field(static.saved, watched, *given[:4]))
     happening = None if of_events is None else events.Given(static.events, of_events)
     if happening is not None:
         adjoint = events.of_events(adjoint, happening, t[0], span, static.func_time)
@@ -293,7 +325,7 @@ def compiled(
         method=static.method,
         controller=static.controller,
         max_steps=static.max_steps,
-        output=outputs.Times(),
+        output=static.output,
         steps=steps,
         rtol=rtol,
         atol=atol,
@@ -307,22 +339,39 @@ def compiled(
         ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
         of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
         integrator = dataclasses.replace(integrator, rtol=of_parts(rtol), atol=of_parts(atol))
-        vectors, report = adjoint(integrator, ravelled, ravel(y0), ss)
-        ys = jax.vmap(ravelled.unravel)(vectors)
+        rows, report = adjoint(integrator, ravelled, ravel(y0), ss)
+        unravel = ravelled.unravel
     else:
-        ys, report = adjoint(integrator, field, y0, ss)
+        rows, report = adjoint(integrator, field, y0, ss)
+        unravel = None
+    t_given = t
+    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
-    ys = jax.tree.map(lambda y: if_valid(y, jnp.nan), ys)
+    ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
-    reached = lax.stop_gradient(t[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
+    reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
     estimates, occurrences = None, None
     if happening is not None:
         occurrences = events.occurrences(happening, report.folded)
     elif report.folded is not None:
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
-    solution = Solution(t, ys, status, stats, reached, estimates, occurrences)
-    return ended(solution, static.throw, (leaves, y0, t, beside, of_events))
+    mask = None if mask is None else if_valid(mask, False)
+    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, occurrences)
+    return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
+
+
+def kept_of(output, rows, t, span, ss, report, unravel: Callable | None):
+    """(ts, ys, mask, dense) of a solution, from what its output kept; `unravel` makes a state of a vector."""
+    of_states = (lambda rows: rows) if unravel is None else jax.vmap(unravel)
+    if output.each_step:
+        return of_steps(output, rows, t, span, ss[-1], report, of_states)
+    if output.save is None:
+        return t, of_states(rows), None, None
+    rows, end = rows
+    end = end if unravel is None else unravel(end)
+    fine = succeeded(report.status)
+    return t, (rows, jax.tree.map(lambda y: jnp.where(fine, y, jnp.nan), end)), None, None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -332,14 +381,24 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
     if not split.asked:
         return compiled(static, leaves, y0, t, since, *options)
     quiet = dataclasses.replace(static, trace=split.trace, throw=False)
-    stretch = lambda leaves, y, t: compiled(quiet, leaves, y, t, None, *options)
-    solution = piecewise(stretch, split, y0, t)
-    return ended(solution, static.throw, (leaves, y0, t, options[-2]))
+
+    def stretch(leaves, y, t):
+        part = compiled(quiet, leaves, y, t, None, *options)
+        if static.saved is None:
+            return part, jax.tree.map(lambda y: y[-1], part.ys)
+        return part._replace(ys=part.ys[0]), part.ys[1]
+
+    solution, end = piecewise(stretch, split, y0, t)
+    if static.saved is not None:
+        solution = solution._replace(ys=(solution.ys, end))
+    return ended(solution, static.throw, (leaves, y0, t, options[-3:]))
 
 
 def ended(solution: Solution, throw: bool, inputs) -> Solution:
     """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
-    ys, status = (solution.ys, solution.events), solution.status
+    dense, status = solution.dense, solution.status
+    states = None if dense is None else dense.states
+    ys = solution.ys, states, solution.events
     if throw:
         codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
@@ -348,7 +407,9 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
         ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
-    ys, happened = eqx.combine(poisoned(numbers, succeeded(status), inputs), counts)
+    ys, states, happened = eqx.combine(poisoned(numbers, succeeded(status), inputs), counts)
+    if dense is not None:
+        solution = solution._replace(dense=dense.of(states))
     return solution._replace(ys=ys, status=status, events=happened)
 
 
@@ -370,14 +431,14 @@ def no_times(y0, t) -> Solution:
     return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
 
 
-def checked(solution: Solution, throw: bool | None, hint=lambda: "") -> Solution:
+def checked(solution: Solution, end, throw: bool | None, hint=lambda: "") -> Solution:
     """Raise if the solve failed, where that is known; `hint()` is what else there is to say of that."""
     if throw is False or not known(solution) or np.all(succeeded(np.asarray(solution.status))):
         return solution
     status = Status(int(solution.status))
     raise SolveError(
         f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
-        f"{np.asarray(solution.ts)[-1]:g}, after {int(solution.stats.evaluations)} evaluations of func. "
+        f"{np.asarray(end):g}, after {int(solution.stats.evaluations)} evaluations of func. "
         f"{status.message}{hint()}\n(Pass throw=False to get NaN and a status instead.)",
         solution,
     )

@@ -9,7 +9,7 @@ is linear in what each accepted step adds to it, as a sum is, and is differentia
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,13 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.solution import Status
+from jaxode.stepping.integrator import trial_step
+from jaxode.stepping.problems import pullback
+
+
+def observed(f, y, s) -> PyTree:
+    """`save` of an output: the user's function of the state, which the field holds (`Observed`)."""
+    return f.observed(y, s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +32,19 @@ class Times:
     """The states at the times ss, increasing on [0, 1]; or a function of them, `save(f, y, s)`.
 
     The first time is the start, the last one the end. Rows at either end are filled in by `finish`:
-    a solve with two times writes nothing while it runs.
+    a solve with two times writes nothing while it runs. With a function the result is its rows, and
+    the state at the end; `pushes` says whether it has derivatives in forward mode.
     """
 
     save: Callable | None = None
+    pushes: bool = True
+    first = 1  # the first row that is written while the solve runs
+    each_step = False
+
+    @property
+    def sees_field(self) -> bool:
+        """Whether the rows depend on the leaves of the field, and not only through the states."""
+        return self.save is not None
 
     def rows(self, ss) -> int:
         """How many rows are written while the solve runs."""
@@ -37,8 +53,8 @@ class Times:
     def needs_inside(self) -> bool:
         return True
 
-    def last(self, ss) -> int:
-        """The last row, which a backward pass begins with. (The first one that is written is row 1.)"""
+    def last(self, ss, report) -> int:
+        """The last row, which a backward pass begins with."""
         return len(ss) - 1
 
     def due(self, ss, row, old, new) -> Array:
@@ -46,8 +62,8 @@ class Times:
         here = tree.row(ss, jnp.minimum(row, len(ss) - 1))
         return (here <= new.s) & (here < ss[-1]) & (new.accepted > old.accepted)
 
-    def passed(self, ss, row, s) -> Array:
-        """Whether, going back, a row lies after s."""
+    def passed(self, ss, row, s, h) -> Array:
+        """Whether, going back over a step of size h, a row lies after its start s."""
         return (row >= 0) & (tree.row(ss, jnp.maximum(row, 0)) > s)
 
     def value(self, f, time, s, h, y, d) -> PyTree:
@@ -61,10 +77,15 @@ class Times:
         grid = jnp.where(jnp.arange(len(grid), dtype=jnp.int32) <= n, grid, jnp.inf)
         return jnp.searchsorted(grid, ss[row], side="left").astype(jnp.int32) - 1
 
-    def room(self, f, y0, ss) -> PyTree:
+    def room(self, integrator, f, y0, ss) -> PyTree:
         """An array for all rows."""
         like = y0 if self.save is None else jax.eval_shape(self.save, f, y0, ss[0])
         return tree.rooms(like, len(ss))
+
+    def like(self, integrator, f, y0, ss) -> PyTree:
+        """Something like what `finish` returns."""
+        rows = self.room(integrator, f, y0, ss)
+        return rows if self.save is None else (rows, y0)
 
     def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> PyTree:
         """All rows: the start and the end as they are, NaN where the solve did not come.
@@ -93,9 +114,20 @@ class Times:
             both = lambda y, k: times(jnp.ones_like(move), y) + times(move, k)
             return jax.tree.map(both, y, slope)
 
-        first, last = along(y0, slope0), along(y1, slope1)
-        if self.save is not None:
-            first, last = (jax.vmap(partial(self.save, f))(y, ss) for y in (first, last))
+        def saved(y, slope, s):
+            """The same of the function, evaluated once: for each time it would take as many states."""
+            save = partial(cast(Callable, self.save), f)
+            if not self.pushes:
+                return jax.vmap(save)(along(y, slope), ss)
+            if at is None:
+                return along(save(y, s), None)
+            slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
+            return along(*jax.jvp(save, (y, s), (slope, jnp.ones_like(s))))
+
+        if self.save is None:
+            first, last = along(y0, slope0), along(y1, slope1)
+        else:
+            first, last = saved(y0, slope0, 0 * end), saved(y1, slope1, end)
 
         def leaf(first, last, *rows):
             fit = lambda x: x.reshape((len(ss),) + (1,) * (first.ndim - 1))
@@ -103,43 +135,84 @@ class Times:
             value = jnp.where(fit(at_start), first, inside)
             return jnp.where(fit(known), value, jnp.nan)
 
-        return jax.tree.map(leaf, first, last, *(() if rows is None else (rows,)))
+        found = jax.tree.map(leaf, first, last, *(() if rows is None else (rows,)))
+        return found if self.save is None else (found, y1)
+
+
+class Steps(NamedTuple):
+    """Steps in rows: where each begins, its size, the state there (or a function of it), and the d_p."""
+
+    s: Array
+    h: Array
+    y: PyTree
+    d: list[PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
 class EveryStep:
-    """The start and the end of every accepted step, at most `count` - 1 of them; rows beyond are NaN."""
+    """Every accepted step, as `Steps` of `count` rows; with the d_p of dense output, if `dense`.
+
+    Those of events, which have size 0, are left out. The row after the last step is the end, as a step of
+    size 1 along the slope there. Rows beyond are NaN; of dense output their s is infinite, and the others
+    mean nothing.
+    """
 
     count: int
-    save = None
+    dense: bool = False
+    save: Callable | None = None
+    first = 0
+    each_step = True
+
+    @property
+    def sees_field(self) -> bool:
+        return self.save is not None or self.dense
 
     def rows(self, ss) -> int:
         return self.count
 
     def needs_inside(self) -> bool:
-        return False
+        return self.dense
 
-    def last(self, ss) -> int:
-        return self.count - 1
+    def last(self, ss, report) -> Array:
+        return report.steps - 1
 
     def due(self, ss, row, old, new) -> Array:
-        return (row == new.accepted) & (new.accepted > old.accepted) & (row < self.count)
+        return (row == old.steps) & (new.steps > old.steps)
 
-    def value(self, f, time, s, h, y, d) -> PyTree:
-        return s + h, d[0]
+    def passed(self, ss, row, s, h) -> Array:
+        return (row >= 0) & (h > 0)
+
+    def value(self, f, time, s, h, y, d) -> Steps:
+        y = y if self.save is None else self.save(f, y, s)
+        return Steps(s, h, y, d if self.dense else [])
 
     def step_of(self, ss, row, grid, n) -> Array:
-        return row - 1
+        sized = jnp.cumsum((grid[1:] > grid[:-1]).astype(jnp.int32))
+        return jnp.searchsorted(sized, row + 1).astype(jnp.int32)
 
-    def room(self, f, y0, ss) -> PyTree:
-        return tree.rooms((ss[0], y0), self.count)
+    def room(self, integrator, f, y0, ss) -> Steps:
+        s, method = ss[0], integrator.method
 
-    def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> PyTree:
-        rows = tree.put(0, (ss[0], y0), rows)
-        known = jnp.arange(self.count, dtype=jnp.int32) <= report.accepted
+        def row(f, y, s):
+            step = lambda: trial_step(integrator, f, s, y, method.start(f, s, y), s)
+            return self.value(
+                f, s, s, s, y, method.inside(f, s, y, s, step()) if self.dense else []
+            )
+
+        return tree.rooms(jax.eval_shape(row, f, y0, s), self.count)
+
+    like = room
+
+    def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> Steps:
         started = report.status != Status.NON_FINITE_INITIAL.value
-        at = lambda x: (known & started).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jax.tree.map(lambda x: jnp.where(at(x), x, jnp.nan), rows)
+        known = (jnp.arange(self.count, dtype=jnp.int32) <= report.steps) & started
+        s = report.reached * lax.stop_gradient(ss[-1])
+        d = [slope1, *[jax.tree.map(jnp.zeros_like, slope1)] * (len(rows.d) - 1)]
+        rows = tree.put(report.steps, self.value(f, s, s, jnp.ones_like(s), y1, d), rows)
+        if self.dense:
+            return rows._replace(s=jnp.where(known, rows.s, jnp.inf))
+        fit = lambda x: known.reshape((-1,) + (1,) * (x.ndim - 1))
+        return jax.tree.map(lambda x: jnp.where(fit(x), x, jnp.nan), rows)
 
 
 class Estimates:
@@ -178,11 +251,12 @@ def write(problems, inside: Callable, own, old, new, h, rows, put):
         return integrator.output.value(f, tree.row(ss, jnp.minimum(row, len(ss) - 1)), s, h, y, d)
 
     integrator = problems.of(own)[0]
+    needs_inside = integrator.output.needs_inside()
     due = lambda row: problems.each(is_due)(own, row, old, new)
     some_due = lambda carry: jnp.any(due(carry[0]))
 
     def visit(carry):
-        d = inside() if integrator.output.needs_inside() else [new.y]
+        d = inside() if needs_inside else []
 
         def one_each(carry):
             row, rows = carry
@@ -195,10 +269,13 @@ def write(problems, inside: Callable, own, old, new, h, rows, put):
     # A loop that turns at most once: unlike a conditional it leaves the rows where they are.
     row, rows = lax.while_loop(some_due, visit, (new.output, rows))
     met = row > new.output
-    more = met.astype(jnp.int32) * integrator.method.inside_evaluations
-    evaluations = new.evaluations + more
-    since = new.since if new.since is None else jnp.where(met, 0, new.since)
-    return new._replace(output=row, evaluations=evaluations, since=since), rows
+    new = new._replace(output=row)
+    if needs_inside:
+        more = met.astype(jnp.int32) * integrator.method.inside_evaluations
+        new = new._replace(evaluations=new.evaluations + more)
+    if new.since is not None and not integrator.output.each_step:
+        new = new._replace(since=jnp.where(met, 0, new.since))
+    return new, rows
 
 
 # Backwards.
@@ -216,45 +293,86 @@ class Cotangents(NamedTuple):
     folded: Any = None
 
 
-def passed(problems, own, row, s):
-    """Whether, going back to s, a row of every solve has been passed."""
-    return problems.each(lambda integrator, f, ss, row, s: integrator.output.passed(ss, row, s))(
-        own, row, s
-    )
+def passed(problems, own, row, s, h):
+    """Whether, going back to s over a step of size h, a row of every solve has been passed."""
+    one = lambda integrator, f, ss, row, s, h: integrator.output.passed(ss, row, s, h)
+    return problems.each(one)(own, row, s, h)
 
 
-def gather(problems, own, carry: Cotangents, rows_bar, s, h, y, inside: Callable, pick):
+def gather(problems, own, mask, carry: Cotangents, rows_bar, s, h, y, inside: Callable, pick):
     """Cotangents of the rows inside a step, gathered on y and on the d_p, which are `inside()`.
 
     `pick(row, rows_bar)` is the cotangent of a row of every solve. Returns the carry with those of
-    the times added, and the next row to be met.
+    the times added, and of the leaves of the field that `mask` says, and the next row to be met.
     """
-
-    def one(integrator, f, ss, row, s, h, y, d, w, y_bar, d_bar, ss_bar):
-        here = integrator.output.passed(ss, row, s)
-        time = tree.row(ss, jnp.maximum(row, 0))
-        value = lambda time, y, d: integrator.output.value(f, time, s, h, y, d)
-        _, vjp = jax.vjp(value, time, y, d)
-        time_bar, y_more, d_more = vjp(jax.tree.map(lambda w: jnp.where(here, w, 0), w))
-        if ss_bar is not None:
-            place = jnp.maximum(row, 0)
-            ss_bar = tree.put(place, tree.row(ss_bar, place) + time_bar, ss_bar)
-        add = lambda x, more: jax.tree.map(jnp.add, x, more)
-        return row - here.astype(jnp.int32), add(y_bar, y_more), add(d_bar, d_more), ss_bar
-
-    some_passed = lambda state: jnp.any(passed(problems, own, state[0], s))
+    output = problems.of(own)[0].output
+    saves = output.save is not None
+    some_passed = lambda state: jnp.any(passed(problems, own, state[0], s, h))
+    once = (
+        (lambda turn, state: turn(state))
+        if output.each_step
+        else partial(lax.while_loop, some_passed)
+    )
 
     def visit(state):
         d = inside()
 
         def one_each(state):
             w = pick(jnp.maximum(state[0], 0), rows_bar)
-            return problems.each(one)(own, state[0], s, h, y, d, w, *state[1:])
+            if saves:
+                return of_saved(problems, own, mask, s, h, y, d, w, *state)
+            *state, f_bar = state
+            return *problems.each(of_state)(own, state[0], s, h, y, d, w, *state[1:]), f_bar
 
-        return lax.while_loop(some_passed, one_each, state)
+        return once(one_each, state)
 
     zero = jax.tree.map(jnp.zeros_like, y)
     begin = carry.row, zero, [zero] * len(jax.eval_shape(inside)), carry.ss
     # At most one turn, as in `write`: most steps have no row.
-    row, y_bar, d_bar, ss_bar = lax.while_loop(some_passed, visit, begin)
-    return carry._replace(row=row, ss=ss_bar), y_bar, d_bar
+    row, y_bar, d_bar, ss_bar, f_bar = once(visit, (*begin, carry.f if saves else None))
+    return carry._replace(row=row, ss=ss_bar, f=f_bar if saves else carry.f), y_bar, d_bar
+
+
+def of_state(integrator, f, ss, row, s, h, y, d, w, y_bar, d_bar, ss_bar):
+    """Cotangents of one solve with that of a row, w, added."""
+    here = integrator.output.passed(ss, row, s, h)
+    time = tree.row(ss, jnp.maximum(row, 0))
+    value = lambda time, y, d: integrator.output.value(f, time, s, h, y, d)
+    _, vjp = jax.vjp(value, time, y, d)
+    time_bar, y_more, d_more = vjp(jax.tree.map(lambda w: jnp.where(here, w, 0), w))
+    row, ss_bar = next_row(here, row, time_bar, ss_bar)
+    return row, added(y_bar, y_more), added(d_bar, d_more), ss_bar
+
+
+def of_saved(problems, own, mask, s, h, y, d, w, row, y_bar, d_bar, ss_bar, f_bar):
+    """The same of a function of the state, which depends on leaves of the field: of one solve, or of
+    many, that share some of them."""
+
+    def place(integrator, f, ss, row, s, h, w):
+        here = integrator.output.passed(ss, row, s, h)
+        # Where no row is, at a state that there is: 0 times an infinite derivative would be NaN.
+        time = jnp.where(here, tree.row(ss, jnp.maximum(row, 0)), s)
+        return here, time, jax.tree.map(lambda w: jnp.where(here, w, 0), w)
+
+    def value(integrator, f, ss, time, y, d, s, h):
+        return integrator.output.value(f, time, s, h, y, d)
+
+    here, time, w = problems.each(place)(own, row, s, h, w)
+    values = lambda problems, own, *args: problems.each(value)(own, *args)
+    f_more, time_bar, y_more, d_more = pullback(problems, own, mask, values, (time, y, d), (s, h))[
+        1
+    ](w)
+    row, ss_bar = problems.vmap(next_row)(here, row, time_bar, ss_bar)
+    return row, added(y_bar, y_more), added(d_bar, d_more), ss_bar, added(f_bar, f_more)
+
+
+def next_row(here, row, time_bar, ss_bar):
+    """The next row to be met, and the cotangents of the times."""
+    if ss_bar is not None:
+        place = jnp.maximum(row, 0)
+        ss_bar = tree.put(place, tree.row(ss_bar, place) + time_bar, ss_bar)
+    return row - here.astype(jnp.int32), ss_bar
+
+
+def added(x, more):
+    return jax.tree.map(jnp.add, x, more)

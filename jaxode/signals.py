@@ -396,8 +396,10 @@ class Split:
         return values_of(self.jaxpr, self.leaves, values, self.jaxpr.eqns)
 
 
-def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
-    """The solve from knot to knot, by a scan: `solve(leaves, y0, ts)` of `split.trace`.
+def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> tuple[Solution, PyTree]:
+    """The solve from knot to knot, by a scan, and the state at its end.
+
+    `solve(leaves, y0, ts)`, the solve of `split.trace`, returns that of a stretch.
 
     A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
     nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
@@ -418,8 +420,7 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
         a, b, middle = ends
         within = tree.between(t, jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], within, b[None]])
-        part = solve(split.held(middle), y, ts)
-        y = jax.tree.map(lambda y: y[-1], part.ys)
+        part, y = solve(split.held(middle), y, ts)
         fine = status == Status.SUCCESS.value
         status = jnp.where(fine, part.status, status)
         stats = jax.tree.map(jnp.add, stats, part.stats)
@@ -430,13 +431,14 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> Solution:
     zero = jnp.zeros((), jnp.int32)
     start = (y0, zero, Stats(zero, zero, zero), lax.stop_gradient(t[0]))
     ends = edges[:-1], edges[1:], middles(lax.stop_gradient(edges))
-    (_, status, stats, reached), (parts, estimates) = lax.scan(stretch, start, ends)
+    (end, status, stats, reached), (parts, estimates) = lax.scan(stretch, start, ends)
     forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
     # Row j belongs to the last stretch that starts before it (the first one has the start).
     index = jnp.sum(forward * edges[1:-1, None] < forward * t[None], axis=0)
     rows = jnp.arange(len(t))
     ys = jax.tree.map(lambda y: y[index, rows], parts)
-    return Solution(t_given, ys, status, stats, reached, jax.tree.map(jnp.sum, estimates))
+    estimates = jax.tree.map(jnp.sum, estimates)
+    return Solution(t_given, ys, status, stats, reached, estimates), end
 
 
 def middles(edges) -> Array:

@@ -1,7 +1,7 @@
 """What a solve returns: the values, how it went, and what it cost."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,6 +109,8 @@ class Solution(NamedTuple):
         stats: `Stats`: evaluations of func in the forward solve, accepted and rejected steps.
         reached: the time up to which the solution is known; the last of `ts` after a success.
         heuristics: `Heuristics`, if asked for.
+        dense: the solution as a function of time, `jaxode.dense.Dense`, with `dense=True`.
+        mask: which rows of ts and ys are real, with `save_steps=True`.
         events: for each of `events` when it happened and the states right before (`times`, `states`,
             `count`).
     """
@@ -119,13 +121,15 @@ class Solution(NamedTuple):
     stats: Stats
     reached: Array
     heuristics: Heuristics | None = None
+    dense: Any = None
+    mask: Array | None = None
     events: tuple | None = None
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):
             return f"Solution(ts={self.ts}, ys={self.ys}, status={self.status})"
         status = np.asarray(self.status)
-        lines = [f"Solution at {np.asarray(self.ts).size} times, {_span(self.ts)}"]
+        lines = [f"Solution at {np.sum(np.isfinite(self.ts))} times, {_span(self.ts)}"]
         for code in np.unique(status):
             share = f" ({np.sum(status == code)} of {status.size})" if status.size > 1 else ""
             lines.append(
@@ -140,7 +144,7 @@ class Solution(NamedTuple):
 
 def _span(ts) -> str:
     ts = np.asarray(ts)
-    return f"from {ts.min():g} to {ts.max():g}" if ts.size else "none"
+    return f"from {np.nanmin(ts):g} to {np.nanmax(ts):g}" if ts.size else "none"
 
 
 def _range(counts) -> str:

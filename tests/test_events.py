@@ -313,3 +313,35 @@ def run(event, **options):
 def test_what_is_wrong_is_said_at_the_door(wrong, error, says):
     with pytest.raises(error, match=says):
         wrong()
+
+
+def height(t, dropped_from=1.0):
+    """Of the ball at a time, by its flights."""
+    begin, speed = np.sqrt(2 * dropped_from / G), np.sqrt(2 * G * dropped_from)
+    if t < begin:
+        return dropped_from - G * t**2 / 2
+    while True:
+        speed *= BOUNCE
+        if t < begin + 2 * speed / G:
+            return speed * (t - begin) - G * (t - begin) ** 2 / 2
+        begin += 2 * speed / G
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "direct"])
+def test_dense_output_goes_through_bounces_with_its_derivatives(adjoint):
+    sol = lambda h: dropped(h, t=[0.0, 4.0], dense=True, adjoint=adjoint, max_steps=100).dense
+    ts, step = np.linspace(0.0, 3.9, 40), 1e-6
+    np.testing.assert_allclose(sol(1.0)(ts)[:, 0], list(map(height, ts)), atol=1e-10)
+    by_height = (height(2.3, 1 + step) - height(2.3, 1 - step)) / (2 * step)
+    found = jax.grad(lambda h: sol(h)(2.3)[0])(1.0)
+    np.testing.assert_allclose(found, by_height, rtol=1e-6)
+
+
+def test_functions_of_the_state_and_every_step_are_kept_through_bounces():
+    energy = lambda y, t, g: g * y[0] + y[1] ** 2 / 2
+    sol = dropped(1.0, t=[0.0, 0.2, 1.0, 1.5], save=energy)
+    np.testing.assert_allclose(sol.ys, G * BOUNCE ** np.array([0, 0, 2, 4]), rtol=1e-9)
+    sol = dropped(1.0, t=[0.0, 2.0], save_steps=True)
+    rows = int(sol.mask.sum())
+    assert rows == int(sol.stats.accepted - sol.events[0].count) + 1
+    np.testing.assert_allclose(sol.ys[:rows, 0], list(map(height, sol.ts[:rows])), atol=1e-6)

@@ -16,7 +16,7 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events constraints
-    stiffness integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest
+    stiffness dense integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest
     problems.grids problems.circuits
     nn data train experiments
 """.split()

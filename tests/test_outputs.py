@@ -54,10 +54,10 @@ def test_a_function_of_the_state_is_that_function_of_the_rows_and_differentiated
         field, y0, TS, p, adjoint=ad, rtol=1e-9, atol=1e-9, max_steps=200
     )
     of_rows = lambda y0, p: energy(y0, p, "replay")[:, 0] ** 2
-    rows = kept(adjoint, Y0, 1.3, output=outputs.Times(save=save))[0]
+    rows = kept(adjoint, Y0, 1.3, output=outputs.Times(save=save))[0][0]
     np.testing.assert_allclose(rows["first"], of_rows(Y0, 1.3), rtol=1e-6)
     assert rows["time"].shape == TS.shape
-    total = lambda y0, p: kept(adjoint, y0, p, output=outputs.Times(save=save))[0]["first"].sum()
+    total = lambda y0, p: kept(adjoint, y0, p, output=outputs.Times(save=save))[0][0]["first"].sum()
     found = jax.grad(total, (0, 1))(Y0, 1.3)
     expected = jax.grad(lambda y0, p: of_rows(y0, p).sum(), (0, 1))(Y0, 1.3)
     jax.tree.map(
@@ -66,10 +66,11 @@ def test_a_function_of_the_state_is_that_function_of_the_rows_and_differentiated
 
 
 def test_every_step_is_kept_with_its_time_and_padded_with_nan():
-    times, states = kept(replay, Y0, 1.3, output=outputs.EveryStep(100))[0]
+    times, sizes, states, _ = kept(replay, Y0, 1.3, output=outputs.EveryStep(100))[0]
     count = int(np.sum(np.isfinite(times)))
     stats = solve(field, Y0, TS, 1.3, rtol=1e-8, atol=1e-8).stats
     assert count == int(stats.accepted) + 1
+    np.testing.assert_allclose(np.diff(times[:count]), sizes[: count - 1], atol=1e-15)
     assert np.all(np.diff(times[:count]) > 0) and times[0] == 0 and times[count - 1] == 1
     at = odeint(field, Y0, 2.0 * times[:count], 1.3, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(states[:count], at, rtol=1e-5, atol=1e-6)

@@ -16,21 +16,22 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.adjoints.ends import from_the_end
+from jaxode.adjoints.ends import from_the_end, of_the_field
 from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present, with_vjp
 from jaxode.adjoints.replay import like_pull, like_solve, solve_part, spread_pull
+from jaxode.adjoints.replay_in_lanes import of_own_and_shared
 from jaxode.batch import lanes, queue
 from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import to_lanes
 from jaxode.batch.plans import alone, plan
 from jaxode.batch.vmap_rules import Form, Part, spread, summed
 from jaxode.kernels.forms import PLAIN
-from jaxode.kernels.stepper import Stepper, pullback, stepper
+from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, Times, gather, passed
 from jaxode.solution import Status
 from jaxode.stepping import loop
 from jaxode.stepping.loop import Recorded
-from jaxode.stepping.problems import Problems, end_of, one
+from jaxode.stepping.problems import Problems, end_of, one, pullback
 
 
 @functools.cache
@@ -60,7 +61,16 @@ def backsolve(rtol=None, atol=None):
         own=lambda flags, out: flags[0], able=lambda size, flags: size is None,
     )  # fmt: skip
     part = Part("solve_backsolve", solve_part.run_form, like_solve, derivative=derivative)
-    return lambda integrator, f, y0, ss: part(integrator, f, y0, ss)
+
+    def solve(integrator, f, y0, ss):
+        if integrator.output.each_step:
+            raise ValueError(
+                "adjoint='backsolve' knows nothing of the steps that were taken: with `dense` or `save_steps` "
+                "use adjoint='replay' or 'direct'; or ask for as many times in `t` as are needed."
+            )
+        return part(integrator, f, y0, ss)
+
+    return solve
 
 
 # The parts: the forward solve with its ends, and the backward solve.
@@ -167,7 +177,7 @@ class Back(NamedTuple):
         f_bar, total = at_most_once(jnp.any(accepted), add, (f_bar, total))
         if self.rows_bar is None:
             return new, (f_bar, row, ss_bar), total
-        pending = passed(self.forwards.problems, own, row, end - new.s) & accepted
+        pending = passed(self.forwards.problems, own, row, end - new.s, h) & accepted
 
         def move(carry):
             return self.move(own, own_back, pending, h, end, who, *carry)
@@ -209,7 +219,7 @@ class Back(NamedTuple):
             return to_lanes(jax.tree.map(lambda w: w[who, row], rows_bar), problems.axis)
 
         def gathered(carry, inside):
-            return gather(problems, own, carry, self.rows_bar, s, h, y, inside, pick)
+            return gather(problems, own, self.mask, carry, self.rows_bar, s, h, y, inside, pick)
 
         carry = self.forwards.back(own, self.mask, carry, s, y, memory, h, gathered, True)
         f_more, y_more = pull_start(carry.memory)
@@ -251,7 +261,7 @@ def pull_one(tolerances, x, rest, recorded: Recorded, bars, kernel=PLAIN):
     back = Back(forwards, stepper(problems_back, own_back, start, kernel), mask, rows_bar)
     state, slope = back.backwards.start(own_back, start)
     state = state._replace(h=jnp.where(asked, state.h, 0))
-    f_bar = jax.tree.map(jnp.zeros_like, x[0])
+    f_bar = of_the_field(problems, own, mask, y0, recorded, bars)
     total = jax.tree.map(lambda _: None, f_bar)
 
     def body(carry):
@@ -271,8 +281,6 @@ def ending(x, rest, asked, own_back, start, slope, state, f_bar, ss_bar, carry, 
     a = state.y[1]
     report = integrator.report(state, start, slope, span[-1])
     y0_bar = jax.tree.map(jnp.add, a, starts[0])
-    if carry.f is not None:
-        f_bar = jax.tree.map(jnp.add, f_bar, carry.f)
     fine = report.status == Status.SUCCESS.value
     given = lambda x: jnp.where(asked, jnp.where(fine, x, jnp.nan), 0)
     return jax.tree.map(given, (f_bar, only(x[1], y0_bar), ss_bar))
@@ -316,8 +324,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     )
     state, slope = back.backwards.start(own_back, start)
     state = state._replace(h=jnp.where(asked, state.h, 0))
-    f_bar = jax.tree.map(jnp.zeros_like, eqx.filter(own[1], mask))
-    total = jax.tree.map(jnp.zeros_like, eqx.filter(shared[1], mask))
+    total, f_bar = of_own_and_shared(problems, mask, who, asked, own, y0, recorded, bars)
 
     def once(carry):
         ((own, own_back), (state, extra)), who, total = carry

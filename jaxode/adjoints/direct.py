@@ -61,7 +61,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
         fine = integrator.finite(step.y, step.slope) & step.converged
         kept: dict[str, Any] = {"went": (fine, cost)}
         if inside:
-            d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else [step.y]
+            d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else []
             kept["inside"] = y, d
         if integrator.fold is not None:
             kept["fold"] = integrator.fold.of_step(method, y, s1 - s, step)

@@ -7,30 +7,56 @@ import jax.numpy as jnp
 from jaxode.adjoints.inputs import join
 from jaxode.outputs import Cotangents
 from jaxode.stepping.loop import Recorded
+from jaxode.stepping.problems import Problems, pullback
+
+
+def finished(integrator, f, at, y0, slope0, y1, memory1, ss, rows, report):
+    """`Output.finish` from what is recorded of a solve."""
+    slope1 = integrator.method.slope(f, at[-1], y1, memory1)
+    return integrator.output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report)
+
+
+def room_of(integrator, f, y0, ss):
+    """Room for the rows that are written while the solve runs, if there are any."""
+    return integrator.output.room(integrator, f, y0, ss) if integrator.output.rows(ss) else None
 
 
 def from_the_end(x, rest, recorded: Recorded, bars):
     """The cotangents at the end of a solve, those of the rows inside, and what goes to the start.
 
-    The transpose of `Output.finish`: of one solve. The cotangent of f is None where no row depends on it.
+    The transpose of `Output.finish`: of one solve, but for the leaves of the field.
     """
     integrator, (f, y0, ss) = join(x, rest)
-    (ys_bar, folded_bar), f_rest, output = bars, rest[1][0], integrator.output
-    f_x = x[0] if output.save is not None else None
+    (ys_bar, folded_bar), output = bars, integrator.output
 
-    def finish(f_x, y0, slope0, y1, memory1, ss, rows):
-        field = f if f_x is None else eqx.combine(f_x, f_rest)
-        slope1 = integrator.method.slope(field, at[-1], y1, memory1)
-        return output.finish(field, ss, at, y0, slope0, y1, slope1, rows, recorded.report)
+    def finish(y0, slope0, y1, memory1, ss, rows):
+        return finished(integrator, f, at, y0, slope0, y1, memory1, ss, rows, recorded.report)
 
-    at, rows = ss, output.room(f, y0, ss) if output.rows(ss) else None
-    args = f_x, y0, recorded.slope0, recorded.y, recorded.memory, ss, rows
+    at, rows = ss, room_of(integrator, f, y0, ss)
+    args = y0, recorded.slope0, recorded.y, recorded.memory, ss, rows
     _, vjp = jax.vjp(finish, *args)
-    f_bar, y0_bar, slope0_bar, y1_bar, memory1_bar, ss_bar, rows_bar = vjp(ys_bar)
-    row = jnp.asarray(output.last(ss), jnp.int32)
+    y0_bar, slope0_bar, y1_bar, memory1_bar, ss_bar, rows_bar = vjp(ys_bar)
+    row = jnp.asarray(output.last(ss, recorded.report), jnp.int32)
     ss_bar = None if x[2] is None else ss_bar
-    carry = Cotangents(y1_bar, memory1_bar, f_bar, row, ss_bar, folded_bar)
+    carry = Cotangents(y1_bar, memory1_bar, None, row, ss_bar, folded_bar)
     return carry, rows_bar, (y0_bar, slope0_bar)
+
+
+def of_the_field(problems: Problems, own, mask, y0, recorded: Recorded, bars):
+    """The same for the leaves of the field: where the rows do not see it these are zeros.
+
+    Of one solve; or of many, with lanes along the first axis, those of what they share summed.
+    """
+    mine, shared = (eqx.filter(part[1], mask) for part in (own, problems.shared))
+    if not problems.of(own)[0].output.sees_field:
+        return jax.tree.map(jnp.zeros_like, eqx.combine(mine, shared))
+
+    def finish(integrator, f, ss, y0, recorded):
+        rows, (_, slope0, y1, memory1, report) = room_of(integrator, f, y0, ss), recorded
+        return finished(integrator, f, ss, y0, slope0, y1, memory1, ss, rows, report)
+
+    of_each = lambda problems, own: problems.each(finish)(own, y0, recorded._replace(tape=None))
+    return pullback(problems, own, mask, of_each, ())[1](bars[0])[0]
 
 
 def to_the_start(steps, own, mask, y0, carry: Cotangents, start_bars):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxode import tree
 from jaxode.adjoints import replay_in_lanes, sensitivities
-from jaxode.adjoints.ends import from_the_end, to_the_start
+from jaxode.adjoints.ends import from_the_end, of_the_field, to_the_start
 from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present
 from jaxode.adjoints.second_order import Passes, twice_differentiable
 from jaxode.batch import lanes
@@ -56,15 +56,14 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
     steps, mask = stepper(problems, own, y0, kernel), present(x[0])
     inside, asked = integrator.output.rows(ss) > 0, is_asked(bars)
     carry, rows_bar, starts = from_the_end(x, rest, recorded, bars)
-    if carry.f is None:
-        carry = carry._replace(f=jax.tree.map(jnp.zeros_like, x[0]))
+    carry = carry._replace(f=of_the_field(problems, own, mask, y0, recorded, bars))
 
     def visit(carry, n, y, memory):
         s, s1 = tree.row(recorded.tape.grid, n), tree.row(recorded.tape.grid, n + 1)
         pick = lambda row, rows_bar: tree.row(rows_bar, row)
 
         def gathered(carry, inside):
-            return gather(problems, own, carry, rows_bar, s, s1 - s, y, inside, pick)
+            return gather(problems, own, mask, carry, rows_bar, s, s1 - s, y, inside, pick)
 
         return steps.back(own, mask, carry, s, y, memory, s1 - s, gathered, inside)
 
@@ -108,13 +107,14 @@ def run_pull(form: Form, x, rest, recorded, bars):
 def like_solve(integrator, f, y0, ss):
     """Zeros like what a solve returns, found without tracing it; and the effects of the field."""
     output, count = integrator.output, jnp.zeros((), jnp.int32)
-    room = jax.eval_shape(output.room, f, y0, ss)
-    ys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), room)
-    folded = None
+    like = jax.eval_shape(output.like, integrator, f, y0, ss)
+    ys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    folded = happened = None
     if integrator.fold is not None:
         state = jax.eval_shape(lambda *args: loop.begin(*args)[2], integrator, f, y0, ss)
         folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.folded)
-    report = Report(count, jnp.zeros((), ss.dtype), count, count, count, folded)
+        happened = None if state.watch is None else count
+    report = Report(count, jnp.zeros((), ss.dtype), count, count, count, folded, happened)
     return (ys, report), f.trace.jaxpr.effects
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.adjoints.ends import from_the_end, to_the_start
+from jaxode.adjoints.ends import from_the_end, of_the_field, to_the_start
 from jaxode.adjoints.inputs import is_asked, join, only, present
 from jaxode.batch import lanes
 from jaxode.batch.lanes import first_of
@@ -128,14 +128,20 @@ def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars
     picked = partial(jax.tree.map, lambda x: x[who])
     bars_of = zeroed(picked((carry._replace(row=None), starts)))
     carry = bars_of[0]._replace(row=picked(carry.row))
+    mask, at_ends = present(x[0]), None
+    if integrator.output.sees_field:
+        given = own, y0, recorded, bars
+        at_ends, mine = of_own_and_shared(Problems(shared, 0), mask, who, real, *given)
+        # One of which nothing is asked has the rows of another: none of them is met.
+        carry = carry._replace(f=mine, row=jnp.where(real, carry.row, -1))
     batch = Batch(picked(own), picked(y0), real, carry, bars_of[1], who)
     batch = to_lanes(batch, axis)
-    mask = present(x[0])
     core = partial(chunk_by_chunk, how, chunks, mask)
     if how.fused:
         otherwise = partial(chunk_by_chunk, how._replace(fused=False), chunks, mask)
         core = one_call(core, otherwise)
     mine, total = core(batch, shared, rows_bar)
+    total = total if at_ends is None else jax.tree.map(jnp.add, total, at_ends)
     # Back to the order of the problems.
     place = jnp.where(real, order, size)
     put = lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype).at[place].set(x, mode="drop")
@@ -147,6 +153,16 @@ def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars
     y0_and_ss = jax.tree.map(lambda flag: flag, (of_x[1], of_x[2]))
     f_bar = summed(found[0], is_sum[0])
     return f_bar, *summed(found[1:], y0_and_ss)
+
+
+def of_own_and_shared(problems: Problems, mask, who, real, own, y0, recorded, bars):
+    """Cotangents of the leaves of the fields of many solves, from rows at their ends: of the leaves that
+    they share, summed; and of those that each has of its own. Of the solves `who`, where they are `real`."""
+    if problems.of(own)[0].output.sees_field:
+        own, y0, recorded, bars = jax.tree.map(lambda x: x[who], (own, y0, recorded, bars))
+        bars = jax.tree.map(lambda x: jnp.where(fit(real, x), x, 0), bars)
+    found = of_the_field(problems, own, mask, y0, recorded, bars)
+    return eqx.partition(found, present_in(problems.shared[1], mask))
 
 
 def fit(flags, x):
@@ -208,12 +224,10 @@ class Back(NamedTuple):
         tape, marks = rooms
         begin, _ = steps.start(own, lanes.y0)
         begin = begin._replace(h=jnp.where(lanes.asked, begin.h, 0))
-        f_bar = lanes.carry.f
-        if f_bar is None:
-            both = eqx.combine(
-                eqx.filter(own[1], self.mask), eqx.filter(steps.problems.shared[1], self.mask)
-            )
-            f_bar = jax.tree.map(jnp.zeros_like, both)
+        both = (eqx.filter(part[1], self.mask) for part in (own, steps.problems.shared))
+        f_bar = jax.tree.map(jnp.zeros_like, eqx.combine(*both))
+        if lanes.carry.f is not None:
+            f_bar = eqx.combine(lanes.carry.f, f_bar)
         carry = lanes.carry._replace(f=f_bar)
 
         def stretch(state):
@@ -260,7 +274,7 @@ class Back(NamedTuple):
         s, s1 = tree.row(tape.grid, n), tree.row(tape.grid, n + 1)
         y, memory = tree.row(tape.pairs, n)
         collect = gather_lane_by_lane if self.how.fused else gather_together
-        gathered = partial(collect, self.steps, lanes, rows_bar, s, s1 - s, y)
+        gathered = partial(collect, self.steps, lanes, self.mask, rows_bar, s, s1 - s, y)
         inside = rows_bar is not None
         return n, self.steps.back(
             lanes.own, self.mask, carry, s, y, memory, s1 - s, gathered, inside
@@ -272,25 +286,26 @@ def present_in(shared, mask):
     return jax.tree.map(lambda m, x: m and x is not None, mask, shared, is_leaf=lambda x: x is None)
 
 
-def gather_together(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, inside):
+def gather_together(steps: Stepper, lanes: Batch, mask, rows_bar, s, h, y, carry, inside):
     """Cotangents of the rows of all lanes, one of each at a time."""
     axis = steps.problems.axis
     pick = lambda row, rows_bar: to_lanes(jax.tree.map(lambda w: w[lanes.who, row], rows_bar), axis)
-    return gather(steps.problems, lanes.own, carry, rows_bar, s, h, y, inside, pick)
+    return gather(steps.problems, lanes.own, mask, carry, rows_bar, s, h, y, inside, pick)
 
 
-def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, inside):
+def gather_lane_by_lane(steps: Stepper, lanes: Batch, mask, rows_bar, s, h, y, carry, inside):
     """The same inside of one call: a row is read where it is, by itself."""
     problems, axis = steps.problems, steps.problems.axis
     alone = problems._replace(axis=None)
+    output = problems.of(lanes.own)[0].output
 
-    some_passed = lambda state: jnp.any(passed(problems, lanes.own, state[0], s))
+    some_passed = lambda state: jnp.any(passed(problems, lanes.own, state[0], s, h))
 
     def visit(state):
         d = inside()
 
         def lane(j, state):
-            row, ss_bar = state[:2]
+            row, ss_bar, f_bar = state[:3]
             pick = lambda x: column(x, j, axis)
             who = lanes.who[j]
 
@@ -301,16 +316,20 @@ def gather_lane_by_lane(steps: Stepper, lanes: Batch, rows_bar, s, h, y, carry, 
                 )
                 return jax.tree.map(lambda w: part(w).reshape(w.shape[2:]), rows_bar)
 
-            mine = Cotangents(None, None, None, pick(row), pick(ss_bar))
+            # All leaves of the fields are a solve's own here.
+            mine = Cotangents(None, None, pick(f_bar), pick(row), pick(ss_bar))
             at = pick(s), pick(h), pick(y)
             mine, *bars = gather(
-                alone, pick(lanes.own), mine, rows_bar, *at, lambda: pick(d), of_row
+                alone, pick(lanes.own), mask, mine, rows_bar, *at, lambda: pick(d), of_row
             )
-            return put_column(j, (mine.row, mine.ss, *bars), state, axis)
+            return put_column(j, (mine.row, mine.ss, mine.f, *bars), state, axis)
 
         return lax.fori_loop(0, len(lanes.who), lane, state)
 
     zero = jax.tree.map(jnp.zeros_like, y)
-    begin = carry.row, carry.ss, zero, [zero] * len(jax.eval_shape(inside))
-    row, ss_bar, y_bar, d_bar = lax.while_loop(some_passed, visit, begin)
-    return carry._replace(row=row, ss=ss_bar), y_bar, d_bar
+    f_bar = None if output.save is None else carry.f
+    begin = carry.row, carry.ss, f_bar, zero, [zero] * len(jax.eval_shape(inside))
+    found = visit(begin) if output.each_step else lax.while_loop(some_passed, visit, begin)
+    row, ss_bar, f_bar, y_bar, d_bar = found
+    carry = carry._replace(row=row, ss=ss_bar, f=carry.f if f_bar is None else f_bar)
+    return carry, y_bar, d_bar

@@ -89,7 +89,8 @@ def room_for_all(size: int, axis: int, own, shared, y0):
 
     def room(own, y0):
         integrator, f, ss = eqx.combine(own, shared)
-        return integrator.output.room(f, y0, ss) if integrator.output.rows(ss) else None
+        given = integrator, f, y0, ss
+        return integrator.output.room(*given) if integrator.output.rows(ss) else None
 
     like = jax.eval_shape(lambda: room(column(own, 0, axis), column(y0, 0, axis)))
     return jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), like)
@@ -122,10 +123,11 @@ def write_lane_by_lane(steps: Stepper, size, own, old, new, h, step, who, rows):
     """The same inside of one call: a row is written where it belongs, by itself."""
     problems, axis = steps.problems, steps.problems.axis
     alone = problems._replace(axis=None)
+    needs_inside = problems.of(own)[0].output.needs_inside()
     is_due = lambda integrator, f, ss, row, old, new: integrator.output.due(ss, row, old, new)
 
     def visit(carry):
-        d = steps.inside(own, old.s, old.y, h, step)
+        d = steps.inside(own, old.s, old.y, h, step) if needs_inside else []
 
         def lane(j, carry):
             output, evaluations, since, rows = carry

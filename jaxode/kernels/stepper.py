@@ -6,10 +6,8 @@
 | a loop over stages | a method with a table | stage by stage, in a loop |
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -25,7 +23,7 @@ from jaxode.outputs import Cotangents
 from jaxode.stepping import events
 from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
-from jaxode.stepping.problems import Problems, end_of
+from jaxode.stepping.problems import Problems, end_of, pullback
 
 
 class Stepper(NamedTuple):
@@ -190,27 +188,6 @@ class Stepper(NamedTuple):
 
         fn = lambda problems, own, y0: problems.each(start)(own, y0)
         return pullback(self.problems, own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
-
-
-def pullback(problems: Problems, own, mask, fn: Callable, moving, constant=()):
-    """`jax.vjp` of fn(problems, own, *moving, *constant): in the differentiated leaves of the
-    field, those that solves share as sums over them, and in `moving`."""
-    shared = problems.shared
-    x_own, rest_own = eqx.partition(own[1], mask)
-    x_shared, rest_shared = eqx.partition(shared[1], mask)
-
-    def of(x_own, x_shared, *moving):
-        mine = own[0], eqx.combine(x_own, rest_own), own[2]
-        others = shared[0], eqx.combine(x_shared, rest_shared), shared[2]
-        return fn(problems._replace(shared=others), mine, *moving, *constant)
-
-    out, vjp = jax.vjp(of, x_own, x_shared, *moving)
-
-    def back(w):
-        own_bar, shared_bar, *rest = vjp(w)
-        return eqx.combine(own_bar, shared_bar), *rest
-
-    return out, back
 
 
 def zeros_like(fn) -> PyTree:

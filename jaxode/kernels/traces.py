@@ -14,6 +14,7 @@ from jax.extend import core
 from jaxode.methods.method import Parts
 
 RULES = ("custom_jvp_call", "custom_vjp_call")
+REVERSE = ("custom_vjp_call", "solve", "solve_backsolve")  # no derivatives in forward mode
 ORDERS = 2  # of derivatives that are compared: as many as `replay` has
 
 
@@ -75,11 +76,45 @@ class Trace:
 
         return func
 
+    @property
+    def pushes(self) -> bool:
+        """Whether it has derivatives in forward mode."""
+        return not has(self.jaxpr, REVERSE)
+
+    def like(self):
+        """What it returns, as shapes."""
+        shapes = [jax.ShapeDtypeStruct(*of_array(v.aval)) for v in self.jaxpr.outvars]
+        return jax.tree.unflatten(self.out_tree, shapes)
+
+    def needed(self, leaves) -> tuple["Trace", list]:
+        """The same function of those leaves alone that it looks at, and these."""
+        jaxpr, count = self.jaxpr, len(self.jaxpr.constvars)
+        heads = [*jaxpr.constvars, *jaxpr.invars]
+        used = {*variables(jaxpr.outvars), *(v for e in jaxpr.eqns for v in variables(e.invars))}
+        kept = [i for i in range(len(leaves)) if heads[i] in used]
+        consts, invars = (
+            [heads[i] for i in kept if i < count],
+            [heads[i] for i in kept if i >= count],
+        )
+        jaxpr = jaxpr.replace(constvars=consts, invars=[*invars, *heads[len(leaves) :]])
+        return Trace(jaxpr, self.out_tree, self.key[2]), [leaves[i] for i in kept]
+
     def __hash__(self):
         return hash(self.key)
 
     def __eq__(self, other):
         return isinstance(other, Trace) and self.key == other.key
+
+
+def of_array(aval) -> tuple:
+    """Shape and dtype."""
+    return aval.shape, aval.dtype
+
+
+def has(jaxpr, names) -> bool:
+    """Whether there is an equation of these primitives."""
+    inner = lambda eqn: any(has(j, names) for j in core.jaxprs_in_params(eqn.params))
+    return any(eqn.primitive.name in names or inner(eqn) for eqn in jaxpr.eqns)
 
 
 def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:

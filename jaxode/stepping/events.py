@@ -68,6 +68,9 @@ class Eventful(eqx.Module):
     def __call__(self, y, s):
         return self.field(y, s)
 
+    def observed(self, y, s) -> PyTree:
+        return self.field.observed(y, s)
+
     def unravel(self, y) -> PyTree:
         """The state as the user knows it."""
         field = self.field

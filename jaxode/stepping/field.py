@@ -54,11 +54,40 @@ class Field(eqx.Module):
             return t
         return tree.between(t, jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1))
 
+    def value(self, y: PyTree, s) -> PyTree:
+        """What the traced function returns at s, in its own unit of time."""
+        return self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
+
     def __call__(self, y: PyTree, s) -> PyTree:
-        out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
+        out = self.value(y, s)
         if isinstance(out, Parts):
             out = jax.tree.map(jnp.add, *out)
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)
+
+
+class Observed(eqx.Module):
+    """A field with the function of the state that is kept of its solution.
+
+    The arrays of that function are leaves of the field, so that every adjoint has their derivatives.
+    """
+
+    field: Field
+    function: Field  # its `value` is what is kept
+
+    @property
+    def trace(self) -> Trace:
+        return self.field.trace
+
+    @property
+    def parts(self) -> list[Field]:
+        return self.field.parts
+
+    def __call__(self, y: PyTree, s) -> PyTree:
+        return self.field(y, s)
+
+    def observed(self, y: PyTree, s) -> PyTree:
+        """What is kept of the state y at s."""
+        return self.function.value(y, s)
 
 
 class System(eqx.Module):
@@ -67,7 +96,7 @@ class System(eqx.Module):
     A row of M that is 0 is an algebraic equation. With `jac` the Jacobian of the field is the user's.
     """
 
-    field: Any  # M dy/ds: a `Field`, or a `Ravelled` one
+    field: Any  # M dy/ds: a `Field`, an `Observed` or a `Ravelled` one
     mass: Any = None  # in the form of the method's linear algebra; None for the identity
     algebraic: Any = None  # which rows of M are 0
     jac: Any = None  # of the vector and s; None to differentiate the field
@@ -83,6 +112,9 @@ class System(eqx.Module):
     def __call__(self, y: PyTree, s) -> PyTree:
         return self.field(y, s)
 
+    def observed(self, y: PyTree, s) -> PyTree:
+        return self.field.observed(y, s)
+
 
 RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solved as one vector
 
@@ -90,7 +122,7 @@ RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solve
 class Ravelled(eqx.Module):
     """A field of states of several arrays, as one of vectors: each operation of a step is then one."""
 
-    field: Field
+    field: Any  # a `Field`, or an `Observed` one
     structure: Any = eqx.field(static=True)
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
 
@@ -104,6 +136,9 @@ class Ravelled(eqx.Module):
 
     def __call__(self, y, s):
         return ravel(self.field(self.unravel(y), s))
+
+    def observed(self, y, s) -> PyTree:
+        return self.field.observed(self.unravel(y), s)
 
     def unravel(self, y) -> PyTree:
         """A vector as the state it stands for."""

@@ -29,6 +29,12 @@ class Report(NamedTuple):
     accepted: Array
     rejected: Array
     folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
+    happened: Any = None  # how many events, each of which was a step of size 0
+
+    @property
+    def steps(self) -> Array:
+        """How many accepted steps had a size."""
+        return self.accepted if self.happened is None else self.accepted - self.happened
 
 
 class State(NamedTuple):
@@ -51,6 +57,17 @@ class State(NamedTuple):
     output: Array
     folded: Any
     watch: Watch | None = None
+
+    @property
+    def steps(self) -> Array:
+        """How many accepted steps had a size."""
+        happened = self.happened
+        return self.accepted if happened is None else self.accepted - happened
+
+    @property
+    def happened(self) -> Array | None:
+        """How many events: each was a step of size 0."""
+        return None if self.watch is None else jnp.sum(self.memory.counts).astype(jnp.int32)
 
 
 class Integrator(eqx.Module):
@@ -123,8 +140,8 @@ class Integrator(eqx.Module):
         h0 = jnp.where(self.finite(y0, slope), lax.stop_gradient(h0), 0 * zero)
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
-            evaluations=none + evaluations, since=none if self.counts_since else None, output=none + 1,
-            folded=None,
+            evaluations=none + evaluations, since=none if self.counts_since else None,
+            output=none + self.output.first, folded=None,
         )  # fmt: skip
 
     def step_count(self, end):
@@ -269,7 +286,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
     return Report(
         status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
-        state.tried - state.accepted, state.folded,
+        state.tried - state.accepted, state.folded, state.happened,
     )  # fmt: skip
 
 

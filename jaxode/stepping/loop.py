@@ -51,7 +51,7 @@ def begin(integrator: Integrator, f, y0, ss, kernel=PLAIN):
 def run(integrator: Integrator, f, y0, ss, tape: Any = None, kernel=PLAIN):
     steps, own, state, slope0 = begin(integrator, f, y0, ss, kernel)
     output = integrator.output
-    rows = output.room(f, y0, ss) if output.rows(ss) else None
+    rows = output.room(integrator, f, y0, ss) if output.rows(ss) else None
     state, rows, tape = advance(steps, own, state, rows, tape)
     slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
     report = integrator.report(state, y0, slope0, end_of(ss))

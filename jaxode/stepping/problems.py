@@ -57,6 +57,27 @@ class Problems(NamedTuple):
         return eqx.combine(own, self.shared)
 
 
+def pullback(problems: Problems, own, mask, fn: Callable, moving, constant=()):
+    """`jax.vjp` of fn(problems, own, *moving, *constant): in the differentiated leaves of the
+    field, those that solves share as sums over them, and in `moving`."""
+    shared = problems.shared
+    x_own, rest_own = eqx.partition(own[1], mask)
+    x_shared, rest_shared = eqx.partition(shared[1], mask)
+
+    def of(x_own, x_shared, *moving):
+        mine = own[0], eqx.combine(x_own, rest_own), own[2]
+        others = shared[0], eqx.combine(x_shared, rest_shared), shared[2]
+        return fn(problems._replace(shared=others), mine, *moving, *constant)
+
+    out, vjp = jax.vjp(of, x_own, x_shared, *moving)
+
+    def back(w):
+        own_bar, shared_bar, *rest = vjp(w)
+        return eqx.combine(own_bar, shared_bar), *rest
+
+    return out, back
+
+
 def one(integrator, f, ss) -> tuple[Problems, PyTree]:
     """One solve, and what is its own: everything."""
     own = integrator, f, ss

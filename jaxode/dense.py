@@ -1,0 +1,164 @@
+"""Dense output: the solution between the first and the last time, as a function that can be kept.
+
+Every accepted step holds a polynomial, y(s + theta h) = y + sum_p theta^(p+1) d_p; a time is looked up among
+the beginnings of the steps, and the polynomial of its step evaluated.
+"""
+
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.outputs import EveryStep, Steps
+from jaxode.solution import Status
+
+
+class Dense(eqx.Module):
+    """The solution as a function of time: `dense(t)`, and `dense.derivative(t)`, at t of any shape.
+
+    A pytree of arrays: it goes through `jax.jit` and `jax.vmap`, can be stored, and is differentiated in t and
+    in all that the solve depends on. Of a solve under `jax.vmap` it is many: evaluate each by
+    `jax.vmap(lambda dense, t: dense(t))`.
+
+    It takes `max_steps` + 1 rows of (1 + n) states, n the degree of the polynomials of the method (4 for tsit5,
+    7 for dop853, 3 where they are Hermite's cubics), whatever the number of steps taken: bound `max_steps`
+    where that matters.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxode import solve
+    >>> sol = solve(lambda y, t: -y, jnp.array([1.0, 2.0]), [0.0, 3.0], dense=True)
+    >>> sol.dense(jnp.ones((4, 5))).shape
+    (4, 5, 2)
+    >>> bool(jnp.allclose(sol.dense.derivative(1.5), -sol.dense(1.5), atol=1e-4))
+    True
+    >>> sol.dense(3.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: t = 3.5 is outside of 0.0 to 3.0, where the solution is known. ...
+    """
+
+    t0: Array
+    t1: Array
+    span: Array  # t1 - t0; 1 if they are equal
+    reached: Array  # up to where the solution is known, on [0, 1]; -1 if it is nowhere
+    steps: Steps
+
+    @property
+    def states(self):
+        """What is differentiated of the solution."""
+        return self.steps.y, self.steps.d
+
+    def of(self, states) -> "Dense":
+        """The same steps with these states."""
+        return Dense(
+            self.t0, self.t1, self.span, self.reached, self.steps._replace(y=states[0], d=states[1])
+        )
+
+    def __call__(self, t) -> PyTree:
+        """The state at t: leaves of the shape of t, followed by that of a leaf of y0.
+
+        Where a state jumps at a time, the state before it. Before the first time and after the last there is
+        none: a ValueError where t is known, and NaN where it is not, as under `jit`; NaN after a failure.
+        """
+        return evaluate(self, self.times(t), False)
+
+    def derivative(self, t) -> PyTree:
+        """dy/dt of the same: of the polynomials, so one order less accurate."""
+        return evaluate(self, self.times(t), True)
+
+    def times(self, t) -> Array:
+        """Times in the dtype of those of the solve, checked as far as they are known."""
+        if jnp.ndim(self.t0):
+            raise ValueError(
+                "These are the solutions of many solves: evaluate each of them by "
+                "jax.vmap(lambda dense, t: dense(t))(sol.dense, t)."
+            )
+        try:
+            t = np.asarray(t) if tree.known(t) else jnp.asarray(t)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`t` must be a time, or an array of times: {error}") from error
+        if not (jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating)):
+            raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
+        t = t.astype(self.t0.dtype)
+        if tree.known(t, self.t0, self.t1):
+            ends = float(self.t0), float(self.t1)
+            outside = (t < min(ends)) | (t > max(ends))
+            if np.any(outside):
+                raise ValueError(
+                    f"t = {t[outside].ravel()[0]} is outside of {ends[0]} to {ends[1]}, where the solution is "
+                    "known. It is never extrapolated: solve to a later time."
+                )
+        return jnp.asarray(t)
+
+
+@partial(jax.jit, static_argnums=2)
+def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
+    """The states, or their derivatives, at times of any shape."""
+    times, steps = t.reshape(-1), dense.steps
+    s = (times - dense.t0) / dense.span
+    at = lax.stop_gradient(s)
+    row = rows_of(steps, at, derivative)
+    take = partial(jnp.take, indices=row, axis=0, mode="clip")
+    start, h, y, d = jax.tree.map(take, steps)
+    theta = (s - start) / jnp.where(h == 0, 1, h)
+    if derivative:
+        found = jax.vmap(slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
+    else:
+        found = jax.vmap(tree.polynomial)(y, theta, d)
+    low, high = jnp.minimum(dense.t0, dense.t1), jnp.maximum(dense.t0, dense.t1)
+    there = (times >= low) & (times <= high) & (at <= dense.reached)
+
+    def leaf(x):
+        x = jnp.where(there.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan)
+        return x.reshape(*t.shape, *x.shape[1:])
+
+    return jax.tree.map(leaf, found)
+
+
+def rows_of(steps: Steps, s, derivative: bool) -> Array:
+    """The step that each place is in: the one that begins there, if there is one.
+
+    At a step of size 0, a jump, it is the step before it; at the start the jump itself, whose state is the
+    one before it, too, but which has no derivative: that is the one of the step after it.
+    """
+    find = partial(jnp.searchsorted, steps.s, s)
+    begin = find(side="left")
+    size = jnp.take(steps.h, begin, mode="clip")
+    exact = (jnp.take(steps.s, begin, mode="clip") == s) & (size > 0)
+    row = jnp.where(exact, begin, jnp.maximum(begin - 1, 0))
+    return jnp.where(begin == 0, find(side="right") - 1, row) if derivative else row
+
+
+def slope(theta, width, d: list[PyTree]) -> PyTree:
+    """sum_p (p + 1) theta^p d_p over the width of a step: the derivative, by Horner's rule."""
+
+    def leaf(*d):
+        total: Any = tree.scale(float(len(d)), tree.wide(d[-1]))
+        for p in range(len(d) - 1, 0, -1):
+            total = lax.add(tree.scale(float(p), tree.wide(d[p - 1])), tree.scale(theta, total))
+        return lax.convert_element_type(tree.scale(1 / width, total), d[0].dtype)
+
+    return jax.tree.map(leaf, *d)
+
+
+def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states):
+    """(ts, ys, mask, dense) of a solution from its steps: at the times t, or at each step.
+
+    `of_states` makes states of the rows that are states.
+    """
+    if output.dense:
+        started = report.status != Status.NON_FINITE_INITIAL.value
+        reached = jnp.where(started, report.reached * end, -1)
+        states = rows._replace(y=of_states(rows.y), d=list(map(of_states, rows.d)))
+        dense = Dense(t[0], t[-1], span, lax.stop_gradient(reached), states)
+        return t, evaluate(dense, t, False), None, dense
+    mask = jnp.isfinite(rows.s)
+    ts = tree.between(t[0] + span * rows.s, jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1]))
+    ts = jnp.where(rows.s >= 1, t[-1], ts)
+    return ts, rows.y if output.save else of_states(rows.y), mask, None
