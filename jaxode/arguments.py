@@ -255,8 +255,12 @@ def step_size(dt, method: Method, name):
     return dt
 
 
-def known_steps(dt, t, driven: bool) -> tuple[int | None, Any]:
-    """How many steps of equal size, if that is known, and else the `dt` that says it."""
+def known_steps(dt, t, since, driven: bool) -> tuple[int | None, Any]:
+    """How many steps of equal size, if that is known, and else the `dt` that says it.
+
+    `since` is t - t[0], if that is known better than t.
+    """
+    t = t if since is None else since
     if dt is None or driven or not known(dt, t):
         return None, dt
     return known_number_of_steps(dt, t), None
@@ -453,6 +457,12 @@ def kept_together(dense, save, save_steps, t, exact, driven: bool) -> None:
             f"`dense` is asked for times, and {t.dtype} cannot tell these apart: shift time to begin near 0 "
             "(pass t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
         )
+
+
+def kept(dense, save, save_steps, exact, driven: bool, y0, t, func_time, args):
+    """What is to be kept of a solve, checked: `save` as a jaxpr, and the arrays that it looks at."""
+    kept_together(dense, save, save_steps, t, exact, driven)
+    return saved_of(save, y0, t, func_time, args)
 
 
 def saved_of(save, y0, t, func_time, args) -> tuple[Trace | None, list | None]:

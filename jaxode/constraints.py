@@ -347,6 +347,7 @@ def check(
     Raise if df/dy has other entries than declared, or y0 does not fulfil them to the tolerances; as far as
     that is known.
     """
+    problem.method.check(problem.trace, y0)
     check_structure(problem, leaves, beside, y0, t)
     if beside is None or beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
         return y0, False

@@ -125,8 +125,10 @@ class Given(NamedTuple):
 def at_the_door(events, func, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
-    `other` is what else was asked for. Raises errors that say what to do.
+    `other` is what else was asked for: the adjoint, heuristics, a mass matrix, and whether func asks signals.
+    Raises errors that say what to do.
     """
+    adjoint, heuristics, mass, driven = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
     kinds = (
         [type(e).__name__ for e in events]
@@ -139,18 +141,18 @@ def at_the_door(events, func, y0, t, func_time, args, other) -> Given:
         )
     if not events:
         return Given(None, None)
-    if other["adjoint"] in ("backsolve", adjoints.named["backsolve"]):
+    if adjoint in ("backsolve", adjoints.named["backsolve"]):
         raise ValueError(
             "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
         )
-    if other["heuristics"]:
+    if heuristics:
         raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
-    if other["mass"] is not None and any(event.change is not None for event in events):
+    if mass is not None and any(event.change is not None for event in events):
         raise ValueError(
             "An Event cannot change the state of a problem with `mass`: end the solve there "
             "(terminal=True), change the state, and solve on."
         )
-    if other["signal"]:
+    if driven:
         raise ValueError(
             "A solve has either events or a jaxode.Signal: let func interpolate (jnp.interp), and pass the "
             "knots as Event(times=knots)."

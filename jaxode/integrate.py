@@ -186,10 +186,9 @@ def solve(
     (0, (2,))
     """
     func = arguments.present(unknown, func, t)
-    y0 = arguments.as_state(y0)
+    y0, max_steps = arguments.as_state(y0), arguments.whole("max_steps", max_steps)
     t, exact, func_time = arguments.as_times(t, y0)
     name, method = method, arguments.method_for(method, linear, y0)
-    max_steps = arguments.whole("max_steps", max_steps)
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
@@ -197,21 +196,19 @@ def solve(
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
     trace, leaves = arguments.trace_of(func, *at)
     arguments.check_resolution(exact, func_time, trace)
-    method.check(trace, y0)
     driven = asks(trace.jaxpr)
-    arguments.kept_together(dense, save, save_steps, t, exact, driven)
-    saved, watched = arguments.saved_of(save, *at)
+    saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
-    arguments.no_varying((leaves, y0, t, rtol, atol, limits, beside, watched))
+    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
+    arguments.no_varying(
+        arrays := (leaves, y0, t, rtol, atol, limits, beside, watched, happening[1])
+    )
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
-    other = dict(adjoint=adjoint, heuristics=heuristics, mass=mass, signal=driven)
-    happening = look_for(events, func, *at, other)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps, dt = arguments.known_steps(dt, t if since is None else since, driven)
+    steps, dt = arguments.known_steps(dt, t, since, driven)
     most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
-    arrays = leaves, y0, t, rtol, atol, limits, beside, watched, happening.arrays
     static = Static(
         trace=trace, method=method, controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
@@ -332,18 +329,10 @@ def compiled(
         hmax=if_valid(hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
-        fold=outputs.Estimates() if static.heuristics else None,
+        fold=outputs.estimates if static.heuristics else None,
     )
-    if static.method.any_state and several(y0):
-        shapes = tuple(y.shape for y in jax.tree.leaves(y0))
-        ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
-        of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
-        integrator = dataclasses.replace(integrator, rtol=of_parts(rtol), atol=of_parts(atol))
-        rows, report = adjoint(integrator, ravelled, ravel(y0), ss)
-        unravel = ravelled.unravel
-    else:
-        rows, report = adjoint(integrator, field, y0, ss)
-        unravel = None
+    integrator, field, start, unravel = as_one_vector(integrator, field, y0)
+    rows, report = adjoint(integrator, field, start, ss)
     t_given = t
     t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
@@ -359,6 +348,19 @@ def compiled(
     mask = None if mask is None else if_valid(mask, False)
     solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, occurrences)
     return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
+
+
+def as_one_vector(integrator: Integrator, field, y0):
+    """The same solve of one vector, if the state is of several arrays and the method allows it, and what makes
+    a state of a vector then."""
+    if not (integrator.method.any_state and several(y0)):
+        return integrator, field, y0, None
+    shapes = tuple(y.shape for y in jax.tree.leaves(y0))
+    ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
+    of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
+    tolerances = dict(rtol=of_parts(integrator.rtol), atol=of_parts(integrator.atol))
+    integrator = dataclasses.replace(integrator, **tolerances)
+    return integrator, ravelled, ravel(y0), ravelled.unravel
 
 
 def kept_of(output, rows, t, span, ss, report, unravel: Callable | None):

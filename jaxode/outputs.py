@@ -215,12 +215,11 @@ class EveryStep:
         return jax.tree.map(lambda x: jnp.where(fit(x), x, jnp.nan), rows)
 
 
-class Estimates:
-    """A fold over the steps: the sum of the solver's own estimates of its error and of stiffness."""
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A fold over the steps: the sum of `of_step(method, y, h, step)`, what a step adds."""
 
-    def of_step(self, method, y, h, step):
-        """What a step adds."""
-        return method.heuristics(y, h, step)
+    of_step: Callable
 
     def begin(self, found):
         """Before the first step; `found` is something like what a step adds."""
@@ -233,6 +232,10 @@ class Estimates:
     def total(self, found):
         """The fold of many steps, along the leading axis; those that were none have added zeros."""
         return jax.tree.map(lambda x: jnp.sum(x, 0), found)
+
+
+# The solver's own estimates of its error and of stiffness.
+estimates = Sum(lambda method, y, h, step: method.heuristics(y, h, step))
 
 
 # Forwards.

@@ -22,7 +22,7 @@ from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
 from jaxode.stepping import events
 from jaxode.stepping.events import Eventful
-from jaxode.stepping.integrator import trial_step
+from jaxode.stepping.integrator import next_end_or_event, trial_step
 from jaxode.stepping.problems import Problems, end_of, pullback
 
 
@@ -92,31 +92,14 @@ class Stepper(NamedTuple):
         step = trial_step(integrator, self.field(f), state.s, state.y, state.memory, h)
         new = integrator.accept_or_reject(state, step, s1, h, go)
         if state.watch is not None:
-            cut = integrator.next_end_or_event(state, end_of(ss))[2]
+            cut = next_end_or_event(integrator, state, end_of(ss))[2]
             seen = events.watched(self.method, f, state, new, step, h, cut)
             new = seen if go is True else tree.where(go, seen, new)
         return new, h, arrays_of(step)
 
-    def expects_event(self, own, state):
-        """Whether the next step of one solve ends at an event, or makes its change."""
-        integrator, _, ss = self.problems.of(own)
-        cut = integrator.next_end_or_event(state, end_of(ss))[2]
-        return integrator.is_due(state) | cut
-
-    def trial_quietly(self, own, state):
-        """A trial step of one solve with events; if one happens, none, and that it does."""
-        integrator, f, ss = self.problems.of(own)
-        s1, h, cut = integrator.next_end_or_event(state, end_of(ss))
-        quiet = events.quiet(integrator)
-        step = trial_step(quiet, f, state.s, state.y, state.memory, h)
-        happens = events.happens(self.method, f, state, step, h, cut)
-        new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
-        happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
-        return new, h, arrays_of(step), happens
-
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
-        s1, h, _ = integrator.next_end_or_event(state, end_of(ss))
+        s1, h, _ = next_end_or_event(integrator, state, end_of(ss))
         if self.problems.axis is None:  # then the loop has asked
             return s1, h, True
         go = integrator.unfinished(state, end_of(ss))
@@ -188,6 +171,24 @@ class Stepper(NamedTuple):
 
         fn = lambda problems, own, y0: problems.each(start)(own, y0)
         return pullback(self.problems, own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
+
+
+def expects_event(steps: Stepper, own, state):
+    """Whether the next step of one solve ends at an event, or makes its change."""
+    integrator, _, ss = steps.problems.of(own)
+    return state.is_due | next_end_or_event(integrator, state, end_of(ss))[2]
+
+
+def quiet_trial(steps: Stepper, own, state):
+    """A trial step of one solve with events; if one happens, none, and that it does."""
+    integrator, f, ss = steps.problems.of(own)
+    s1, h, cut = next_end_or_event(integrator, state, end_of(ss))
+    quiet = events.quiet(integrator)
+    step = trial_step(quiet, f, state.s, state.y, state.memory, h)
+    happens = events.happens(steps.method, f, state, step, h, cut)
+    new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
+    happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
+    return new, h, arrays_of(step), happens
 
 
 def zeros_like(fn) -> PyTree:

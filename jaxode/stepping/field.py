@@ -59,7 +59,7 @@ class Field(eqx.Module):
         return self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
 
     def __call__(self, y: PyTree, s) -> PyTree:
-        out = self.value(y, s)
+        out = self.trace(self.leaves, y, lax.convert_element_type(self.time(s), self.time_dtype))
         if isinstance(out, Parts):
             out = jax.tree.map(jnp.add, *out)
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)

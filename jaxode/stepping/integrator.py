@@ -65,6 +65,16 @@ class State(NamedTuple):
         return self.accepted if happened is None else self.accepted - happened
 
     @property
+    def equal_steps(self) -> Array:
+        """How many steps of equal size have been taken."""
+        return self.accepted if self.watch is None else self.accepted - self.watch.cuts
+
+    @property
+    def is_due(self) -> Array:
+        """Whether the next step is one of size 0, which makes the change of an event."""
+        return jnp.any(self.memory.due > 0)
+
+    @property
     def happened(self) -> Array | None:
         """How many events: each was a step of size 0."""
         return None if self.watch is None else jnp.sum(self.memory.counts).astype(jnp.int32)
@@ -132,17 +142,19 @@ class Integrator(eqx.Module):
             h0 = zero + 1
         else:
             history, evaluations = self.controller.start(dtype), 2
-            if h0 is None:
-                order, scale = self.method.error_order + 1, self.tolerated(y0)  # type: ignore[operator]
-                h0 = first_step(f, y0, slope, order, scale, self.hmax, self.controlled)
-                # Where nothing happens yet its guess may be below what time can resolve.
-                h0 = jnp.minimum(jnp.maximum(h0, 64 * self.least(zero)), self.hmax)
+            h0 = self.first_size(f, y0, slope, zero) if h0 is None else h0
         h0 = jnp.where(self.finite(y0, slope), lax.stop_gradient(h0), 0 * zero)
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
             output=none + self.output.first, folded=None,
         )  # fmt: skip
+
+    def first_size(self, f, y0, slope, zero):
+        """The size of the first step: where nothing happens yet not below what time can resolve."""
+        order, scale = self.method.error_order + 1, self.tolerated(y0)  # type: ignore[operator]
+        h0 = first_step(f, y0, slope, order, scale, self.hmax, self.controlled)
+        return jnp.minimum(jnp.maximum(h0, 64 * self.least(zero)), self.hmax)
 
     def step_count(self, end):
         """How many steps of equal size are to be taken."""
@@ -153,13 +165,13 @@ class Integrator(eqx.Module):
         go = state.h > 0
         if not self.adaptive:
             n = self.step_count(end)
-            more = self.equal_steps(state) < jnp.where(n <= self.max_steps, n, 0)
+            more = state.equal_steps < jnp.where(n <= self.max_steps, n, 0)
             if state.watch is None:
                 return go & more
-            return go & (more | self.is_due(state)) & (state.tried < self.max_steps)
+            return go & (more | state.is_due) & (state.tried < self.max_steps)
         more = state.s < end
         if state.watch is not None:
-            more = more | self.is_due(state)
+            more = more | state.is_due
         go = more & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
         return go if state.since is None else go & self.in_time(state)
 
@@ -167,31 +179,15 @@ class Integrator(eqx.Module):
         """Whether there are not too many trial steps since the last output."""
         return lax.convert_element_type(state.since, state.s.dtype) < self.mxstep
 
-    def is_due(self, state: State):
-        """Whether the next step is one of size 0, which makes the change of an event."""
-        return jnp.any(state.memory.due > 0)
-
-    def equal_steps(self, state: State):
-        """How many steps of equal size have been taken."""
-        return state.accepted if state.watch is None else state.accepted - state.watch.cuts
-
     def next_end(self, state: State, end):
         """Where the next trial step is to end, and its size."""
         if not self.adaptive:
             count = lax.convert_element_type(jnp.maximum(self.step_count(end), 1), end.dtype)
-            i = lax.convert_element_type(self.equal_steps(state), end.dtype)
+            i = lax.convert_element_type(state.equal_steps, end.dtype)
             s, s1 = end * (i / count), end * ((i + 1) / count)
             return s1, s1 - s
         s1 = lax.min(state.s + state.h, end)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
-
-    def next_end_or_event(self, state: State, end):
-        """The same, and whether an event is what it ends at."""
-        s1, h = self.next_end(state, end)
-        if state.watch is None:
-            return s1, h, False
-        at = jnp.where(self.is_due(state), state.s, lax.min(s1, state.watch.target))
-        return at, at - state.s, at < s1
 
     def accept_or_reject(self, state: State, step: Step, s1, h, go=True, veto=None) -> State:
         """The state after a trial step: at its end, or back at its beginning with a smaller step.
@@ -214,7 +210,7 @@ class Integrator(eqx.Module):
             ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
             history = state.history
         else:
-            ratio = self.error_over_tolerance(state.y, step)
+            ratio = error_over_tolerance(self, state.y, step)
             accept = fine = (ratio <= 1) & go
             accept = accept if veto is None else accept & ~veto
             factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
@@ -237,22 +233,32 @@ class Integrator(eqx.Module):
             accepted=state.accepted + accept.astype(jnp.int32), **counted,
         )  # fmt: skip
 
-    def error_over_tolerance(self, y, step: Step):
-        """The error of a step over what is tolerated: at most 1 is accepted; NaN is not.
-
-        Infinity says that the equations of an implicit step were not solved.
-        """
-        scale = self.tolerated(y, step.y)
-        norms = [tree.norm(self.controlled(e), scale) for e in step.errors]
-        ratio = norms[0] if len(norms) == 1 else combined(*norms)
-        if not self.method.estimate_sees_end:
-            ratio = jnp.where(self.finite(step.slope), ratio, jnp.nan)
-        ratio = of_failed(ratio, step.converged)
-        return lax.stop_gradient(lax.convert_element_type(ratio, self.hmax.dtype))
-
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def next_end_or_event(integrator: Integrator, state: State, end):
+    """Where the next trial step is to end, its size, and whether an event is what it ends at."""
+    s1, h = integrator.next_end(state, end)
+    if state.watch is None:
+        return s1, h, False
+    at = jnp.where(state.is_due, state.s, lax.min(s1, state.watch.target))
+    return at, at - state.s, at < s1
+
+
+def error_over_tolerance(integrator: Integrator, y, step: Step):
+    """The error of a step over what is tolerated: at most 1 is accepted; NaN is not.
+
+    Infinity says that the equations of an implicit step were not solved.
+    """
+    scale = integrator.tolerated(y, step.y)
+    norms = [tree.norm(integrator.controlled(e), scale) for e in step.errors]
+    ratio = norms[0] if len(norms) == 1 else combined(*norms)
+    if not integrator.method.estimate_sees_end:
+        ratio = jnp.where(integrator.finite(step.slope), ratio, jnp.nan)
+    ratio = of_failed(ratio, step.converged)
+    return lax.stop_gradient(lax.convert_element_type(ratio, integrator.hmax.dtype))
 
 
 def of_failed(ratio, converged):
@@ -269,7 +275,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
         done = state.s >= end
     else:
         n = self.step_count(end)
-        spent, done = n > self.max_steps, self.equal_steps(state) >= n
+        spent, done = n > self.max_steps, state.equal_steps >= n
         if state.watch is not None:
             spent = spent | (state.tried >= self.max_steps)
     if state.since is not None:

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.kernels.forms import PLAIN
-from jaxode.kernels.stepper import Stepper, stepper
+from jaxode.kernels.stepper import Stepper, expects_event, quiet_trial, stepper
 from jaxode.outputs import write
 from jaxode.stepping import checkpoints
 from jaxode.stepping.integrator import Integrator, Report, State
@@ -85,12 +85,12 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None)
     def quiet_body(carry):
         """A trial step at which no event happens; or none, and that one does."""
         old, rows, tape = carry
-        new, h, step, happens = steps.trial_quietly(own, old)
+        new, h, step, happens = quiet_trial(steps, own, old)
         new, rows, tape = kept(old, new, h, step, rows, tape)
         return (new, rows, tape), happens
 
     unfinished = lambda carry: steps.unfinished(own, carry[0])
-    quietly = quiet_body, lambda carry: steps.expects_event(own, carry[0])
+    quietly = quiet_body, lambda carry: expects_event(steps, own, carry[0])
     turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
     if tape is None:
         return turns(unfinished, body, (begin, rows, tape))
