@@ -201,9 +201,8 @@ def solve(
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
     happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
-    arguments.no_varying(
-        arrays := (leaves, y0, t, rtol, atol, limits, beside, watched, happening[1])
-    )
+    extra = watched, happening.arrays
+    arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
@@ -218,8 +217,7 @@ def solve(
         seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
         output=output_of(dense, saved, save_steps, most),
     )  # fmt: skip
-    limits = rtol, atol, *limits, dt, beside, watched, happening.arrays
-    given = static, (leaves, y0), (t, since), limits
+    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
