@@ -186,6 +186,8 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
         times = known_times(event.times, t, real)
         values, rows = event.values, len(times)
         if values is not None:
+            if isinstance(values, list | tuple) and all(np.ndim(v) == 0 for v in values):
+                values = jnp.stack(list(map(jnp.asarray, values)))
             values = jax.tree.map(jnp.asarray, values)
             if any(jnp.ndim(v) == 0 or len(v) != rows for v in jax.tree.leaves(values)):
                 raise ValueError(
