@@ -4,6 +4,7 @@ Every accepted step holds a polynomial, y(s + theta h) = y + sum_p theta^(p+1) d
 the beginnings of the steps, and the polynomial of its step evaluated.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ class Dense(eqx.Module):
     span: Array  # t1 - t0; 1 if they are equal
     reached: Array  # up to where the solution is known, on [0, 1]; -1 if it is nowhere
     steps: Steps
+    start: PyTree = None  # with events, one of which may be at t0: the state before it
 
     @property
     def states(self):
@@ -56,9 +58,8 @@ class Dense(eqx.Module):
 
     def of(self, states) -> "Dense":
         """The same steps with these states."""
-        return Dense(
-            self.t0, self.t1, self.span, self.reached, self.steps._replace(y=states[0], d=states[1])
-        )
+        steps = self.steps._replace(y=states[0], d=states[1])
+        return dataclasses.replace(self, steps=steps)
 
     def __call__(self, t) -> PyTree:
         """The state at t: leaves of the shape of t, followed by that of a leaf of y0.
@@ -103,14 +104,15 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     times, steps = t.reshape(-1), dense.steps
     s = (times - dense.t0) / dense.span
     at = lax.stop_gradient(s)
-    row = rows_of(steps, at, derivative)
-    take = partial(jnp.take, indices=row, axis=0, mode="clip")
+    take = partial(jnp.take, indices=rows_of(steps, at), axis=0, mode="clip")
     start, h, y, d = jax.tree.map(take, steps)
     theta = (s - start) / jnp.where(h == 0, 1, h)
     if derivative:
         found = jax.vmap(slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
     else:
         found = jax.vmap(tree.polynomial)(y, theta, d)
+        if dense.start is not None:
+            found = jax.vmap(tree.where, (0, None, 0))(at <= 0, dense.start, found)
     low, high = jnp.minimum(dense.t0, dense.t1), jnp.maximum(dense.t0, dense.t1)
     there = (times >= low) & (times <= high) & (at <= dense.reached)
 
@@ -121,18 +123,9 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     return jax.tree.map(leaf, found)
 
 
-def rows_of(steps: Steps, s, derivative: bool) -> Array:
-    """The step that each place is in: the one that begins there, if there is one.
-
-    At a step of size 0, a jump, it is the step before it; at the start the jump itself, whose state is the
-    one before it, too, but which has no derivative: that is the one of the step after it.
-    """
-    find = partial(jnp.searchsorted, steps.s, s)
-    begin = find(side="left")
-    size = jnp.take(steps.h, begin, mode="clip")
-    exact = (jnp.take(steps.s, begin, mode="clip") == s) & (size > 0)
-    row = jnp.where(exact, begin, jnp.maximum(begin - 1, 0))
-    return jnp.where(begin == 0, find(side="right") - 1, row) if derivative else row
+def rows_of(steps: Steps, s) -> Array:
+    """The step that each place is in; where two meet, at a jump say, the one before."""
+    return jnp.maximum(jnp.searchsorted(steps.s, s, side="left") - 1, 0)
 
 
 def slope(theta, width, d: list[PyTree]) -> PyTree:
@@ -147,16 +140,16 @@ def slope(theta, width, d: list[PyTree]) -> PyTree:
     return jax.tree.map(leaf, *d)
 
 
-def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states):
+def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states, start):
     """(ts, ys, mask, dense) of a solution from its steps: at the times t, or at each step.
 
-    `of_states` makes states of the rows that are states.
+    `of_states` makes states of the rows that are states. `start` is as in `Dense`.
     """
     if output.dense:
         started = report.status != Status.NON_FINITE_INITIAL.value
         reached = jnp.where(started, report.reached * end, -1)
         states = rows._replace(y=of_states(rows.y), d=list(map(of_states, rows.d)))
-        dense = Dense(t[0], t[-1], span, lax.stop_gradient(reached), states)
+        dense = Dense(t[0], t[-1], span, lax.stop_gradient(reached), states, start)
         return t, evaluate(dense, t, False), None, dense
     mask = jnp.isfinite(rows.s)
     ts = tree.between(t[0] + span * rows.s, jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1]))

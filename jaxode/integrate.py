@@ -332,7 +332,8 @@ def compiled(
     integrator, field, start, unravel = as_one_vector(integrator, field, y0)
     rows, report = adjoint(integrator, field, start, ss)
     t_given = t
-    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel)
+    before = None if happening is None else y0
+    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, before)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
@@ -361,11 +362,11 @@ def as_one_vector(integrator: Integrator, field, y0):
     return integrator, ravelled, ravel(y0), ravelled.unravel
 
 
-def kept_of(output, rows, t, span, ss, report, unravel: Callable | None):
+def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
     """(ts, ys, mask, dense) of a solution, from what its output kept; `unravel` makes a state of a vector."""
     of_states = (lambda rows: rows) if unravel is None else jax.vmap(unravel)
     if output.each_step:
-        return of_steps(output, rows, t, span, ss[-1], report, of_states)
+        return of_steps(output, rows, t, span, ss[-1], report, of_states, start)
     if output.save is None:
         return t, of_states(rows), None, None
     rows, end = rows

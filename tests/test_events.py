@@ -345,3 +345,13 @@ def test_functions_of_the_state_and_every_step_are_kept_through_bounces():
     rows = int(sol.mask.sum())
     assert rows == int(sol.stats.accepted - sol.events[0].count) + 1
     np.testing.assert_allclose(sol.ys[:rows, 0], list(map(height, sol.ts[:rows])), atol=1e-6)
+
+
+def test_dense_output_at_a_dose_is_the_state_before_it():
+    dose = Event(times=[0.0, 1.0], change=lambda y, t: y + 1.0)
+    sol = solve(lambda y, t: -y, 0.0, [0.0, 1.0, 2.0], events=[dose], dense=True)
+    wanted = [0.0, np.exp(-1), (1 + np.exp(-1)) * np.exp(-1)]
+    np.testing.assert_allclose(sol.ys, wanted, rtol=1e-7)
+    np.testing.assert_allclose(
+        sol.dense([0.0, 1e-9, 1.0, 1 + 1e-9]), [0, 1, wanted[1], 1 + wanted[1]], rtol=1e-7
+    )
