@@ -32,9 +32,15 @@ class Event:
     one starts there with what `change` has made of the state. Of several the first in time is taken
     first; at the same time, the first in the list.
 
-    An output at the time of an event is the state *before* it. Events from t[0] on count, those at the last
-    time are recorded without their change. A condition that is at its root at t[0], or right after its own
-    change, is not found there again; one that touches its root without crossing it may be missed.
+    An output at the time of an event is the state *before* it. Known times count from t[0] on, and before
+    t[-1]; a condition that changes its sign at t[-1] is recorded, without its change. A condition that is at
+    its root at t[0], or right after its own change, is not found there again; one that touches its root
+    without crossing it may be missed, and so may two roots within an eighth of a step (bound it by `hmax`).
+    An argument that switches is a part of the state whose derivative is 0.
+
+    Times, states, and all that comes after have derivatives, with respect to y0, args, known times and values,
+    and whatever the functions depend on, by every adjoint but "backsolve": that of a root by the implicit
+    function rule, first and second ones.
 
     Args:
         condition: `condition(y, t, *args)`, a number whose sign is watched, or a boolean, which has no

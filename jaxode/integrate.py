@@ -161,7 +161,8 @@ def solve(
             is then [t0, t1], and `ts` and `ys` have max_steps + 1 rows, of which `Solution.mask` says which
             are real; the others are NaN. With `save`, a function of these states.
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
-            is recorded or changed, or the solve ends. Then `Solution.events`, in the same order.
+            is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
+            "backsolve", and not with signals. Every event is an accepted step more, of size 0.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.

@@ -137,6 +137,8 @@ class Solution(NamedTuple):
             )
         for name, count in zip(Stats._fields, self.stats):
             lines.append(f"  {name}: {_range(np.asarray(count))}")
+        for i, event in enumerate(self.events or ()):
+            lines.append(f"  events[{i}]: {_range(np.asarray(event.count))} times")
         shapes = jax.tree.map(lambda y: f"{y.dtype.name}{list(y.shape)}", self.ys)
         lines.append(f"  ys: {shapes}")
         return "\n".join(lines)
