@@ -372,7 +372,7 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    fine = succeeded(report.status)
+    fine = succeeded(report.status, report.happened is not None)
     return t, (rows, jax.tree.map(lambda y: jnp.where(fine, y, jnp.nan), end)), None, None
 
 
@@ -405,11 +405,12 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
         codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
         messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-        failed = ~succeeded(status)
+        failed = ~succeeded(status, solution.events is not None)
         ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    fine = succeeded(status, solution.events is not None)
     numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
-    ys, states, happened = eqx.combine(poisoned(numbers, succeeded(status), inputs), counts)
+    ys, states, happened = eqx.combine(poisoned(numbers, fine, inputs), counts)
     if dense is not None:
         solution = solution._replace(dense=dense.of(states))
     return solution._replace(ys=ys, status=status, events=happened)

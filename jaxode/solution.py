@@ -64,8 +64,10 @@ _MESSAGES = {
 }
 
 
-def succeeded(status):
-    """Whether a solve ended as it should: at its last time, or at a terminal event."""
+def succeeded(status, events: bool = True):
+    """Whether a solve ended as it should: at its last time or, if it has events, at a terminal one."""
+    if not events:
+        return status == Status.SUCCESS.value
     return (status == Status.SUCCESS.value) | (status == Status.EVENT.value)
 
 

@@ -43,7 +43,7 @@ def direct(integrator, f, y0, ss):
 
     if report is None:
         return held_by_status(again, x, arrays, lambda out: out[1].status)
-    return again(held(x, ~succeeded(report.status)), arrays)
+    return again(held(x, ~succeeded(report.status, report.happened is not None)), arrays)
 
 
 def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
@@ -117,9 +117,10 @@ def scanned(one, start, grid, n, width, due=None):
         return lax.cond(block[0][0] < n, several, lambda: (state, zeros(width)))
 
     places = -(-(len(grid) - 1) // width) * width
-    widened = lambda x: jnp.zeros((places + 1, *x.shape[1:]), x.dtype).at[: len(x)].set(x)
-    grid, due = jax.tree.map(widened, (grid, due))
-    due = None if due is None else due[:-1]
+    pad = lambda x: jnp.zeros((places + 1 - len(grid), *x.shape[1:]), x.dtype)
+    if due is not None:
+        due = jnp.concatenate([due[:-1], pad(due)])
+    grid = jnp.concatenate([grid, pad(grid)])
     xs = jnp.arange(places, dtype=jnp.int32), (grid[:-1], grid[1:], due)
     blocks = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), xs)
     end, steps = lax.scan(maybe_several, start, blocks)

@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.solution import succeeded
+from jaxode.solution import Status
 
 
 def values(x, failed):
@@ -93,7 +93,7 @@ def zero_if(failed, x_dot):
 
 
 def held_by_status(fn: Callable, x, constants, status):
-    """fn(x, constants), the same for a solve of which only the result tells whether it failed.
+    """fn(x, constants), the same for a solve without events of which only the result tells whether it failed.
 
     The constants are arrays that are not differentiated.
     """
@@ -103,6 +103,6 @@ def held_by_status(fn: Callable, x, constants, status):
     def solve_jvp(primals, tangents):
         x, constants = primals
         out, push = jax.linearize(lambda x: fn(x, constants), x)
-        return out, push(zero_if(~succeeded(status(out)), tangents[0]))
+        return out, push(zero_if(status(out) != Status.SUCCESS.value, tangents[0]))
 
     return solve(x, constants)
