@@ -40,4 +40,4 @@ def test_a_notebook_is_saved_with_its_outputs_and_opens_in_colab(path):
 
 
 def test_there_is_a_notebook_for_each_experiment():
-    assert len(NOTEBOOKS) == 11 and os.path.exists(FOLDER / "00_start.ipynb")
+    assert len(NOTEBOOKS) == 12 and os.path.exists(FOLDER / "00_start.ipynb")
