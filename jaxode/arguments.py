@@ -160,21 +160,25 @@ def as_state(y0: PyTree) -> PyTree:
 
     def leaf(path, y):
         where = f"y0{jax.tree_util.keystr(path)}"
-        try:
-            dtype = jnp.result_type(y)
-        except TypeError as error:
-            raise TypeError(
-                f"{where} must be an array of numbers, got {type(y).__name__}."
-            ) from error
-        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
-            raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            dtype = jnp.result_type(float)
+        dtype = dtype_of(where, y)
         if known(y) and not np.all(np.isfinite(np.asarray(y))):
             raise ValueError(f"{where} is NaN or infinite.")
         return lax.convert_element_type(y, dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, y0)
+
+
+def dtype_of(where: str, x, more: str = ""):
+    """The dtype in which numbers are kept: integers and booleans become floats."""
+    try:
+        dtype = jnp.result_type(x)
+    except TypeError as error:
+        raise TypeError(
+            f"{where} must be an array of numbers, got {type(x).__name__}{more}."
+        ) from error
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
+        raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
 
 
 def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
@@ -482,18 +486,7 @@ def as_rows(kept: PyTree) -> PyTree:
 
     def leaf(path, x):
         where = f"save(y, t, *args){jax.tree_util.keystr(path)}"
-        try:
-            dtype = jnp.result_type(x)
-        except TypeError as error:
-            raise TypeError(
-                f"{where} must be an array of numbers, got {type(x).__name__}: `save` returns a pytree of "
-                "arrays."
-            ) from error
-        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
-            raise TypeError(f"{where} must hold numbers, got dtype {dtype}.")
-        return jnp.asarray(
-            x, dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
-        )
+        return jnp.asarray(x, dtype_of(where, x, ": `save` returns a pytree of arrays"))
 
     if not jax.tree.leaves(kept):
         raise TypeError(

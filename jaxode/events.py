@@ -128,7 +128,7 @@ class Given(NamedTuple):
         return jax.tree.unflatten(self.static, self.arrays)
 
 
-def at_the_door(events, func, y0, t, func_time, args, other) -> Given:
+def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
     `other` is what else was asked for: the adjoint, heuristics, a mass matrix, and whether func asks signals.
@@ -263,7 +263,7 @@ def as_change(k, y):
         raise TypeError(f"{message} (in an Event)") from error
 
 
-def of_events(adjoint: Callable, given: Given, t0, span, time_dtype) -> Callable:
+def with_events(adjoint: Callable, given: Given, t0, span, time_dtype) -> Callable:
     """The adjoint, for a solve with events."""
     events = tuple(on_the_unit_interval(event, t0, span) for event in given.events)
     log = Log(sum(event.keep for event in events))

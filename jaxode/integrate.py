@@ -12,11 +12,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, constraints, events, outputs, stiffness
+from jaxode import arguments, constraints, outputs, stiffness
 from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
 from jaxode.dense import of_steps
+from jaxode.events import Given, look_for, occurrences, with_events
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
@@ -27,7 +28,6 @@ from jaxode.stepping.integrator import Integrator
 from jaxode.tree import known
 
 MAX_STEPS = 2**14
-look_for = events.at_the_door
 
 
 def odeint(
@@ -302,9 +302,9 @@ def compiled(
     field, adjoint = Field(static.trace, leaves, *given), static.adjoint
     if static.saved is not None:
         field = Observed(field, Field(static.saved, watched, *given[:4]))
-    happening = None if of_events is None else events.Given(static.events, of_events)
+    happening = None if of_events is None else Given(static.events, of_events)
     if happening is not None:
-        adjoint = events.of_events(adjoint, happening, t[0], span, static.func_time)
+        adjoint = with_events(adjoint, happening, t[0], span, static.func_time)
     if beside is not None:
         of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
         adjoint = constraints.of_systems(adjoint, beside, of_jac, static.consistent)
@@ -339,14 +339,14 @@ def compiled(
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
-    estimates, occurrences = None, None
+    estimates, happened = None, None
     if happening is not None:
-        occurrences = events.occurrences(happening, report.folded)
+        happened = occurrences(happening, report.folded)
     elif report.folded is not None:
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     mask = None if mask is None else if_valid(mask, False)
-    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, occurrences)
+    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened)
     return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
 
 

@@ -66,8 +66,18 @@ def where(condition, x: PyTree, y: PyTree) -> PyTree:
 
 def where_needed(needed, fn) -> PyTree:
     """What `fn()` returns, or zeros like that."""
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
-    return lax.cond(needed, fn, zeros)
+    return lax.cond(needed, fn, lambda: zeros_of(fn))
+
+
+def zeros_of(fn) -> PyTree:
+    """Zeros like what `fn()` returns, which is not called."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
+
+
+def at_most_once(flag, fn, carry):
+    """fn(carry) if the flag is set; unlike a conditional it leaves large arrays where they are."""
+    turn = lambda state: (jnp.zeros_like(state[0]), fn(state[1]))
+    return lax.while_loop(lambda state: state[0], turn, (flag, carry))[1]
 
 
 def select(condition, x, y):

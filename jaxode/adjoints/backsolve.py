@@ -174,7 +174,7 @@ class Back(NamedTuple):
         def add(carry):
             return self.quadrature(own, accepted, state, end, h, d, *carry)
 
-        f_bar, total = at_most_once(jnp.any(accepted), add, (f_bar, total))
+        f_bar, total = tree.at_most_once(jnp.any(accepted), add, (f_bar, total))
         if self.rows_bar is None:
             return new, (f_bar, row, ss_bar), total
         pending = passed(self.forwards.problems, own, row, end - new.s, h) & accepted
@@ -183,7 +183,7 @@ class Back(NamedTuple):
             return self.move(own, own_back, pending, h, end, who, *carry)
 
         carry = new, (f_bar, row, ss_bar), total
-        return at_most_once(jnp.any(pending), move, carry)
+        return tree.at_most_once(jnp.any(pending), move, carry)
 
     def quadrature(self, own, accepted, state, end, h, d, f_bar, total):
         """The integral of a^T df/dtheta over a step, by Gauss's rule."""
@@ -238,12 +238,6 @@ class Back(NamedTuple):
         of_total, of_mine = eqx.partition(more, shared)
         add = partial(jax.tree.map, jnp.add)
         return add(f_bar, of_mine), add(total, of_total)
-
-
-def at_most_once(flag, fn, carry):
-    """fn(carry) if the flag is set; unlike a conditional it leaves large arrays where they are."""
-    turn = lambda state: (jnp.zeros_like(state[0]), fn(state[1]))
-    return jax.lax.while_loop(lambda state: state[0], turn, (flag, carry))[1]
 
 
 # One solve.

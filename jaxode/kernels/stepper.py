@@ -60,7 +60,7 @@ class Stepper(NamedTuple):
             if integrator.fold is not None:
                 step = lambda: trial_step(integrator, f, 0 * end, y0, memory, end)
                 found = lambda: integrator.fold.of_step(self.method, y0, end, step())
-                folded = zeros_like(lambda: integrator.fold.begin(found()))
+                folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
             return state._replace(folded=folded), slope
@@ -185,15 +185,10 @@ def quiet_trial(steps: Stepper, own, state):
     s1, h, cut = next_end_or_event(integrator, state, end_of(ss))
     quiet = events.quiet(integrator)
     step = trial_step(quiet, f, state.s, state.y, state.memory, h)
-    happens = events.happens(steps.method, f, state, step, h, cut)
+    happens = events.may_happen(steps.method, f, state, step, h, cut)
     new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     return new, h, arrays_of(step), happens
-
-
-def zeros_like(fn) -> PyTree:
-    """Zeros like what a function returns, which is not called."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
 
 
 def arrays_of(step: Step) -> Step:

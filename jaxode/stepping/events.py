@@ -30,6 +30,7 @@ from jaxode.methods.method import Method, Step, chosen, of_all
 from jaxode.solution import Status
 
 PLACES = 8  # of a step at which conditions are watched
+NEAR = 0.4  # the power of a rounding, times a step, that is near a root: Heun's method is exact over that
 AT_ONCE = 256  # roundings of time within which an event that happens again will do so for ever
 SMALL = 4096  # numbers of a log, up to which choosing is faster than writing into it
 
@@ -104,18 +105,18 @@ class Eventful(eqx.Module):
         return self.ravel_like(event.change(event.of_change, given, self.time(s)), y)
 
     @property
-    def conditions(self) -> list[int]:
-        """The events that have a condition."""
-        return [i for i, event in enumerate(self.events) if event.condition is not None]
+    def has_condition(self) -> np.ndarray:
+        """Which events have a condition."""
+        return np.array([event.condition is not None for event in self.events])
 
-    def next_times(self, counts) -> list[Array]:
+    def next_times(self, counts) -> Array:
         """When each event with known times happens next; infinity for others."""
-        return [
+        return jnp.stack([
             jnp.inf * jnp.ones_like(counts[i])
             if event.times is None
             else event.times[jnp.minimum(counts[i].astype(jnp.int32), len(event.times) - 1)]
             for i, event in enumerate(self.events)
-        ]
+        ])  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -180,17 +181,17 @@ class WithEvents(Method):
         none = Record(jnp.zeros((), jnp.int32), jnp.zeros_like(s), y, jnp.zeros_like(memory.due))
         plain = inner.y, memory._replace(inner=inner.memory), inner.slope, none
         if self.quiet:
-            return quiet_step(inner, plain)
+            return with_record(inner, plain, inner)
         is_due = jnp.any(memory.due > 0)
-        change = lambda: self.happens(f, s, y, memory)
+        change = lambda: self.change(f, s, y, memory)
         y1, memory1, slope, record = chosen(is_due, change, lambda: plain)
         evaluations = jnp.where(is_due, 1, jnp.asarray(inner.evaluations, jnp.int32))
         converged = True if inner.converged is True else inner.converged | is_due
         errors = [jax.tree.map(lambda e: jnp.where(is_due, 0, e), e) for e in inner.errors]
         changed = inner._replace(errors=errors, converged=converged, evaluations=evaluations)
-        return quiet_step(changed, (y1, memory1, slope, record), inner)
+        return with_record(changed, (y1, memory1, slope, record), inner)
 
-    def happens(self, f: Eventful, s, y: PyTree, memory: Memory):
+    def change(self, f: Eventful, s, y: PyTree, memory: Memory):
         """The change of the first event that is due: the state, the memory, the slope, the record."""
         due, counts = memory.due, lax.stop_gradient(memory.counts)
         which = jnp.argmax(due > 0)
@@ -204,16 +205,16 @@ class WithEvents(Method):
         row = jnp.where(kept, row, 0).astype(jnp.int32)
         counts = counts + one
         due = jnp.where(one > 0, 0, due)
-        again = jnp.stack(f.next_times(counts)) <= s
+        again = f.next_times(counts) <= s
         due = jnp.where(again & (s < 1), jnp.ones_like(due), due)
         memory1 = Memory(inner, lax.stop_gradient(due), counts)
         return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_at, one)
 
 
-def quiet_step(step: Step, found, inner: Step | None = None) -> Step:
+def with_record(step: Step, found, inner: Step) -> Step:
     """A step with what was found; `inner` is that of the method, for dense output."""
     y, memory, slope, record = found
-    inside = (inner or step)._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+    inside = inner._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
     return step._replace(y=y, memory=memory, slope=slope, stages=(inside, record))
 
 
@@ -246,14 +247,14 @@ def delay(f: Eventful, which, s, y: PyTree, slack, count):
     Two iterations, so that second derivatives are right, too. Where the condition has no slope, 0. To a
     known time it is 0, with the derivative of that time.
     """
-    times = jnp.stack(f.next_times(jnp.full(len(f.events), count)))[which]
+    times = f.next_times(jnp.full(len(f.events), count))[which]
     known = jnp.where(jnp.isfinite(times), times - lax.stop_gradient(times), 0)
-    if not f.conditions:
+    if not f.has_condition.any():
         return known
 
     def g(d):
         there = along(f, y, s, d)
-        value = lambda i: f.condition(i, there, s + d) if i in f.conditions else jnp.zeros_like(d)
+        value = lambda i: f.condition(i, there, s + d) if f.has_condition[i] else jnp.zeros_like(d)
         return one_of(f, which, value)
 
     def newton(d, _):
@@ -279,7 +280,7 @@ def begin(f: Eventful, state):
     """The state of a solve before its first step, with its events."""
     s, memory = state.s, state.memory
     counts, last = memory.counts, jnp.full_like(memory.due, -1)
-    now = jnp.stack(f.next_times(counts)) <= s
+    now = f.next_times(counts) <= s
     memory = memory._replace(due=lax.stop_gradient(now.astype(s.dtype)))
     watch = Watch(
         signs=signs_of(f, state.y, s, 0 * memory.due), target=jnp.full_like(s, jnp.inf), last=last,
@@ -291,7 +292,7 @@ def begin(f: Eventful, state):
 
 def with_next(f: Eventful, watch: Watch, counts, s) -> Watch:
     """The next step ends at the next known time, if it comes so far."""
-    times = jnp.stack(f.next_times(counts))
+    times = f.next_times(counts)
     return watch._replace(target=jnp.min(jnp.where(times > s, times, jnp.inf)))
 
 
@@ -319,7 +320,7 @@ def watched(method: WithEvents, f: Eventful, old, new, step: Step, h, cut):
     f, old_, new_, step = lax.stop_gradient((f, old, new, step))
     accepted = new.accepted > old.accepted
     signs, found = watch_inside(method, f, old_, step, h, accepted)
-    is_due = jnp.any(old_.memory.due > 0)
+    is_due = old_.is_due
     nothing = jnp.array(False), changes_of(new_, new.watch._replace(signs=signs), new_.memory.due)
 
     def something():
@@ -344,14 +345,13 @@ def quiet(integrator):
     )
 
 
-def happens(method: WithEvents, f: Eventful, old, step: Step, h, cut):
+def may_happen(method: WithEvents, f: Eventful, old, step: Step, h, cut):
     """Whether an event is due, or there is one in a step: or at least a condition that changes its sign."""
     f, old, step = lax.stop_gradient((f, old, step))
-    found = jnp.any(old.memory.due > 0) | cut
-    if f.conditions:
+    found = old.is_due | cut
+    if f.has_condition.any():
         changed = jnp.stack(places(method, f, old, step, h)) * old.watch.signs[None] <= 0
-        watched = np.array([event.condition is not None for event in f.events])
-        found = found | jnp.any(changed & watched[None])
+        found = found | jnp.any(changed & f.has_condition[None])
     return found
 
 
@@ -375,8 +375,7 @@ def after_event(f: Eventful, old, new, step: Step):
     terminal = np.array([event.terminal for event in f.events], s.dtype)
     ended = jnp.any(one & (terminal > 0) & (memory.counts >= terminal))
     soon = AT_ONCE * float(jnp.finfo(s.dtype).eps) * jnp.maximum(s, watch.last)
-    known_time = np.array([event.condition is None for event in f.events])
-    for_ever = jnp.any(one & ~known_time & (watch.last >= 0) & (at - watch.last <= soon))
+    for_ever = jnp.any(one & f.has_condition & (watch.last >= 0) & (at - watch.last <= soon))
     status = jnp.where(for_ever, Status.EVENTS_ACCUMULATE.value, 0)
     status = jnp.where(ended, Status.EVENT.value, status).astype(jnp.int32)
     watch = watch._replace(
@@ -405,24 +404,28 @@ def after_step(method: WithEvents, f: Eventful, old, new, step: Step, h, cut, si
     is not at its end; and what changes in the state."""
     watch, counts = old.watch, old.memory.counts
     accepted = new.accepted > old.accepted
-    eps = float(jnp.finfo(h.dtype).eps)
-    slack = jnp.maximum(eps**0.4 * h, 64 * eps * new.s)
+    slack = slack_of(h, new.s)
     theta = first_roots(method, f, old, step, h, found)
     first = jnp.min(theta)
     behind = accepted & (first <= 1) & (first * h < h - slack)
     reached = (theta <= 1) & (theta * h >= h - slack)
-    times = jnp.stack(f.next_times(counts))
+    times = f.next_times(counts)
     due = jnp.where(reached | ((times <= new.s) & (new.s < 1)), slack, 0)
     due = jnp.where(accepted & ~behind, due, 0)
     on = with_next(f, watch, counts, new.s)
     on = on._replace(signs=signs, cuts=watch.cuts + cut.astype(jnp.int32))
     # So that it is behind the root, and yet so close that the next step ends there.
-    beyond = jnp.maximum(eps**0.4 * first * h, 64 * eps * new.s) / 2
-    closer = watch._replace(target=old.s + first * h + beyond)
+    closer = watch._replace(target=old.s + first * h + slack_of(first * h, new.s) / 2)
     watch = tree.where(behind, closer, tree.where(accepted, on, watch))
     h = jnp.where(cut & accepted, jnp.maximum(new.h, old.h), new.h)
     of = lambda state, h: changes_of(state._replace(h=h), watch, due)
     return behind, tree.where(behind, of(old, old.h), of(new, h))
+
+
+def slack_of(h, s) -> Array:
+    """How far behind a root a step of size h may end, at s."""
+    eps = float(jnp.finfo(h.dtype).eps)
+    return jnp.maximum(eps**NEAR * h, 64 * eps * s)
 
 
 def signs_at(f: Eventful, y: PyTree, s) -> Array:
@@ -436,7 +439,7 @@ def watch_inside(method: WithEvents, f: Eventful, old, step: Step, h, accepted):
     """The signs after a step; and in which part of it conditions have roots in their directions."""
     sign = old.watch.signs
     found = Found(jnp.zeros(sign.shape, bool), jnp.zeros_like(sign), sign)
-    if not f.conditions:
+    if not f.has_condition.any():
         return sign, found
     directions = np.array([event.direction for event in f.events], sign.dtype)
     for n, there in enumerate(places(method, f, old, step, h)):
@@ -450,7 +453,7 @@ def watch_inside(method: WithEvents, f: Eventful, old, step: Step, h, accepted):
 def first_roots(method: WithEvents, f: Eventful, old, step: Step, h, found: Found):
     """Where in a step each condition has its first root, on [0, 1], infinity for none: by bisection, each of
     its own, all at the same time."""
-    if not f.conditions:
+    if not f.has_condition.any():
         return jnp.full_like(found.start, jnp.inf)
     d = method.inside(f, old.s, old.y, h, step)
 
@@ -461,7 +464,7 @@ def first_roots(method: WithEvents, f: Eventful, old, step: Step, h, found: Foun
         there = jnp.stack([at(middle[i])[i] for i in range(len(low))])
         return jnp.where(there == found.sign, middle, low), width / 2
 
-    halvings = int(np.ceil(-np.log2(float(jnp.finfo(h.dtype).eps) ** 0.4))) + 5
+    halvings = int(np.ceil(-np.log2(float(jnp.finfo(h.dtype).eps) ** NEAR))) + 5
     begin = found.start, jnp.full_like(found.start, 1 / PLACES)
     low, width = lax.fori_loop(0, halvings, halve, begin)
     return jnp.where(found.there, low + width, jnp.inf)
@@ -489,9 +492,7 @@ class Log:
             return self.put(log, record)
         some = of_all(accepted & jnp.any(record.counts > 0))[0]
         record = jax.tree.map(lambda x: jnp.where(accepted, x, 0), record)
-        # A loop that turns at most once: unlike a conditional it leaves the rows where they are.
-        turn = lambda carry: (jnp.array(False), self.put(carry[1], record))
-        return lax.while_loop(lambda carry: carry[0], turn, (some, log))[1]
+        return tree.at_most_once(some, lambda log: self.put(log, record), log)
 
     def put(self, log, record: Record):
         rows, counts = log

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
@@ -108,8 +107,6 @@ def between_events(quiet_body, expected, unfinished, body, carry):
         go = lambda state: unfinished(state[0]) & ~state[1]
         carry, happens = lax.while_loop(go, quiet, (carry, expected(carry)))
         happens = happens & unfinished(carry)
-        # A loop that turns at most once: unlike a conditional it leaves rows and tape where they are.
-        turn = lambda state: (body(state[0]), jnp.array(False))
-        return lax.while_loop(lambda state: state[1], turn, (carry, happens))[0]
+        return tree.at_most_once(happens, body, carry)
 
     return lax.while_loop(unfinished, until_one, carry)
