@@ -5,6 +5,7 @@ state is ever flattened into one vector and copied back.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def zeros_of(fn) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
 
 
-def at_most_once(flag, fn, carry):
+def at_most_once(flag, fn, carry) -> Any:
     """fn(carry) if the flag is set; unlike a conditional it leaves large arrays where they are."""
     turn = lambda state: (jnp.zeros_like(state[0]), fn(state[1]))
     return lax.while_loop(lambda state: state[0], turn, (flag, carry))[1]
