@@ -424,7 +424,7 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
 
 def for_solve_alone(options) -> None:
     """Raise if `odeint` was asked for what only a `Solution` can hold."""
-    for name in ("dense", "save_steps"):
+    for name in ("dense", "save_steps", "resumable"):
         if options.get(name):
             raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
 

@@ -21,10 +21,13 @@ from jaxode.events import Given, look_for, occurrences, with_events
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
+from jaxode.resuming import Resuming, wanted
 from jaxode.signals import Split, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
 from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
-from jaxode.stepping.integrator import Integrator
+from jaxode.stepping.integrator import Integrator, State
+from jaxode.stepping.resuming import OfEqualSize
+from jaxode.stepping.resuming import resumable as from_state
 from jaxode.tree import known
 
 MAX_STEPS = 2**14
@@ -91,6 +94,7 @@ def solve(
     save: Callable | None = None,
     save_steps: bool = False,
     events=None,
+    resumable: bool = False,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -163,6 +167,9 @@ def solve(
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
             "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+        resumable: keep the state of the solver, so that `Solution.resume` can go on to later times. Time is
+            then counted in the unit of func, so that steps do not depend on where a solve ends; steps of size
+            `dt` all have that size, but for the last. Without derivatives, and a plain loop under `jax.vmap`.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -201,13 +208,14 @@ def solve(
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
+    resumable = wanted(resumable, exact, driven, (dense, save_steps, heuristics, events))
     happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
     extra = watched, happening.arrays
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps, dt = arguments.known_steps(dt, t, since, driven)
+    steps, dt = arguments.known_steps(dt, t, since, driven or resumable)
     most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
     static = Static(
         trace=trace, method=method, controller=arguments.controller_or_default(controller),
@@ -216,15 +224,25 @@ def solve(
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
         throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
         seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
-        output=output_of(dense, saved, save_steps, most),
+        output=output_of(dense, saved, save_steps, most), resumable=resumable,
     )  # fmt: skip
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
+def gone_on(static, given, times, limits, throw: bool | None, before: State) -> Solution:
+    """The solution of a solve that goes on from a state of its solver."""
+    return answer(compiled, static, given, times, (*limits, before), throw)
+
+
 def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
     solution = run(program, static, *given, *times, *limits)
+    limits = limits[:8]
+    if static.resumable:
+        solution = solution._replace(
+            resuming=Resuming.of(solution, static, gone_on, given, times[0], limits, throw)
+        )
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
     *options, dt, beside, _, of_events = limits
@@ -277,6 +295,7 @@ class Static:
     saved: Trace | None
     consistent: bool
     events: Any
+    resumable: bool
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
@@ -289,17 +308,19 @@ def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events
-) -> Solution:
-    """The solve. `since` is t - t[0], if that is known better than t.
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events,
+    before: State | None = None,
+) -> Solution:  # fmt: skip
+    """The solve. `since` is t - t[0], if that is known better than t; `before` the state from which it goes on.
 
     With a function of the state (whose arrays are `watched`) ys are its rows, and the state at the end.
     """
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     times, steps = t if since is None else since, static.steps
-    ss, span = unit_times(times)
+    ss, span = unit_times(times, static.resumable)
     given = t[0], t[-1], span, static.func_time, static.method.beyond
-    field, adjoint = Field(static.trace, leaves, *given), static.adjoint
+    field = Field(static.trace, leaves, *given)
+    adjoint = from_state(before) if static.resumable else static.adjoint
     if static.saved is not None:
         field = Observed(field, Field(static.saved, watched, *given[:4]))
     happening = None if of_events is None else Given(static.events, of_events)
@@ -307,7 +328,8 @@ def compiled(
         adjoint = with_events(adjoint, happening, t[0], span, static.func_time)
     if beside is not None:
         of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
-        adjoint = constraints.of_systems(adjoint, beside, of_jac, static.consistent)
+        consistent = static.consistent or before is not None
+        adjoint = constraints.of_systems(adjoint, beside, of_jac, consistent)
     valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
     if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
     if dt is not None:
@@ -315,30 +337,20 @@ def compiled(
         valid = valid & (steps >= 0)
         steps = jnp.where(valid, steps, 0)
     long = lax.stop_gradient(jnp.abs(span))
-    eps = float(jnp.finfo(static.func_time).eps)
-    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
-    integrator = Integrator(
-        method=static.method,
-        controller=static.controller,
-        max_steps=static.max_steps,
-        output=static.output,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        hmax=if_valid(hmax.astype(t.dtype) / long, 0),
-        hmin=lax.stop_gradient(hmin),
-        mxstep=mxstep.astype(t.dtype) if static.bounded else None,
-        fold=outputs.estimates if static.heuristics else None,
-    )
+    limits = if_valid(hmax.astype(t.dtype) / long, 0), mxstep.astype(t.dtype)
+    integrator = integrator_of(static, t, long, steps, dt, rtol, atol, *limits)
     integrator, field, start, unravel = as_one_vector(integrator, field, y0)
     rows, report = adjoint(integrator, field, start, ss)
     t_given = t
-    before = None if happening is None else y0
-    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, before)
+    start = None if happening is None else y0
+    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, start)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
-    reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
+    reached = report.reached * ss[-1] if static.resumable else report.reached
+    reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * reached)
+    if before is not None:  # the first time is the start of all
+        t, ys = t[1:], first_row_dropped(ys, static.saved)
     estimates, happened = None, None
     if happening is not None:
         happened = occurrences(happening, report.folded)
@@ -346,8 +358,33 @@ def compiled(
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     mask = None if mask is None else if_valid(mask, False)
-    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened)
+    solution = Solution(
+        t, ys, status, stats, reached, estimates, dense, mask, happened, report.going_on
+    )
     return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
+
+
+def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) -> Integrator:
+    """The method with its limits, in units of an interval that is `long`."""
+    kind: Any = Integrator
+    if static.resumable:
+        t = t[:1]  # what comes later is not to be seen
+        kind = Integrator if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
+    eps = float(jnp.finfo(static.func_time).eps)
+    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
+    return kind(
+        method=static.method,
+        controller=static.controller,
+        max_steps=static.max_steps,
+        output=static.output,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        hmax=hmax,
+        hmin=lax.stop_gradient(hmin),
+        mxstep=mxstep if static.bounded else None,
+        fold=outputs.estimates if static.heuristics else None,
+    )
 
 
 def as_one_vector(integrator: Integrator, field, y0):
@@ -416,8 +453,20 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
     return solution._replace(ys=ys, status=status, events=happened)
 
 
-def unit_times(t) -> tuple[Array, Array]:
-    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start)."""
+def first_row_dropped(ys, saved):
+    """The rows without the first one; of a function they stand beside the state at the end."""
+    drop = lambda rows: jax.tree.map(lambda y: y[1:], rows)
+    return drop(ys) if saved is None else (drop(ys[0]), ys[1])
+
+
+def unit_times(t, resumable: bool = False) -> tuple[Array, Array]:
+    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start).
+
+    To be resumed they stay in their unit, so that steps do not depend on t1.
+    """
+    if resumable:
+        sign = jnp.where(t[-1] < t[0], -jnp.ones_like(t[0]), 1)
+        return (t - t[0]) * sign, sign
     span = t[-1] - t[0]
     span = jnp.where(span == 0, jnp.ones_like(span), span)
     return (t - t[0]) / span, span

@@ -115,6 +115,7 @@ class Solution(NamedTuple):
         mask: which rows of ts and ys are real, with `save_steps=True`.
         events: for each of `events` when it happened and the states right before (`times`, `states`,
             `count`).
+        resuming: what `resume` needs, with `resumable=True`.
     """
 
     ts: Array
@@ -126,6 +127,38 @@ class Solution(NamedTuple):
     dense: Any = None
     mask: Array | None = None
     events: tuple | None = None
+    resuming: Any = None
+
+    def resume(self, t) -> "Solution":
+        """The solution at later times, as if the solve had not ended: `solve(..., resumable=True)`.
+
+        The state, the step size, the history of the controller and the statistics go along, so that steps and
+        states are those of one solve to the last of these times with `resumable=True`, bit for bit. It can
+        be resumed again; after `Status.MAX_STEPS`, too, with as many steps again. To go on in another process,
+        store its arrays (`equinox.tree_serialise_leaves`) and read them into a solution of the same problem
+        over any interval.
+
+        Args:
+            t: a time, or several, shape (n,): not before the end of the solve so far, in its direction.
+
+        Returns:
+            A `Solution` at these times alone; its statistics are of all from the start.
+
+        Raises:
+            ValueError: a time is before the end of the solve, or that failed, or was not `resumable`.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxode import solve
+        >>> spring = lambda y, t: jnp.stack([y[1], -y[0]])
+        >>> today = solve(spring, jnp.array([1.0, 0.0]), [0.0, 2.0], resumable=True)
+        >>> tomorrow = today.resume(5.0)
+        >>> whole = solve(spring, jnp.array([1.0, 0.0]), [0.0, 5.0], resumable=True)
+        >>> bool(jnp.all(tomorrow.ys[-1] == whole.ys[-1]))
+        True
+        """
+        if self.resuming is None:
+            raise ValueError("To be resumed a solve needs resumable=True.")
+        return self.resuming.resume(t, self.status)
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):

@@ -30,6 +30,7 @@ class Report(NamedTuple):
     rejected: Array
     folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
     happened: Any = None  # how many events, each of which was a step of size 0
+    going_on: Any = None  # the `State` from which a solve that can be resumed goes on
 
     @property
     def steps(self) -> Array:
@@ -233,6 +234,14 @@ class Integrator(eqx.Module):
             accepted=state.accepted + accept.astype(jnp.int32), **counted,
         )  # fmt: skip
 
+    def stopped(self, state: State, end):
+        """Whether it did because its steps were spent, and whether because it is done."""
+        if self.adaptive:
+            return state.tried >= self.max_steps, state.s >= end
+        n = self.step_count(end)
+        spent, done = n > self.max_steps, state.equal_steps >= n
+        return spent if state.watch is None else spent | (state.tried >= self.max_steps), done
+
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
@@ -270,14 +279,7 @@ def of_failed(ratio, converged):
 
 def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     """How a solve that has stopped went."""
-    if self.adaptive:
-        spent = state.tried >= self.max_steps
-        done = state.s >= end
-    else:
-        n = self.step_count(end)
-        spent, done = n > self.max_steps, state.equal_steps >= n
-        if state.watch is not None:
-            spent = spent | (state.tried >= self.max_steps)
+    spent, done = self.stopped(state, end)
     if state.since is not None:
         spent = spent | ~self.in_time(state)
     cut = jnp.where(jnp.isfinite(state.ratio), Status.DT_TOO_SMALL.value, Status.NON_FINITE.value)

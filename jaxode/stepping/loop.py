@@ -59,10 +59,11 @@ def run(integrator: Integrator, f, y0, ss, tape: Any = None, kernel=PLAIN):
     return ys, report, state, slope0, tape
 
 
-def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None):
+def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None, turns=None):
     """Trial steps until the solve is done: (state, rows, tape) there.
 
-    `after(old, new) -> new` sees every trial step, and may add to what an accepted one did.
+    `after(old, new) -> new` sees every trial step, and may add to what an accepted one did; `turns` stands
+    for `lax.while_loop`, and may return more.
     """
 
     def kept(old, new, h, step, rows, tape):
@@ -90,7 +91,8 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None)
 
     unfinished = lambda carry: steps.unfinished(own, carry[0])
     quietly = quiet_body, lambda carry: expects_event(steps, own, carry[0])
-    turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
+    if turns is None:
+        turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
     if tape is None:
         return turns(unfinished, body, (begin, rows, tape))
     return checkpoints.recorded(unfinished, body, (begin, rows, tape), turns)

@@ -1,0 +1,104 @@
+"""`Solution.resume`: a solve that goes on where an earlier one ended."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxode import arguments
+from jaxode.solution import Status, succeeded
+from jaxode.stepping.integrator import State
+from jaxode.tree import known
+
+OPTIONS = {  # that a solve which can be resumed does not have, and what to do instead
+    "dense": "ask for the times that are needed in `t`",
+    "save_steps": "ask for the times that are needed in `t`",
+    "heuristics": "leave one of them out",
+    "events": "end each part at the event (terminal=True), and start a new solve there",
+}
+
+
+class Resuming(eqx.Module):
+    """What a solve with `resumable=True` leaves behind: the problem, its options, and the state of its solver.
+
+    A pytree: it goes through `jit` and `vmap`, and its arrays can be stored, for example with those of the
+    whole `Solution` by `equinox.tree_serialise_leaves`.
+    """
+
+    static: Any = eqx.field(static=True)
+    answer: Callable = eqx.field(static=True)  # `jaxode.integrate.gone_on`
+    throw: bool | None = eqx.field(static=True)
+    given: Any  # the arrays of func, and y0
+    limits: Any
+    t0: Array
+    at: Array  # where the solve ended
+    sign: Array  # 1 for increasing times, -1 for decreasing ones
+    state: State
+
+    @classmethod
+    def of(cls, solution, static, answer, given, t, limits, throw):
+        """Of a solve at the times t, whose solver is left in the state `solution.resuming`."""
+        t = jnp.asarray(t)
+        sign = jnp.where(t[-1] < t[0], -jnp.ones_like(t[0]), 1)
+        return cls(static, answer, throw, given, limits, t[0], t[-1], sign, solution.resuming)
+
+    def resume(self, t, status):
+        """The solution at t, after a solve that ended with this status."""
+        seen = known(t, self.at, self.sign, self.t0)
+        np_or_jnp: Any = np if seen else jnp
+        times = arguments.as_times(np_or_jnp.atleast_1d(t), self.given[1])[0].astype(self.t0.dtype)
+        if len(times) == 0:
+            raise ValueError("`resume` needs a time to go on to, or several.")
+        late = self.sign * (times - self.at) >= 0
+        if not seen:
+            times = jnp.where(late, times, jnp.nan)  # bad input
+        times = np_or_jnp.concatenate([np_or_jnp.reshape(self.t0, 1), times])
+        if seen:
+            check(times, np.asarray(late), self.at, status)
+        static = dataclasses.replace(self.static, seen=seen and self.static.seen)
+        return self.answer(static, self.given, (times, None), self.limits, self.throw, self.state)
+
+
+def check(times, late, at, status) -> None:
+    """Raise if a solve cannot go on from where it is to these times."""
+    codes = np.unique(status)
+    failed = codes[~succeeded(codes, False) & (codes != Status.MAX_STEPS.value)]
+    if len(failed):
+        code = Status(int(failed[0]))
+        raise ValueError(
+            f"There is nothing to go on from: the solve failed ({code.name.lower()}). {code.message}"
+        )
+    if not np.all(late):
+        raise ValueError(
+            f"`resume` goes on from t = {np.ravel(at)[0]:g}, and t = {times[1:][~late][0]:g} is before it. "
+            "Ask for that time in the `t` of the solve."
+        )
+    arguments.check_times(times)
+
+
+def wanted(resumable, exact, driven: bool, others) -> bool:
+    """Whether a solve is to be resumed; an error if it cannot be. `others` are the values of `OPTIONS`."""
+    if not isinstance(resumable, bool | np.bool_):
+        raise TypeError(f"`resumable` must be True or False, got {resumable!r}.")
+    if not resumable:
+        return False
+    for (name, instead), given in zip(OPTIONS.items(), others, strict=True):
+        if given:
+            raise ValueError(
+                f"`resumable` and `{name}` are not to be had in the same solve: {instead}."
+            )
+    if driven:
+        raise ValueError(
+            "`resumable` is for a func without signals: steps end at the knots of a `Signal`, one solve for "
+            "each piece. Let func interpolate (jnp.interp)."
+        )
+    if exact is not None:
+        raise ValueError(
+            "`resumable` is asked for times that float32 cannot tell apart: shift time to begin near 0 (pass "
+            "t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+        )
+    return True
