@@ -17,9 +17,9 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events constraints
-    stiffness dense integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest
-    problems.grids problems.circuits
-    nn data train experiments
+    stiffness dense integrate findings diagnosis
+    problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
+    problems.circuits nn data train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {
