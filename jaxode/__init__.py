@@ -3,6 +3,7 @@
 from jaxode.constraints import consistent as consistent
 from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid
+from jaxode.diagnosis import explain as explain
 from jaxode.events import Event as Event
 from jaxode.integrate import odeint as odeint
 from jaxode.integrate import solve as solve

@@ -21,6 +21,7 @@ from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
 from jaxode.methods.names import by_name, methods, named
 from jaxode.signals import crowded
+from jaxode.stepping.observers import Log, Progress
 from jaxode.tree import known
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
@@ -62,11 +63,11 @@ WORDS = by_name({
     "abstol abs_tol": "the absolute tolerance is `atol`",
     "ixpr mxhnil mxordn mxords": "it is one of LSODA, which is not here",
     "solver_state controller_state made_jump": "a solve begins from y0 alone",
-    "progress_meter": "there is none",
+    "progress_meter progress_bar": "a bar of a long solve is `progress=True`",
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events"
+    "save_steps events log progress"
 ).split()
 
 
@@ -259,15 +260,16 @@ def step_size(dt, method: Method, name):
     return dt
 
 
-def known_steps(dt, t, since, driven: bool) -> tuple[int | None, Any]:
-    """How many steps of equal size, if that is known, and else the `dt` that says it.
-
-    `since` is t - t[0], if that is known better than t.
-    """
-    t = t if since is None else since
-    if dt is None or driven or not known(dt, t):
-        return None, dt
-    return known_number_of_steps(dt, t), None
+def known_steps(dt, t, exact, max_steps, driven: bool, happening):
+    """t - t[0], if it is known better than t (from the `exact` times); how many steps of equal size, if that
+    is known, and else the `dt` that says it; and how many steps there are at most."""
+    max_steps = whole("max_steps", max_steps)
+    since = None if exact is None else (exact - exact[0]).astype(t.dtype)
+    times = t if since is None else since
+    if dt is None or driven or not known(dt, times):
+        return since, None, dt, max_steps
+    steps = known_number_of_steps(dt, times)
+    return since, steps, None, steps if happening.static is None else max_steps + steps
 
 
 def known_number_of_steps(dt, t) -> int:
@@ -411,6 +413,26 @@ def controller_or_default(controller) -> Any:
     return controller
 
 
+def watched(log, progress, max_steps: int, driven: bool) -> tuple:
+    """What watches the trial steps of a solve."""
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(f"`progress` must be True or False, got {progress!r}.")
+    if log is not None:
+        if isinstance(log, bool):
+            raise TypeError(
+                f"`log` is how many trial steps are kept, such as log=1000; got {log!r}."
+            )
+        log = Log(min(whole("log", log), max_steps))
+    for name, flag in (("log", log), ("progress", progress)):
+        if flag and driven:
+            raise ValueError(
+                f"`{name}` is for a func without signals: steps end at the knots of a `Signal`, which is a "
+                "solve for each piece. Let func interpolate (jnp.interp), and pass the knots as "
+                "events=[Event(times=knots)]."
+            )
+    return (*(() if log is None else (log,)), *((Progress(),) if progress else ()))
+
+
 def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     """Whether they are wanted; an error if they cannot be had."""
     if heuristics and adjoint not in ("direct", adjoints.named["direct"]):
@@ -424,7 +446,7 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
 
 def for_solve_alone(options) -> None:
     """Raise if `odeint` was asked for what only a `Solution` can hold."""
-    for name in ("dense", "save_steps", "resumable"):
+    for name in ("dense", "save_steps", "log", "resumable"):
         if options.get(name):
             raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
 

@@ -26,6 +26,7 @@ from jaxode.signals import Split, asks, piecewise, valid_times
 from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
 from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator, State
+from jaxode.stepping.observers import log_of
 from jaxode.stepping.resuming import OfEqualSize
 from jaxode.stepping.resuming import resumable as from_state
 from jaxode.tree import known
@@ -95,6 +96,8 @@ def solve(
     save_steps: bool = False,
     events=None,
     resumable: bool = False,
+    log: int | None = None,
+    progress: bool = False,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -170,6 +173,11 @@ def solve(
         resumable: keep the state of the solver, so that `Solution.resume` can go on to later times. Time is
             then counted in the unit of func, so that steps do not depend on where a solve ends; steps of size
             `dt` all have that size, but for the last. Without derivatives, and a plain loop under `jax.vmap`.
+        log: give `Solution.log` too, the last so many trial steps, accepted or not, as
+            `jaxode.solution.TrialSteps`: when, how long, with which error, and which component decided. Not
+            differentiated; not with signals. `jaxode.explain` reads it.
+        progress: show a bar of tqdm, for one long solve: a host callback each time that another hundredth of
+            the interval is done. Under `jax.vmap` it is off, with a warning. Not with signals.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -193,8 +201,7 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
-    func = arguments.present(unknown, func, t)
-    y0, max_steps = arguments.as_state(y0), arguments.whole("max_steps", max_steps)
+    func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
     name, method = method, arguments.method_for(method, linear, y0)
     dt = arguments.step_size(dt, method, name)
@@ -208,15 +215,17 @@ def solve(
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
-    resumable = wanted(resumable, exact, driven, (dense, save_steps, heuristics, events))
+    resumable = wanted(
+        resumable, exact, driven, (dense, save_steps, heuristics, log, progress, events)
+    )
     happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
     extra = watched, happening.arrays
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
-    since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps, dt = arguments.known_steps(dt, t, since, driven or resumable)
-    most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
+    since, steps, dt, most = arguments.known_steps(
+        dt, t, exact, max_steps, driven or resumable, happening
+    )
     static = Static(
         trace=trace, method=method, controller=arguments.controller_or_default(controller),
         adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
@@ -225,6 +234,7 @@ def solve(
         throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
         seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
         output=output_of(dense, saved, save_steps, most), resumable=resumable,
+        observers=arguments.watched(log, progress, most, driven),
     )  # fmt: skip
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
@@ -296,6 +306,7 @@ class Static:
     consistent: bool
     events: Any
     resumable: bool
+    observers: tuple
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
@@ -358,8 +369,10 @@ def compiled(
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     mask = None if mask is None else if_valid(mask, False)
+    tried = report.accepted + report.rejected
+    log = log_of(static.observers, report.seen, tried, t_given[0], span)
     solution = Solution(
-        t, ys, status, stats, reached, estimates, dense, mask, happened, report.going_on
+        t, ys, status, stats, reached, estimates, dense, mask, happened, log, report.going_on
     )
     return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
 
@@ -384,6 +397,7 @@ def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) 
         hmin=lax.stop_gradient(hmin),
         mxstep=mxstep if static.bounded else None,
         fold=outputs.estimates if static.heuristics else None,
+        observers=static.observers,
     )
 
 

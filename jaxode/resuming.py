@@ -18,6 +18,8 @@ OPTIONS = {  # that a solve which can be resumed does not have, and what to do i
     "dense": "ask for the times that are needed in `t`",
     "save_steps": "ask for the times that are needed in `t`",
     "heuristics": "leave one of them out",
+    "log": "log a solve to the same time without `resumable`",
+    "progress": "each part that ends is a progress to show",
     "events": "end each part at the event (terminal=True), and start a new solve there",
 }
 

@@ -101,6 +101,27 @@ class Heuristics(NamedTuple):
     stiffness: Array
 
 
+class TrialSteps(NamedTuple):
+    """Trial steps, in the order in which they were taken; NaN, -1 and False beyond the last.
+
+    Attributes:
+        times: where each begins, in the unit of t.
+        sizes: how long it is, in the same unit, negative where time decreases. Of size 0 is a step that makes
+            the change of an event.
+        ratios: its error over what is tolerated; above 1 it is rejected. NaN if func was not finite, or for
+            steps of equal size; infinite if the equations of an implicit step were not solved.
+        accepted: whether it was. A step that is not, though its ratio is at most 1, had an event inside.
+        component: the component of the state (as one vector: leaf after leaf) whose error was largest beside
+            its tolerance, or the first that was not finite; -1 where there is none.
+    """
+
+    times: Array
+    sizes: Array
+    ratios: Array
+    accepted: Array
+    component: Array
+
+
 class Solution(NamedTuple):
     """`ys[i]` is the state at `ts[i]`; rows after a failure are NaN.
 
@@ -116,6 +137,7 @@ class Solution(NamedTuple):
         events: for each of `events` when it happened and the states right before (`times`, `states`,
             `count`).
         resuming: what `resume` needs, with `resumable=True`.
+        log: `TrialSteps`, the last ones, with `log`.
     """
 
     ts: Array
@@ -127,6 +149,7 @@ class Solution(NamedTuple):
     dense: Any = None
     mask: Array | None = None
     events: tuple | None = None
+    log: TrialSteps | None = None
     resuming: Any = None
 
     def resume(self, t) -> "Solution":

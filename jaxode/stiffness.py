@@ -1,6 +1,7 @@
 """Why an explicit solve did not come to its end: whether stability held its steps short."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,17 +58,18 @@ def until(t, since, end):
 
 
 def fastest(f, y) -> tuple[float, bool]:
-    """The largest |lambda| of df/dy by the power method, and whether that mode decays."""
+    """The largest |lambda| of df/dy, and whether that mode decays."""
+    rate, decays = jax.jit(partial(fastest_mode, f))(y)
+    return float(rate), bool(decays)
 
-    @jax.jit
-    def found(y):
-        push = jax.linearize(f, y)[1]
-        v, once = tree.any_direction(y), lambda v: (v, push(v))
-        v, w = jax.lax.fori_loop(0, PRODUCTS, lambda _, vw: once(tree.unit(vw[1])), (v, v))
-        along = tree.ratio(
-            tree.dot(jax.tree.map(jnp.conj, v), w), tree.dot(jax.tree.map(jnp.conj, v), v)
-        )
-        return tree.length(w), along
 
-    rate, along = map(float, found(y))
+def fastest_mode(f, y):
+    """The same as arrays, by the power method."""
+    push = jax.linearize(f, y)[1]
+    v, once = tree.any_direction(y), lambda v: (v, push(v))
+    v, w = jax.lax.fori_loop(0, PRODUCTS, lambda _, vw: once(tree.unit(vw[1])), (v, v))
+    along = tree.ratio(
+        tree.dot(jax.tree.map(jnp.conj, v), w), tree.dot(jax.tree.map(jnp.conj, v), v)
+    )
+    rate = tree.length(w)
     return rate, along < -0.5 * rate

@@ -14,6 +14,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+SMALL = (
+    32 * 1024
+)  # bytes of arrays, up to which to choose among all their rows is faster than to write one
+
 
 def combine(y: PyTree, h, weights, ks) -> PyTree:
     """y + h sum_i w_i k_i. Weights that are the number 0 cost nothing."""
@@ -233,6 +237,18 @@ def put(i, xs: PyTree, rooms: PyTree) -> PyTree:
     """The arrays with xs in row i."""
     write = lambda x, room: lax.dynamic_update_index_in_dim(room, x, i, 0)
     return jax.tree.map(write, xs, rooms)
+
+
+def put_where(flag, i, xs: PyTree, rooms: PyTree) -> PyTree:
+    """The arrays with xs in row i where the flag is set. (It is True where it is known to be.)"""
+    if size_in_bytes(rooms) > SMALL:
+        if flag is not True:
+            xs = where(flag, xs, row(rooms, i))
+        return put(i, xs, rooms)
+    here = jnp.arange(len(jax.tree.leaves(rooms)[0]), dtype=jnp.int32) == i
+    here = here if flag is True else here & flag
+    fit = lambda x: here.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x, room: jnp.where(fit(room), x, room), xs, rooms)
 
 
 def rooms(x: PyTree, count: int) -> PyTree:

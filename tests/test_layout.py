@@ -11,15 +11,16 @@ ORDER = """
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names
     tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
-    stepping.field stepping.events stepping.integrator stepping.problems kernels.stages outputs kernels.stepper
-    stepping.checkpoints stepping.loop stepping.resuming batch.vmap_rules batch.layout batch.queue batch.plans
-    batch.lanes
+    stepping.field stepping.events stepping.integrator stepping.observers
+    stepping.problems kernels.stages outputs kernels.stepper
+    stepping.checkpoints stepping.loop stepping.resuming
+    batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events constraints
-    stiffness dense resuming integrate problems.ends problems.problem problems.smooth problems.stiff
-    problems.detest problems.grids problems.circuits
-    nn data train experiments
+    stiffness dense resuming integrate findings diagnosis
+    problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
+    problems.circuits nn data train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {

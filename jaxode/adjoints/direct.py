@@ -28,7 +28,8 @@ def direct(integrator, f, y0, ss):
     step computed is computed again in the backward pass).
     """
     at, end = lax.stop_gradient(ss), end_of(ss)
-    if isinstance(integrator.steps, int) and not isinstance(f, Eventful):
+    plain = not (isinstance(f, Eventful) or integrator.observers)
+    if isinstance(integrator.steps, int) and plain:
         places = jnp.arange(integrator.steps + 1, dtype=ss.dtype) / integrator.steps
         grid, n, report, due = end * places, integrator.step_count(end), None, None
     else:

@@ -21,7 +21,7 @@ from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
 from jaxode.outputs import gather
 from jaxode.stepping import checkpoints, loop
-from jaxode.stepping.integrator import Report
+from jaxode.stepping.integrator import Report, unseen
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import one
 
@@ -115,6 +115,7 @@ def like_solve(integrator, f, y0, ss):
         folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.folded)
         happened = None if state.watch is None else count
     report = Report(count, jnp.zeros((), ss.dtype), count, count, count, folded, happened)
+    report = report._replace(seen=unseen(integrator, ss.dtype))
     return (ys, report), f.trace.jaxpr.effects
 
 

@@ -30,7 +30,7 @@ from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, gather, passed
 from jaxode.stepping import checkpoints
-from jaxode.stepping.integrator import State
+from jaxode.stepping.integrator import State, unwatched
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems
 
@@ -56,6 +56,7 @@ def pull(form: Form, x, rest, recorded: Recorded, bars):
     Those of leaves that have no axis of their own are sums over all solves.
     """
     of_x, (of_integrator, of_rest), _, of_bars = form.flags
+    of_integrator, rest = unwatched(of_integrator), (unwatched(rest[0]), rest[1])
     integrator, given = join(x, rest)
     of_given = eqx.combine(of_x, of_rest)
     form = form._replace(flags=(of_integrator, *of_given))

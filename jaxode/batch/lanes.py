@@ -22,6 +22,7 @@ from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import write
 from jaxode.stepping import loop
+from jaxode.stepping.integrator import in_batch
 from jaxode.stepping.problems import Problems, end_of
 
 
@@ -32,6 +33,8 @@ def first_of(xs, flags):
 
 def solve(form: Form, integrator, f, y0, ss):
     """Of all solves: `loop.run` without the tape."""
+    form = form._replace(flags=(in_batch(form.flags[0]), *form.flags[1:]))
+    integrator = in_batch(integrator)
     args = integrator, f, y0, ss
     how = plan(form, *first_of(args, form.flags))
     if how.width == 1:

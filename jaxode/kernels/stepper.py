@@ -22,7 +22,7 @@ from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
 from jaxode.stepping import events
 from jaxode.stepping.events import Eventful
-from jaxode.stepping.integrator import next_end_or_event, trial_step
+from jaxode.stepping.integrator import next_end_or_event, trial_step, watched
 from jaxode.stepping.problems import Problems, end_of, pullback
 
 
@@ -79,7 +79,8 @@ class Stepper(NamedTuple):
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=len(self.method.c) - 1)
-            return integrator.accept_or_reject(state, step, *move)
+            new = integrator.accept_or_reject(state, step, *move)
+            return watched(integrator, state, new, move[1], step, move[2])
 
         s1, h, go = self.problems.each(self.move)(own, state)
         step = self.stages.step(own, state.s, state.y, state.memory, h)
@@ -95,7 +96,7 @@ class Stepper(NamedTuple):
             cut = next_end_or_event(integrator, state, end_of(ss))[2]
             seen = events.watched(self.method, f, state, new, step, h, cut)
             new = seen if go is True else tree.where(go, seen, new)
-        return new, h, arrays_of(step)
+        return watched(integrator, state, new, h, step, go), h, arrays_of(step)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -188,6 +189,7 @@ def quiet_trial(steps: Stepper, own, state):
     happens = events.may_happen(steps.method, f, state, step, h, cut)
     new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
+    new = watched(integrator, state, new, h, step)
     return new, h, arrays_of(step), happens
 
 

@@ -32,7 +32,6 @@ from jaxode.solution import Status
 PLACES = 8  # of a step at which conditions are watched
 NEAR = 0.4  # the power of a rounding, times a step, that is near a root: Heun's method is exact over that
 AT_ONCE = 256  # roundings of time within which an event that happens again will do so for ever
-SMALL = 4096  # numbers of a log, up to which choosing is faster than writing into it
 
 
 class Watched(eqx.Module):
@@ -497,12 +496,7 @@ class Log:
     def put(self, log, record: Record):
         rows, counts = log
         new = record.s, record.y
-        if tree.size_in_bytes(rows) > 8 * SMALL:
-            return tree.put(record.row, new, rows), counts + record.counts
-        here = jnp.arange(self.rows + 1, dtype=jnp.int32) == record.row
-        fit = lambda x: here.reshape((-1,) + (1,) * (x.ndim - 1))
-        rows = jax.tree.map(lambda x, r: jnp.where(fit(r), x, r), new, rows)
-        return rows, counts + record.counts
+        return tree.put_where(True, record.row, new, rows), counts + record.counts
 
     def total(self, records: Record):
         """The log of many steps at once; row 0 stands for those that were none."""

@@ -4,6 +4,7 @@ An `Integrator` holds all that a solve needs beside the field, the start and the
 functions are of one solve, and pure; `jaxode.stepping.loop` runs them, for one solve or for many.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Report(NamedTuple):
     rejected: Array
     folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
     happened: Any = None  # how many events, each of which was a step of size 0
+    seen: tuple = ()  # the values of the observers
     going_on: Any = None  # the `State` from which a solve that can be resumed goes on
 
     @property
@@ -42,7 +44,8 @@ class State(NamedTuple):
     """Between two trial steps: at s, with a next step of size h.
 
     `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
-    next output, `folded` what a fold over the steps has come to, `watch` what events need to know.
+    next output, `folded` what a fold over the steps has come to, `watch` what events need to know, `seen`
+    the values of the observers.
     """
 
     s: Array
@@ -58,6 +61,7 @@ class State(NamedTuple):
     output: Array
     folded: Any
     watch: Watch | None = None
+    seen: tuple = ()
 
     @property
     def steps(self) -> Array:
@@ -87,7 +91,8 @@ class Integrator(eqx.Module):
     `steps` is the number of steps of equal size, None for steps that the error estimate chooses.
     `hmax` and `hmin` are in units of the interval; `max_steps` bounds trial steps, `mxstep` those
     between two outputs. `controlled` picks the part of a state whose error counts. `output` and
-    `fold` are what is kept of the solve (`jaxode.outputs`).
+    `fold` are what is kept of the solve (`jaxode.outputs`), and `observers` watch its trial steps
+    (`jaxode.stepping.observers`).
     """
 
     method: Method = eqx.field(static=True)
@@ -102,6 +107,7 @@ class Integrator(eqx.Module):
     mxstep: Any
     controlled: Callable = eqx.field(static=True, default=lambda y: y)
     fold: Any = eqx.field(static=True, default=None)
+    observers: tuple = eqx.field(static=True, default=())
 
     def __call__(self, f, y0: PyTree, ss: Array):
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -148,7 +154,7 @@ class Integrator(eqx.Module):
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
-            output=none + self.output.first, folded=None,
+            output=none + self.output.first, folded=None, seen=unseen(self, dtype),
         )  # fmt: skip
 
     def first_size(self, f, y0, slope, zero):
@@ -220,11 +226,9 @@ class Integrator(eqx.Module):
                 h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
             if go is not True:
                 ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
-        s, y, memory, history = tree.where(
-            accept,
-            (s1, step.y, step.memory, history),
-            (state.s, state.y, state.memory, state.history),
-        )
+        before = state.s, state.y, state.memory, state.history
+        after = s1, step.y, step.memory, history
+        s, y, memory, history = tree.where(accept, after, before)
         folded = state.folded
         if self.fold is not None:
             found = self.fold.of_step(self.method, state.y, h_taken, step)
@@ -245,6 +249,31 @@ class Integrator(eqx.Module):
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def unseen(integrator: Integrator, dtype) -> tuple:
+    """The values of the observers before the first trial step."""
+    return tuple(observer.begin(dtype) for observer in integrator.observers)
+
+
+def watched(integrator: Integrator, old: State, new: State, h, step: Step, go=True) -> State:
+    """The state after a trial step, seen by the observers; `go` says whether there was one."""
+    if not integrator.observers:
+        return new
+    given = lax.stop_gradient((old, new, h, step))
+    pairs = zip(integrator.observers, old.seen)
+    return new._replace(seen=tuple(o.after(v, integrator, *given, go) for o, v in pairs))
+
+
+def unwatched(integrator: Integrator) -> Integrator:
+    """The same without observers: for steps that are taken once more."""
+    return dataclasses.replace(integrator, observers=()) if integrator.observers else integrator
+
+
+def in_batch(integrator: Integrator) -> Integrator:
+    """The same for each of many solves."""
+    observers = tuple(observer.in_batch() for observer in integrator.observers)
+    return dataclasses.replace(integrator, observers=observers) if observers else integrator
 
 
 def next_end_or_event(integrator: Integrator, state: State, end):
@@ -294,7 +323,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
     return Report(
         status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
-        state.tried - state.accepted, state.folded, state.happened,
+        state.tried - state.accepted, state.folded, state.happened, state.seen,
     )  # fmt: skip
 
 
