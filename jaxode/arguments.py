@@ -66,7 +66,7 @@ WORDS = by_name({
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events"
+    "save_steps events fold"
 ).split()
 
 
@@ -424,7 +424,7 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
 
 def for_solve_alone(options) -> None:
     """Raise if `odeint` was asked for what only a `Solution` can hold."""
-    for name in ("dense", "save_steps"):
+    for name in ("dense", "save_steps", "fold"):
         if options.get(name):
             raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
 

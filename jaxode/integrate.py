@@ -18,6 +18,7 @@ from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
 from jaxode.dense import of_steps
 from jaxode.events import Given, look_for, occurrences, with_events
+from jaxode.folds import Fold, fold_of, with_fold
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
@@ -91,6 +92,7 @@ def solve(
     save: Callable | None = None,
     save_steps: bool = False,
     events=None,
+    fold=None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -163,6 +165,12 @@ def solve(
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
             "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+        fold: a pair (start, function), for minima, integrals and counts over the accepted steps: at the end
+            of each the value becomes `function(value, y, t, *args)`, from `start` on, which is any pytree
+            of arrays and is given as it is (the state y0 is not seen). `Solution.folded` is the last value.
+            At an event it is called twice more, with the state right before and right after it, at its time.
+            Differentiated in all that it depends on, `start` too; integers and booleans have no derivative.
+            Not with "backsolve". It does not change which steps are taken.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -202,7 +210,8 @@ def solve(
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
     happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
-    extra = watched, happening.arrays
+    folding = fold_of(fold, exact, *at)
+    extra = watched, happening.arrays, folding.arrays
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
@@ -214,7 +223,7 @@ def solve(
         adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
         func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
+        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static, fold=folding.trace,
         seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
         output=output_of(dense, saved, save_steps, most),
     )  # fmt: skip
@@ -227,7 +236,7 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
     solution = run(program, static, *given, *times, *limits)
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
-    *options, dt, beside, _, of_events = limits
+    *options, dt, beside, _, of_events, of_fold = limits
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
     end = times[0][-1]
     chosen_steps = method.error_order and static.steps is None and dt is None
@@ -236,7 +245,7 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
         return checked(solution, end, throw)
     slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
     again = lambda *times: run(
-        program, plain, *given, *times, *options, dt, beside, None, of_events
+        program, plain, *given, *times, *options, dt, beside, None, of_events, of_fold
     )
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
     hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
@@ -277,6 +286,7 @@ class Static:
     saved: Trace | None
     consistent: bool
     events: Any
+    fold: Trace | None
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
@@ -289,7 +299,7 @@ def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events, of_fold
 ) -> Solution:
     """The solve. `since` is t - t[0], if that is known better than t.
 
@@ -305,6 +315,8 @@ def compiled(
     happening = None if of_events is None else Given(static.events, of_events)
     if happening is not None:
         adjoint = with_events(adjoint, happening, t[0], span, static.func_time)
+    if of_fold is not None:
+        adjoint = with_fold(adjoint, Fold(static.fold, of_fold), given[:4])
     if beside is not None:
         of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
         adjoint = constraints.of_systems(adjoint, beside, of_jac, static.consistent)
@@ -337,6 +349,7 @@ def compiled(
     t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, before)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
+    folded = of_success(report.carried, succeeded(status, happening is not None))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
     estimates, happened = None, None
@@ -346,8 +359,9 @@ def compiled(
         error, stiffness = report.folded  # the latter per unit of [0, 1]
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     mask = None if mask is None else if_valid(mask, False)
-    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened)
-    return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
+    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened, folded)
+    given = leaves, y0, t_given, beside, watched, of_events, of_fold
+    return ended(solution, static.throw, given)
 
 
 def as_one_vector(integrator: Integrator, field, y0):
@@ -372,8 +386,13 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    fine = succeeded(report.status, report.happened is not None)
-    return t, (rows, jax.tree.map(lambda y: jnp.where(fine, y, jnp.nan), end)), None, None
+    return t, (rows, of_success(end, succeeded(report.status, report.happened is not None))), None, None
+
+
+def of_success(value: PyTree, fine):
+    """Something that is known at the end alone: NaN, where that is a number, if it was not reached."""
+    nan = lambda x: jnp.where(fine, x, jnp.nan) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(nan, value)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -384,23 +403,29 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
         return compiled(static, leaves, y0, t, since, *options)
     quiet = dataclasses.replace(static, trace=split.trace, throw=False)
 
-    def stretch(leaves, y, t):
-        part = compiled(quiet, leaves, y, t, None, *options)
-        if static.saved is None:
-            return part, jax.tree.map(lambda y: y[-1], part.ys)
-        return part._replace(ys=part.ys[0]), part.ys[1]
+    *options, of_fold = options
+    start, *function = (None,) if of_fold is None else of_fold
 
-    solution, end = piecewise(stretch, split, y0, t)
+    def stretch(leaves, given, t):
+        y, value = given
+        more = None if of_fold is None else (value, *function)
+        part = compiled(quiet, leaves, y, t, None, *options, more)
+        if static.saved is None:
+            return part, (jax.tree.map(lambda y: y[-1], part.ys), part.folded)
+        return part._replace(ys=part.ys[0]), (part.ys[1], part.folded)
+
+    solution, (end, folded) = piecewise(stretch, split, (y0, start), t)
+    solution = solution._replace(folded=folded)
     if static.saved is not None:
         solution = solution._replace(ys=(solution.ys, end))
-    return ended(solution, static.throw, (leaves, y0, t, options[-3:]))
+    return ended(solution, static.throw, (leaves, y0, t, options[-3:], of_fold))
 
 
 def ended(solution: Solution, throw: bool, inputs) -> Solution:
     """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
     dense, status = solution.dense, solution.status
     states = None if dense is None else dense.states
-    ys = solution.ys, states, solution.events
+    ys = solution.ys, states, solution.events, solution.folded
     if throw:
         codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
@@ -410,10 +435,10 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     fine = succeeded(status, solution.events is not None)
     numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
-    ys, states, happened = eqx.combine(poisoned(numbers, fine, inputs), counts)
+    ys, states, happened, folded = eqx.combine(poisoned(numbers, fine, inputs), counts)
     if dense is not None:
         solution = solution._replace(dense=dense.of(states))
-    return solution._replace(ys=ys, status=status, events=happened)
+    return solution._replace(ys=ys, status=status, events=happened, folded=folded)
 
 
 def unit_times(t) -> tuple[Array, Array]:

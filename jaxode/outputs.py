@@ -27,6 +27,11 @@ def observed(f, y, s) -> PyTree:
     return f.observed(y, s)
 
 
+def with_carried(method, ys: PyTree, memory: PyTree) -> PyTree:
+    """What a solve returns: ys, and what the memory of its method has carried to the end, if it does."""
+    return (ys, method.carried(memory)) if method.carries else ys
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
     """The states at the times ss, increasing on [0, 1]; or a function of them, `save(f, y, s)`.

@@ -115,6 +115,7 @@ class Solution(NamedTuple):
         mask: which rows of ts and ys are real, with `save_steps=True`.
         events: for each of `events` when it happened and the states right before (`times`, `states`,
             `count`).
+        folded: the last value of `fold`; NaN after a failure, and then integers in it mean nothing.
     """
 
     ts: Array
@@ -126,6 +127,7 @@ class Solution(NamedTuple):
     dense: Any = None
     mask: Array | None = None
     events: tuple | None = None
+    folded: PyTree = None
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):

@@ -30,6 +30,7 @@ class Report(NamedTuple):
     rejected: Array
     folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
     happened: Any = None  # how many events, each of which was a step of size 0
+    carried: Any = None  # what the user's fold over the steps has come to, if there was one
 
     @property
     def steps(self) -> Array:
