@@ -66,7 +66,7 @@ WORDS = by_name({
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events fold"
+    "save_steps events after_events fold"
 ).split()
 
 
@@ -222,6 +222,13 @@ def check_resolution(t, dtype, trace: Trace):
             "t - t[0], and let func add to its time what it needs), or use float64: set "
             "jax_enable_x64, and pass `t` as a float64 array."
         )
+
+
+def trace_of_times(func, exact, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
+    """`trace_of` a function that may look at the time, which it is then told closely enough."""
+    trace, leaves = trace_of(func, y0, t, func_time, args, checked)
+    check_resolution(exact, func_time, trace)
+    return trace, leaves
 
 
 def check_times(t):

@@ -28,6 +28,10 @@ class Fold(NamedTuple):
     trace: Trace | None
     arrays: tuple | None
 
+    @property
+    def start(self) -> PyTree:
+        return None if self.arrays is None else self.arrays[0]
+
 
 class OfPair(eqx.Module):
     """function(value, y, t, *args) as a function of ((value, y), t, *args)."""
@@ -55,23 +59,27 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
     checked = lambda value, given: like_start(value, given[0])
     given = (start, y0), t, func_time, args
     try:
-        trace, leaves = arguments.trace_of(OfPair(fold[1]), *given, checked)
+        trace, leaves = arguments.trace_of_times(OfPair(fold[1]), exact, *given, checked)
     except TypeError as error:
         if "positional argument" not in str(error):
             raise
         raise TypeError(
             f"the function of a `fold` is called as function(value, y, t, *args): {error}"
         ) from error
-    arguments.check_resolution(exact, func_time, trace)
+    trace, leaves = trace.needed(leaves)
     return Fold(trace, (start, leaves))
 
 
 def as_value(path, x) -> Array:
     """A leaf of the start of a fold as an array."""
-    where = f"the start of a `fold`, at {jax.tree_util.keystr(path)}," if path else "the start of a `fold`"
+    where = (
+        f"the start of a `fold`, at {jax.tree_util.keystr(path)},"
+        if path
+        else "the start of a `fold`"
+    )
     try:
         x = jnp.asarray(x)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{where} must be an array: {error}") from error
     if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number)):
         raise TypeError(f"{where} must hold numbers or booleans; got {x.dtype}.")
@@ -89,9 +97,9 @@ def like_start(value: PyTree, start: PyTree) -> PyTree:
 
     def leaf(path, x, start):
         x, where = jnp.asarray(x), jax.tree_util.keystr(path)
-        fits = x.weak_type or jnp.promote_types(x.dtype, start.dtype) == start.dtype
-        kinds = jnp.result_type(x, start)  # of a number that has no dtype of its own: its kind
-        if x.shape != start.shape or not fits or kinds != start.dtype:
+        with jax.numpy_dtype_promotion("standard"):
+            fits = jnp.result_type(x, start) == start.dtype
+        if x.shape != start.shape or not fits:
             raise TypeError(
                 f"the function of a `fold` returned {x.dtype} of shape {x.shape}, where its start{where} is "
                 f"{start.dtype} of shape {start.shape}: pass a start like what the function returns."
@@ -150,9 +158,7 @@ class WithFold(Around):
         # A step of size 0 is none. Nothing goes back through one: 0 times an infinite derivative is NaN.
         given = memory.value, step.y, s + h
         taken = f.next(*tree.where(h != 0, given, lax.stop_gradient(given)))
-        return step._replace(
-            memory=Memory(step.memory, tree.where(h != 0, taken, memory.value))
-        )
+        return step._replace(memory=Memory(step.memory, tree.where(h != 0, taken, memory.value)))
 
     def inside(self, f: Folding, s, y: PyTree, h, step: Step) -> list[PyTree]:
         return self.method.inside(f.field, s, y, h, step._replace(memory=step.memory.inner))

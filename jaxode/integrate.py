@@ -92,6 +92,7 @@ def solve(
     save: Callable | None = None,
     save_steps: bool = False,
     events=None,
+    after_events: bool = False,
     fold=None,
     **unknown,
 ) -> Solution:
@@ -165,12 +166,14 @@ def solve(
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
             "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+        after_events: whether outputs at the time of an event, `dense` there, and the states recorded of events
+            are those right after it, with its change, and not those right before.
         fold: a pair (start, function), for minima, integrals and counts over the accepted steps: at the end
-            of each the value becomes `function(value, y, t, *args)`, from `start` on, which is any pytree
-            of arrays and is given as it is (the state y0 is not seen). `Solution.folded` is the last value.
-            At an event it is called twice more, with the state right before and right after it, at its time.
-            Differentiated in all that it depends on, `start` too; integers and booleans have no derivative.
-            Not with "backsolve". It does not change which steps are taken.
+            of each a value, at first `start`, any pytree of arrays, becomes `function(value, y, t, *args)`;
+            y0 is not seen. At an event that is done twice more, with the state right before it and the one
+            right after it, at its time. `Solution.folded` is the last value. It chooses no steps, and is
+            differentiated in all that it depends on, with the steps held fixed, but for integers and
+            booleans. Not with "backsolve".
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -203,14 +206,13 @@ def solve(
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     at = y0, t, func_time, args
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
-    trace, leaves = arguments.trace_of(func, *at)
-    arguments.check_resolution(exact, func_time, trace)
+    trace, leaves = arguments.trace_of_times(func, exact, *at)
     driven = asks(trace.jaxpr)
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
-    if len(t) == 0:
-        return no_times(y0 if saved is None else saved.like(), t)
-    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
     folding = fold_of(fold, exact, *at)
+    if len(t) == 0:
+        return no_times(y0 if saved is None else saved.like(), t, folding.start)
+    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven, after_events))
     extra = watched, happening.arrays, folding.arrays
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
@@ -219,13 +221,13 @@ def solve(
     steps, dt = arguments.known_steps(dt, t, since, driven)
     most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
     static = Static(
-        trace=trace, method=method, controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
-        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
-        heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static, fold=folding.trace,
-        seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
-        output=output_of(dense, saved, save_steps, most),
+        trace=trace, method=method, controller=arguments.controller_or_default(controller), steps=steps,
+        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, func_time=func_time,
+        bounded=not (isinstance(mxstep, float) and mxstep == np.inf), consistent=consistent, jac=of_jac,
+        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
+        throw=throw is True and not known(arrays), saved=saved, fold=folding.trace,
+        seen=not driven and dt is None and known(t, rtol, atol, limits),
+        output=output_of(dense, saved, save_steps, most, bool(after_events)),
     )  # fmt: skip
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
@@ -289,17 +291,30 @@ class Static:
     fold: Trace | None
 
 
-def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
+def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int, after: bool):
     """What is kept of a solve."""
     save = None if saved is None else outputs.observed
     if dense or save_steps:
-        return outputs.EveryStep(max_steps + 1, bool(dense), save)
-    return outputs.Times(save, saved is None or saved.pushes)
+        return outputs.EveryStep(max_steps + 1, bool(dense), save, after)
+    return outputs.Times(save, saved is None or saved.pushes, after)
 
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events, of_fold
+    static: Static,
+    leaves,
+    y0,
+    t,
+    since,
+    rtol,
+    atol,
+    mxstep,
+    hmax,
+    dt,
+    beside,
+    watched,
+    of_events,
+    of_fold,
 ) -> Solution:
     """The solve. `since` is t - t[0], if that is known better than t.
 
@@ -386,7 +401,12 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    return t, (rows, of_success(end, succeeded(report.status, report.happened is not None))), None, None
+    return (
+        t,
+        (rows, of_success(end, succeeded(report.status, report.happened is not None))),
+        None,
+        None,
+    )
 
 
 def of_success(value: PyTree, fine):
@@ -451,12 +471,12 @@ def unit_times(t) -> tuple[Array, Array]:
 # Results.
 
 
-def no_times(y0, t) -> Solution:
+def no_times(y0, t, folded) -> Solution:
     """The solution at no times at all."""
     ys = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), y0)
     zero = jnp.zeros((), jnp.int32)
     t = jnp.asarray(t)
-    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
+    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype), folded=folded)
 
 
 def checked(solution: Solution, end, throw: bool | None, hint=lambda: "") -> Solution:

@@ -39,12 +39,20 @@ class Times:
     The first time is the start, the last one the end. Rows at either end are filled in by `finish`:
     a solve with two times writes nothing while it runs. With a function the result is its rows, and
     the state at the end; `pushes` says whether it has derivatives in forward mode.
+
+    A time at which two steps meet is of the one that ends there; with `after` of the one that starts there,
+    with what an event has made of the state. The first row is then written as others are.
     """
 
     save: Callable | None = None
     pushes: bool = True
-    first = 1  # the first row that is written while the solve runs
+    after: bool = False
     each_step = False
+
+    @property
+    def first(self) -> int:
+        """The first row that is written while the solve runs."""
+        return 0 if self.after else 1
 
     @property
     def sees_field(self) -> bool:
@@ -53,7 +61,7 @@ class Times:
 
     def rows(self, ss) -> int:
         """How many rows are written while the solve runs."""
-        return len(ss) if len(ss) > 2 else 0
+        return len(ss) if len(ss) > 2 or self.after else 0
 
     def needs_inside(self) -> bool:
         return True
@@ -65,11 +73,13 @@ class Times:
     def due(self, ss, row, old, new) -> Array:
         """Whether a row lies in the step that was accepted."""
         here = tree.row(ss, jnp.minimum(row, len(ss) - 1))
-        return (here <= new.s) & (here < ss[-1]) & (new.accepted > old.accepted)
+        reached = here < new.s if self.after else here <= new.s
+        return reached & (here < ss[-1]) & (new.accepted > old.accepted)
 
     def passed(self, ss, row, s, h) -> Array:
         """Whether, going back over a step of size h, a row lies after its start s."""
-        return (row >= 0) & (tree.row(ss, jnp.maximum(row, 0)) > s)
+        here = tree.row(ss, jnp.maximum(row, 0))
+        return (row >= 0) & ((here >= s) & (h > 0) if self.after else here > s)
 
     def value(self, f, time, s, h, y, d) -> PyTree:
         """The row of a time inside the step from s to s + h."""
@@ -80,7 +90,8 @@ class Times:
     def step_of(self, ss, row, grid, n) -> Array:
         """The step that holds a row: `grid` says where each of the n steps began."""
         grid = jnp.where(jnp.arange(len(grid), dtype=jnp.int32) <= n, grid, jnp.inf)
-        return jnp.searchsorted(grid, ss[row], side="left").astype(jnp.int32) - 1
+        side = "right" if self.after else "left"
+        return jnp.searchsorted(grid, ss[row], side=side).astype(jnp.int32) - 1
 
     def room(self, integrator, f, y0, ss) -> PyTree:
         """An array for all rows."""
@@ -105,6 +116,8 @@ class Times:
         constant = ss if at is None else at
         end = constant[-1]
         at_start, at_end = constant <= 0, constant >= end
+        if self.after:  # as for a time inside: that where the solve stopped is at its end
+            at_start, at_end = jnp.zeros_like(at_start), constant >= report.reached * end
         started = report.status != Status.NON_FINITE_INITIAL.value
         known = (at_start | (constant <= report.reached * end)) & started
 
@@ -165,6 +178,9 @@ class EveryStep:
     count: int
     dense: bool = False
     save: Callable | None = None
+    after: bool = (
+        False  # of the solution that is evaluated later; rows begin with what events have made
+    )
     first = 0
     each_step = True
 

@@ -153,10 +153,11 @@ class Record(NamedTuple):
 class WithEvents(Around):
     """A method whose fields are `Eventful`: where an event is due, a step of size 0 makes its change.
 
-    A `quiet` one is for steps at which none is.
+    A `quiet` one is for steps at which none is. `after` says that the states recorded are those after it.
     """
 
     quiet: bool = False
+    after: bool = False
 
     def start(self, f: Eventful, s, y: PyTree) -> Memory:
         none = jnp.zeros(len(f.events), jnp.result_type(s))
@@ -190,6 +191,7 @@ class WithEvents(Around):
         y1, s_at, y_at, changed = happen(f, which, s, y, due[which], counts[which])
         seen = lambda: ((y_at, s_at), (tree.where(s < 1, changed, y_at), s_at))
         inner = self.method.restarted(f.field, s, y1, memory.inner, seen)
+        y_kept = seen()[1][0] if self.after else y_at
         one = (jnp.arange(len(due)) == which).astype(due.dtype)
         keep = np.array([event.keep for event in f.events], counts.dtype)
         first = np.cumsum([0, *keep[:-1]], dtype=counts.dtype)
@@ -201,7 +203,7 @@ class WithEvents(Around):
         again = f.next_times(counts) <= s
         due = jnp.where(again & (s < 1), jnp.ones_like(due), due)
         memory1 = Memory(inner, lax.stop_gradient(due), counts)
-        return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_at, one)
+        return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_kept, one)
 
 
 def with_record(step: Step, found, inner: Step) -> Step:
