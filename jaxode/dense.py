@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.outputs import EveryStep, Steps
+from jaxode.outputs import EveryStep, Steps, from_here
 from jaxode.solution import Status
 
 
@@ -127,7 +127,8 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
 
 def rows_of(steps: Steps, s, after: bool) -> Array:
     """The step that each place is in; where two meet, at a jump say, the one before, or the one `after`."""
-    return jnp.maximum(jnp.searchsorted(steps.s, s, side="right" if after else "left") - 1, 0)
+    begin, side = (from_here(steps.s), "right") if after else (steps.s, "left")
+    return jnp.maximum(jnp.searchsorted(begin, s, side=side) - 1, 0)
 
 
 def slope(theta, width, d: list[PyTree]) -> PyTree:

@@ -32,6 +32,12 @@ def with_carried(method, ys: PyTree, memory: PyTree) -> PyTree:
     return (ys, method.carried(memory)) if method.carries else ys
 
 
+def from_here(s) -> Array:
+    """From where on times are of the step that begins at s, and not of the one that ends there: a few roundings
+    before, since the same time is not always computed in the same way."""
+    return s * (1 - 4 * float(jnp.finfo(s.dtype).eps))
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
     """The states at the times ss, increasing on [0, 1]; or a function of them, `save(f, y, s)`.
@@ -73,13 +79,13 @@ class Times:
     def due(self, ss, row, old, new) -> Array:
         """Whether a row lies in the step that was accepted."""
         here = tree.row(ss, jnp.minimum(row, len(ss) - 1))
-        reached = here < new.s if self.after else here <= new.s
+        reached = here < from_here(new.s) if self.after else here <= new.s
         return reached & (here < ss[-1]) & (new.accepted > old.accepted)
 
     def passed(self, ss, row, s, h) -> Array:
         """Whether, going back over a step of size h, a row lies after its start s."""
         here = tree.row(ss, jnp.maximum(row, 0))
-        return (row >= 0) & ((here >= s) & (h > 0) if self.after else here > s)
+        return (row >= 0) & ((here >= from_here(s)) & (h > 0) if self.after else here > s)
 
     def value(self, f, time, s, h, y, d) -> PyTree:
         """The row of a time inside the step from s to s + h."""
@@ -90,7 +96,7 @@ class Times:
     def step_of(self, ss, row, grid, n) -> Array:
         """The step that holds a row: `grid` says where each of the n steps began."""
         grid = jnp.where(jnp.arange(len(grid), dtype=jnp.int32) <= n, grid, jnp.inf)
-        side = "right" if self.after else "left"
+        grid, side = (from_here(grid), "right") if self.after else (grid, "left")
         return jnp.searchsorted(grid, ss[row], side=side).astype(jnp.int32) - 1
 
     def room(self, integrator, f, y0, ss) -> PyTree:
@@ -117,7 +123,7 @@ class Times:
         end = constant[-1]
         at_start, at_end = constant <= 0, constant >= end
         if self.after:  # as for a time inside: that where the solve stopped is at its end
-            at_start, at_end = jnp.zeros_like(at_start), constant >= report.reached * end
+            at_start, at_end = jnp.zeros_like(at_start), constant >= from_here(report.reached * end)
         started = report.status != Status.NON_FINITE_INITIAL.value
         known = (at_start | (constant <= report.reached * end)) & started
 

@@ -395,7 +395,7 @@ def test_an_output_at_the_time_of_a_change_is_the_state_after_it_if_that_is_want
 def test_outputs_after_changes_are_those_of_each_of_many_solves_and_so_are_their_gradients():
     """Ten solves in lanes, of which each has doses at times of its own; some at those of outputs."""
     ats = jnp.stack(
-        [jnp.array([0.0, 1.0, 2.0]) + 0.25 * i * jnp.array([0, 1, 1]) for i in range(4)] * 3
+        [jnp.array([0.0, 1.0, 2.0]) + 0.25 * i * jnp.array([0.0, 1.0, 1.0]) for i in range(4)] * 3
     )
     weights = jnp.arange(1.0, 7.0)
     one = lambda at, f: jax.value_and_grad(lambda k: f(DOSES[0], k, at, TIMES) @ weights)(DOSES[1])
