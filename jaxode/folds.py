@@ -6,6 +6,7 @@ in lanes, and backwards: the loops and the adjoints need to know nothing of it.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -51,7 +52,8 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
             "`fold` must be a pair (start, function) of the value before the first step, and "
             f"function(value, y, t, *args), the value after one; got {fold!r}."
         )
-    start = jax.tree_util.tree_map_with_path(as_value, fold[0])
+    dtype = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
+    start = jax.tree_util.tree_map_with_path(partial(as_value, dtype), fold[0])
     if not jax.tree.leaves(start):
         raise TypeError(
             "the start of a `fold` must be an array or a pytree of arrays; it holds none."
@@ -70,20 +72,18 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
     return Fold(trace, (start, leaves))
 
 
-def as_value(path, x) -> Array:
-    """A leaf of the start of a fold as an array."""
-    where = (
-        f"the start of a `fold`, at {jax.tree_util.keystr(path)},"
-        if path
-        else "the start of a `fold`"
-    )
+def as_value(dtype, path, x) -> Array:
+    """A leaf of the start of a fold as an array; one of floats that has no dtype of its own in that of the
+    state."""
+    where = f"the start of a `fold`{jax.tree_util.keystr(path)}"
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where} must be an array: {error}") from error
     if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number)):
         raise TypeError(f"{where} must hold numbers or booleans; got {x.dtype}.")
-    return lax.convert_element_type(x, x.dtype)  # no weak type, which the next value would not have
+    floats = x.weak_type and jnp.issubdtype(x.dtype, jnp.floating)
+    return lax.convert_element_type(x, dtype if floats else x.dtype)
 
 
 def like_start(value: PyTree, start: PyTree) -> PyTree:
