@@ -67,7 +67,7 @@ WORDS = by_name({
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events log progress"
+    "save_steps events after_events fold resumable log progress"
 ).split()
 
 
@@ -223,6 +223,13 @@ def check_resolution(t, dtype, trace: Trace):
             "t - t[0], and let func add to its time what it needs), or use float64: set "
             "jax_enable_x64, and pass `t` as a float64 array."
         )
+
+
+def trace_of_times(func, exact, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
+    """`trace_of` a function that may look at the time, which it is then told closely enough."""
+    trace, leaves = trace_of(func, y0, t, func_time, args, checked)
+    check_resolution(exact, func_time, trace)
+    return trace, leaves
 
 
 def check_times(t):
@@ -446,7 +453,7 @@ def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
 
 def for_solve_alone(options) -> None:
     """Raise if `odeint` was asked for what only a `Solution` can hold."""
-    for name in ("dense", "save_steps", "log", "resumable"):
+    for name in ("dense", "save_steps", "fold", "log", "resumable"):
         if options.get(name):
             raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.outputs import EveryStep, Steps
+from jaxode.outputs import EveryStep, Steps, from_here
 from jaxode.solution import Status
 
 
@@ -50,6 +50,7 @@ class Dense(eqx.Module):
     reached: Array  # up to where the solution is known, on [0, 1]; -1 if it is nowhere
     steps: Steps
     start: PyTree = None  # with events, one of which may be at t0: the state before it
+    after: bool = eqx.field(static=True, default=False)  # at an event, of the state after it
 
     @property
     def states(self):
@@ -64,8 +65,9 @@ class Dense(eqx.Module):
     def __call__(self, t) -> PyTree:
         """The state at t: leaves of the shape of t, followed by that of a leaf of y0.
 
-        Where a state jumps at a time, the state before it. Before the first time and after the last there is
-        none: a ValueError where t is known, and NaN where it is not, as under `jit`; NaN after a failure.
+        Where a state jumps at a time, the state before it; with `after_events` the one after it. Before the
+        first time and after the last there is none: a ValueError where t is known, and NaN where it is not,
+        as under `jit`; NaN after a failure.
         """
         return evaluate(self, self.times(t), False)
 
@@ -104,7 +106,7 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     times, steps = t.reshape(-1), dense.steps
     s = (times - dense.t0) / dense.span
     at = lax.stop_gradient(s)
-    take = partial(jnp.take, indices=rows_of(steps, at), axis=0, mode="clip")
+    take = partial(jnp.take, indices=rows_of(steps, at, dense.after), axis=0, mode="clip")
     start, h, y, d = jax.tree.map(take, steps)
     theta = (s - start) / jnp.where(h == 0, 1, h)
     if derivative:
@@ -123,9 +125,10 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     return jax.tree.map(leaf, found)
 
 
-def rows_of(steps: Steps, s) -> Array:
-    """The step that each place is in; where two meet, at a jump say, the one before."""
-    return jnp.maximum(jnp.searchsorted(steps.s, s, side="left") - 1, 0)
+def rows_of(steps: Steps, s, after: bool) -> Array:
+    """The step that each place is in; where two meet, at a jump say, the one before, or the one `after`."""
+    begin, side = (from_here(steps.s), "right") if after else (steps.s, "left")
+    return jnp.maximum(jnp.searchsorted(begin, s, side=side) - 1, 0)
 
 
 def slope(theta, width, d: list[PyTree]) -> PyTree:
@@ -149,7 +152,9 @@ def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states, st
         started = report.status != Status.NON_FINITE_INITIAL.value
         reached = jnp.where(started, report.reached * end, -1)
         states = rows._replace(y=of_states(rows.y), d=list(map(of_states, rows.d)))
-        dense = Dense(t[0], t[-1], span, lax.stop_gradient(reached), states, start)
+        start = None if output.after else start
+        ends = t[0], t[-1], span, lax.stop_gradient(reached)
+        dense = Dense(*ends, states, start, output.after)
         return t, evaluate(dense, t, False), None, dense
     mask = jnp.isfinite(rows.s)
     ts = tree.between(t[0] + span * rows.s, jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1]))

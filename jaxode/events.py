@@ -32,9 +32,11 @@ class Event:
     one starts there with what `change` has made of the state. Of several the first in time is taken
     first; at the same time, the first in the list.
 
-    An output at the time of an event is the state *before* it. Known times count from t[0] on, and before
-    t[-1]; a condition that changes its sign at t[-1] is recorded, without its change. A condition that is at
-    its root at t[0], or right after its own change, is not found there again; one that touches its root
+    An output at the time of an event is the state *before* it, and so is what is recorded; with
+    `solve(..., after_events=True)` both are the state *after* it. On which side of the root of a condition an
+    output at just that time is, rounding decides: take what is recorded. Known times count from t[0] on, and
+    before t[-1]; a condition that changes its sign at t[-1] is recorded, without its change. A condition that
+    is at its root at t[0], or right after its own change, is not found there again; one that touches its root
     without crossing it may be missed, and so may two roots within an eighth of a step (bound it by `hmax`).
     An argument that switches is a part of the state whose derivative is 0.
 
@@ -107,7 +109,8 @@ class Event:
 
 
 class Occurrences(NamedTuple):
-    """When an event happened: `times` and the `states` right before, NaN beyond `count`.
+    """When an event happened: `times` and the `states` right before (with `after_events` right after), NaN
+    beyond `count`.
 
     `count` may be more than there are rows: see `Event.keep`.
     """
@@ -131,10 +134,11 @@ class Given(NamedTuple):
 def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
-    `other` is what else was asked for: the adjoint, heuristics, a mass matrix, and whether func asks signals.
+    `other` is what else was asked for: the adjoint, heuristics, a mass matrix, whether func asks signals, and
+    whether states after events are wanted.
     Raises errors that say what to do.
     """
-    adjoint, heuristics, mass, driven = other
+    adjoint, heuristics, mass, driven, after = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
     kinds = (
         [type(e).__name__ for e in events]
@@ -144,6 +148,11 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
     if set(kinds) - {"Event"}:
         raise TypeError(
             f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
+        )
+    if not isinstance(after, bool | np.bool_) or (after and not events):
+        raise ValueError(
+            "`after_events` says that states after `events` are wanted: pass events=[...] with it, and True or "
+            f"False; got {after!r}."
         )
     if not events:
         return Given(None, None)
@@ -270,7 +279,7 @@ def with_events(adjoint: Callable, given: Given, t0, span, time_dtype) -> Callab
 
     def solve(integrator, field, y0, ss):
         f = Eventful(field, events, t0, span, time_dtype)
-        method = WithEvents(integrator.method)
+        method = WithEvents(integrator.method, after=integrator.output.after)
         integrator = dataclasses.replace(integrator, method=method, fold=log)
         ys, report = adjoint(integrator, f, y0, ss)
         (s, states), counts = report.folded

@@ -1,34 +1,24 @@
-"""`odeint` and `solve`: arguments checked, time mapped to [0, 1], the pieces put together."""
+"""`odeint` and `solve`: arguments checked at the door, the program run, its failure made an error."""
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from jaxode import arguments, constraints, outputs, stiffness
-from jaxode.adjoints.failed import poisoned
 from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
-from jaxode.dense import of_steps
-from jaxode.events import Given, look_for, occurrences, with_events
-from jaxode.kernels.traces import Trace
+from jaxode.events import look_for
+from jaxode.folds import fold_of
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
+from jaxode.program import Extras, Static, compiled, from_knot_to_knot, output_of
 from jaxode.resuming import Resuming, wanted
-from jaxode.signals import Split, asks, piecewise, valid_times
-from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
-from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
-from jaxode.stepping.integrator import Integrator, State
-from jaxode.stepping.observers import log_of
-from jaxode.stepping.resuming import OfEqualSize
-from jaxode.stepping.resuming import resumable as from_state
+from jaxode.signals import asks
+from jaxode.solution import Solution, SolveError, Stats, Status, succeeded
 from jaxode.tree import known
 
 MAX_STEPS = 2**14
@@ -95,6 +85,8 @@ def solve(
     save: Callable | None = None,
     save_steps: bool = False,
     events=None,
+    after_events: bool = False,
+    fold=None,
     resumable: bool = False,
     log: int | None = None,
     progress: bool = False,
@@ -170,6 +162,14 @@ def solve(
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
             "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+        after_events: whether outputs at the time of an event, `dense` there, and the states recorded of events
+            are those right after it, with its change, and not those right before.
+        fold: a pair (start, function), for minima, integrals and counts over the accepted steps: at the end
+            of each a value, at first `start`, any pytree of arrays, becomes `function(value, y, t, *args)`;
+            y0 is not seen. At an event that is done twice more, with the state right before it and the one
+            right after it, at its time. `Solution.folded` is the last value. It chooses no steps, and is
+            differentiated in all that it depends on, with the steps held fixed, but for integers and
+            booleans. Not with "backsolve".
         resumable: keep the state of the solver, so that `Solution.resume` can go on to later times. Time is
             then counted in the unit of func, so that steps do not depend on where a solve ends; steps of size
             `dt` all have that size, but for the last. Without derivatives, and a plain loop under `jax.vmap`.
@@ -213,62 +213,59 @@ def solve(
     arguments.check_resolution(exact, func_time, trace)
     driven = asks(trace.jaxpr)
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
-    if len(t) == 0:
-        return no_times(y0 if saved is None else saved.like(), t)
+    folding = fold_of(fold, exact, *at)
     resumable = wanted(
         resumable, exact, driven, (dense, save_steps, heuristics, log, progress, events)
     )
-    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
-    extra = watched, happening.arrays
-    arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
+    if len(t) == 0:
+        return no_times(y0 if saved is None else saved.like(), t, folding.start)
+    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven, after_events))
+    extras = Extras(beside, watched, happening.arrays, folding.arrays)
+    arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since, steps, dt, most = arguments.known_steps(
         dt, t, exact, max_steps, driven or resumable, happening
     )
     static = Static(
-        trace=trace, method=method, controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
-        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
-        heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
-        seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
-        output=output_of(dense, saved, save_steps, most), resumable=resumable,
+        trace=trace, method=method, controller=arguments.controller_or_default(controller), steps=steps,
+        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, func_time=func_time,
+        bounded=not (isinstance(mxstep, float) and mxstep == np.inf), consistent=consistent, jac=of_jac,
+        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
+        throw=throw is True and not known(arrays), saved=saved, fold=folding.trace, resumable=resumable,
+        seen=not driven and dt is None and known(t, rtol, atol, limits),
+        output=output_of(dense, saved, save_steps, most, bool(after_events)),
         observers=arguments.watched(log, progress, most, driven),
     )  # fmt: skip
-    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
+    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
-def gone_on(static, given, times, limits, throw: bool | None, before: State) -> Solution:
-    """The solution of a solve that goes on from a state of its solver."""
-    return answer(compiled, static, given, times, (*limits, before), throw)
-
-
-def answer(program, static, given, times, limits, throw: bool | None) -> Solution:
+def answer(program, static, given, times, limits, extras, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
-    solution = run(program, static, *given, *times, *limits)
-    limits = limits[:8]
+    solution = run(program, static, *given, *times, *limits, extras)
     if static.resumable:
-        solution = solution._replace(
-            resuming=Resuming.of(solution, static, gone_on, given, times[0], limits, throw)
-        )
+        of = static, given, times[0], limits, extras, throw
+        solution = solution._replace(resuming=Resuming.of(solution.resuming, go_on, *of))
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
-    *options, dt, beside, _, of_events = limits
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
     end = times[0][-1]
-    chosen_steps = method.error_order and static.steps is None and dt is None
+    chosen_steps = method.error_order and static.steps is None and limits[-1] is None
     parts = static.trace.parts
     if (method.implicit and len(parts) == 1) or not chosen_steps:
         return checked(solution, end, throw)
     slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
-    again = lambda *times: run(
-        program, plain, *given, *times, *options, dt, beside, None, of_events
-    )
+    unsaved = extras._replace(saved=None, before=None)
+    again = lambda *times: run(program, plain, *given, *times, *limits, unsaved)
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
     hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
     return checked(solution, end, throw, hint)
+
+
+def go_on(*of) -> Solution:
+    """The solution of a solve that goes on from the state in its extras."""
+    return answer(compiled, *of)
 
 
 def run(program: Callable, *args) -> Solution:
@@ -284,217 +281,12 @@ def run(program: Callable, *args) -> Solution:
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What a compiled solve is specialised to. `seen`: times and limits were checked at the door;
-    `consistent`: y0 fulfils the algebraic equations."""
-
-    trace: Trace
-    method: Method
-    controller: Controller
-    adjoint: Callable
-    max_steps: int
-    steps: int | None
-    func_time: Any
-    bounded: bool
-    heuristics: bool
-    throw: bool
-    seen: bool
-    jac: Trace | None
-    output: Any
-    saved: Trace | None
-    consistent: bool
-    events: Any
-    resumable: bool
-    observers: tuple
-
-
-def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
-    """What is kept of a solve."""
-    save = None if saved is None else outputs.observed
-    if dense or save_steps:
-        return outputs.EveryStep(max_steps + 1, bool(dense), save)
-    return outputs.Times(save, saved is None or saved.pushes)
-
-
-@partial(jax.jit, static_argnums=0)
-def compiled(
-    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, watched, of_events,
-    before: State | None = None,
-) -> Solution:  # fmt: skip
-    """The solve. `since` is t - t[0], if that is known better than t; `before` the state from which it goes on.
-
-    With a function of the state (whose arrays are `watched`) ys are its rows, and the state at the end.
-    """
-    rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
-    times, steps = t if since is None else since, static.steps
-    ss, span = unit_times(times, static.resumable)
-    given = t[0], t[-1], span, static.func_time, static.method.beyond
-    field = Field(static.trace, leaves, *given)
-    adjoint = from_state(before) if static.resumable else static.adjoint
-    if static.saved is not None:
-        field = Observed(field, Field(static.saved, watched, *given[:4]))
-    happening = None if of_events is None else Given(static.events, of_events)
-    if happening is not None:
-        adjoint = with_events(adjoint, happening, t[0], span, static.func_time)
-    if beside is not None:
-        of_jac = None if static.jac is None else Field(static.jac, beside.jac, *given)
-        consistent = static.consistent or before is not None
-        adjoint = constraints.of_systems(adjoint, beside, of_jac, consistent)
-    valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
-    if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
-    if dt is not None:
-        steps = arguments.number_of_steps(dt, times, static.max_steps)
-        valid = valid & (steps >= 0)
-        steps = jnp.where(valid, steps, 0)
-    long = lax.stop_gradient(jnp.abs(span))
-    limits = if_valid(hmax.astype(t.dtype) / long, 0), mxstep.astype(t.dtype)
-    integrator = integrator_of(static, t, long, steps, dt, rtol, atol, *limits)
-    integrator, field, start, unravel = as_one_vector(integrator, field, y0)
-    rows, report = adjoint(integrator, field, start, ss)
-    t_given = t
-    start = None if happening is None else y0
-    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, start)
-    status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
-    ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
-    stats = Stats(report.evaluations, report.accepted, report.rejected)
-    reached = report.reached * ss[-1] if static.resumable else report.reached
-    reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * reached)
-    if before is not None:  # the first time is the start of all
-        t, ys = t[1:], first_row_dropped(ys, static.saved)
-    estimates, happened = None, None
-    if happening is not None:
-        happened = occurrences(happening, report.folded)
-    elif report.folded is not None:
-        error, stiffness = report.folded  # the latter per unit of [0, 1]
-        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
-    mask = None if mask is None else if_valid(mask, False)
-    tried = report.accepted + report.rejected
-    log = log_of(static.observers, report.seen, tried, t_given[0], span)
-    solution = Solution(
-        t, ys, status, stats, reached, estimates, dense, mask, happened, log, report.going_on
-    )
-    return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
-
-
-def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) -> Integrator:
-    """The method with its limits, in units of an interval that is `long`."""
-    kind: Any = Integrator
-    if static.resumable:
-        t = t[:1]  # what comes later is not to be seen
-        kind = Integrator if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
-    eps = float(jnp.finfo(static.func_time).eps)
-    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
-    return kind(
-        method=static.method,
-        controller=static.controller,
-        max_steps=static.max_steps,
-        output=static.output,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        hmax=hmax,
-        hmin=lax.stop_gradient(hmin),
-        mxstep=mxstep if static.bounded else None,
-        fold=outputs.estimates if static.heuristics else None,
-        observers=static.observers,
-    )
-
-
-def as_one_vector(integrator: Integrator, field, y0):
-    """The same solve of one vector, if the state is of several arrays and the method allows it, and what makes
-    a state of a vector then."""
-    if not (integrator.method.any_state and several(y0)):
-        return integrator, field, y0, None
-    shapes = tuple(y.shape for y in jax.tree.leaves(y0))
-    ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
-    of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
-    tolerances = dict(rtol=of_parts(integrator.rtol), atol=of_parts(integrator.atol))
-    integrator = dataclasses.replace(integrator, **tolerances)
-    return integrator, ravelled, ravel(y0), ravelled.unravel
-
-
-def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
-    """(ts, ys, mask, dense) of a solution, from what its output kept; `unravel` makes a state of a vector."""
-    of_states = (lambda rows: rows) if unravel is None else jax.vmap(unravel)
-    if output.each_step:
-        return of_steps(output, rows, t, span, ss[-1], report, of_states, start)
-    if output.save is None:
-        return t, of_states(rows), None, None
-    rows, end = rows
-    end = end if unravel is None else unravel(end)
-    fine = succeeded(report.status, report.happened is not None)
-    return t, (rows, jax.tree.map(lambda y: jnp.where(fine, y, jnp.nan), end)), None, None
-
-
-@partial(jax.jit, static_argnums=0)
-def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solution:
-    """The solve, broken where the signals that func asks have knots."""
-    split = Split(static.trace, leaves, y0, jnp.zeros((), static.func_time))
-    if not split.asked:
-        return compiled(static, leaves, y0, t, since, *options)
-    quiet = dataclasses.replace(static, trace=split.trace, throw=False)
-
-    def stretch(leaves, y, t):
-        part = compiled(quiet, leaves, y, t, None, *options)
-        if static.saved is None:
-            return part, jax.tree.map(lambda y: y[-1], part.ys)
-        return part._replace(ys=part.ys[0]), part.ys[1]
-
-    solution, end = piecewise(stretch, split, y0, t)
-    if static.saved is not None:
-        solution = solution._replace(ys=(solution.ys, end))
-    return ended(solution, static.throw, (leaves, y0, t, options[-3:]))
-
-
-def ended(solution: Solution, throw: bool, inputs) -> Solution:
-    """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
-    dense, status = solution.dense, solution.status
-    states = None if dense is None else dense.states
-    ys = solution.ys, states, solution.events
-    if throw:
-        codes = [code for code in Status if not succeeded(code)]
-        index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
-        messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-        failed = ~succeeded(status, solution.events is not None)
-        ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
-    inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    fine = succeeded(status, solution.events is not None)
-    numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
-    ys, states, happened = eqx.combine(poisoned(numbers, fine, inputs), counts)
-    if dense is not None:
-        solution = solution._replace(dense=dense.of(states))
-    return solution._replace(ys=ys, status=status, events=happened)
-
-
-def first_row_dropped(ys, saved):
-    """The rows without the first one; of a function they stand beside the state at the end."""
-    drop = lambda rows: jax.tree.map(lambda y: y[1:], rows)
-    return drop(ys) if saved is None else (drop(ys[0]), ys[1])
-
-
-def unit_times(t, resumable: bool = False) -> tuple[Array, Array]:
-    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start).
-
-    To be resumed they stay in their unit, so that steps do not depend on t1.
-    """
-    if resumable:
-        sign = jnp.where(t[-1] < t[0], -jnp.ones_like(t[0]), 1)
-        return (t - t[0]) * sign, sign
-    span = t[-1] - t[0]
-    span = jnp.where(span == 0, jnp.ones_like(span), span)
-    return (t - t[0]) / span, span
-
-
-# Results.
-
-
-def no_times(y0, t) -> Solution:
+def no_times(y0, t, folded) -> Solution:
     """The solution at no times at all."""
     ys = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), y0)
     zero = jnp.zeros((), jnp.int32)
     t = jnp.asarray(t)
-    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype))
+    return Solution(t, ys, zero, Stats(zero, zero, zero), jnp.zeros((), t.dtype), folded=folded)
 
 
 def checked(solution: Solution, end, throw: bool | None, hint=lambda: "") -> Solution:

@@ -27,6 +27,17 @@ def observed(f, y, s) -> PyTree:
     return f.observed(y, s)
 
 
+def with_carried(method, ys: PyTree, memory: PyTree) -> PyTree:
+    """What a solve returns: ys, and what the memory of its method has carried to the end, if it does."""
+    return (ys, method.carried(memory)) if method.carries else ys
+
+
+def from_here(s) -> Array:
+    """From where on times are of the step that begins at s, and not of the one that ends there: a few roundings
+    before, since the same time is not always computed in the same way."""
+    return s * (1 - 4 * float(jnp.finfo(s.dtype).eps))
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
     """The states at the times ss, increasing on [0, 1]; or a function of them, `save(f, y, s)`.
@@ -34,12 +45,20 @@ class Times:
     The first time is the start, the last one the end. Rows at either end are filled in by `finish`:
     a solve with two times writes nothing while it runs. With a function the result is its rows, and
     the state at the end; `pushes` says whether it has derivatives in forward mode.
+
+    A time at which two steps meet is of the one that ends there; with `after` of the one that starts there,
+    with what an event has made of the state. The first row is then written as others are.
     """
 
     save: Callable | None = None
     pushes: bool = True
-    first = 1  # the first row that is written while the solve runs
+    after: bool = False
     each_step = False
+
+    @property
+    def first(self) -> int:
+        """The first row that is written while the solve runs."""
+        return 0 if self.after else 1
 
     @property
     def sees_field(self) -> bool:
@@ -48,7 +67,7 @@ class Times:
 
     def rows(self, ss) -> int:
         """How many rows are written while the solve runs."""
-        return len(ss) if len(ss) > 2 else 0
+        return len(ss) if len(ss) > 2 or self.after else 0
 
     def needs_inside(self) -> bool:
         return True
@@ -60,11 +79,13 @@ class Times:
     def due(self, ss, row, old, new) -> Array:
         """Whether a row lies in the step that was accepted."""
         here = tree.row(ss, jnp.minimum(row, len(ss) - 1))
-        return (here <= new.s) & (here < ss[-1]) & (new.accepted > old.accepted)
+        reached = here < from_here(new.s) if self.after else here <= new.s
+        return reached & (here < ss[-1]) & (new.accepted > old.accepted)
 
     def passed(self, ss, row, s, h) -> Array:
         """Whether, going back over a step of size h, a row lies after its start s."""
-        return (row >= 0) & (tree.row(ss, jnp.maximum(row, 0)) > s)
+        here = tree.row(ss, jnp.maximum(row, 0))
+        return (row >= 0) & ((here >= from_here(s)) & (h > 0) if self.after else here > s)
 
     def value(self, f, time, s, h, y, d) -> PyTree:
         """The row of a time inside the step from s to s + h."""
@@ -75,7 +96,8 @@ class Times:
     def step_of(self, ss, row, grid, n) -> Array:
         """The step that holds a row: `grid` says where each of the n steps began."""
         grid = jnp.where(jnp.arange(len(grid), dtype=jnp.int32) <= n, grid, jnp.inf)
-        return jnp.searchsorted(grid, ss[row], side="left").astype(jnp.int32) - 1
+        grid, side = (from_here(grid), "right") if self.after else (grid, "left")
+        return jnp.searchsorted(grid, ss[row], side=side).astype(jnp.int32) - 1
 
     def room(self, integrator, f, y0, ss) -> PyTree:
         """An array for all rows."""
@@ -100,6 +122,8 @@ class Times:
         constant = ss if at is None else at
         end = constant[-1]
         at_start, at_end = constant <= 0, constant >= end
+        if self.after:  # as for a time inside: that where the solve stopped is at its end
+            at_start, at_end = jnp.zeros_like(at_start), constant >= from_here(report.reached * end)
         started = report.status != Status.NON_FINITE_INITIAL.value
         known = (at_start | (constant <= report.reached * end)) & started
 
@@ -160,6 +184,9 @@ class EveryStep:
     count: int
     dense: bool = False
     save: Callable | None = None
+    after: bool = (
+        False  # of the solution that is evaluated later; rows begin with what events have made
+    )
     first = 0
     each_step = True
 

@@ -31,22 +31,23 @@ class Resuming(eqx.Module):
     whole `Solution` by `equinox.tree_serialise_leaves`.
     """
 
+    answer: Callable = eqx.field(static=True)  # `jaxode.integrate.go_on`
     static: Any = eqx.field(static=True)
-    answer: Callable = eqx.field(static=True)  # `jaxode.integrate.gone_on`
     throw: bool | None = eqx.field(static=True)
     given: Any  # the arrays of func, and y0
     limits: Any
+    extras: Any
     t0: Array
     at: Array  # where the solve ended
     sign: Array  # 1 for increasing times, -1 for decreasing ones
-    state: State
 
     @classmethod
-    def of(cls, solution, static, answer, given, t, limits, throw):
-        """Of a solve at the times t, whose solver is left in the state `solution.resuming`."""
+    def of(cls, state: State, answer, static, given, t, limits, extras, throw):
+        """Of a solve at the times t, which has left its solver in this state."""
         t = jnp.asarray(t)
         sign = jnp.where(t[-1] < t[0], -jnp.ones_like(t[0]), 1)
-        return cls(static, answer, throw, given, limits, t[0], t[-1], sign, solution.resuming)
+        extras = extras._replace(before=state)
+        return cls(answer, static, throw, given, limits, extras, t[0], t[-1], sign)
 
     def resume(self, t, status):
         """The solution at t, after a solve that ended with this status."""
@@ -62,7 +63,8 @@ class Resuming(eqx.Module):
         if seen:
             check(times, np.asarray(late), self.at, status)
         static = dataclasses.replace(self.static, seen=seen and self.static.seen)
-        return self.answer(static, self.given, (times, None), self.limits, self.throw, self.state)
+        given = static, self.given, (times, None), self.limits, self.extras
+        return self.answer(*given, self.throw)
 
 
 def check(times, late, at, status) -> None:

@@ -136,8 +136,9 @@ class Solution(NamedTuple):
         mask: which rows of ts and ys are real, with `save_steps=True`.
         events: for each of `events` when it happened and the states right before (`times`, `states`,
             `count`).
-        resuming: what `resume` needs, with `resumable=True`.
+        folded: the last value of `fold`; NaN after a failure, and then integers in it mean nothing.
         log: `TrialSteps`, the last ones, with `log`.
+        resuming: what `resume` needs, with `resumable=True`.
     """
 
     ts: Array
@@ -149,6 +150,7 @@ class Solution(NamedTuple):
     dense: Any = None
     mask: Array | None = None
     events: tuple | None = None
+    folded: PyTree = None
     log: TrialSteps | None = None
     resuming: Any = None
 

@@ -355,3 +355,88 @@ def test_dense_output_at_a_dose_is_the_state_before_it():
     np.testing.assert_allclose(
         sol.dense([0.0, 1e-9, 1.0, 1 + 1e-9]), [0, 1, wanted[1], 1 + wanted[1]], rtol=1e-7
     )
+
+
+def decay(doses, k, at, t, **options):
+    """A state that decays, with doses at known times."""
+    dose = Event(times=at, values=doses, change=lambda y, t, dose, k: y + dose)
+    options = {"after_events": True, "method": "bosh3", "rtol": 1e-10, **options}
+    return solve(lambda y, t, k: -k * y, 1.0, t, k, events=[dose], max_steps=4000, **options)
+
+
+def remaining(doses, k, at, t, strictly=False):
+    """What is there of the start and the doses at t; at the time of a dose with it, or not if `strictly`."""
+    given = (at[None] < t[:, None]) if strictly else (at[None] <= t[:, None])
+    left = jnp.exp(-k * (t[:, None] - at[None])) * doses[None]
+    return jnp.exp(-k * t) + jnp.sum(jnp.where(given, left, 0), axis=1)
+
+
+DOSES = jnp.array([2.0, 4.0, 1.0]), jnp.array(0.5), jnp.array([0.0, 1.0, 2.5])
+TIMES = jnp.array([0.0, 0.5, 1.0, 2.0, 2.5, 3.0])
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "direct", "forward"])
+def test_an_output_at_the_time_of_a_change_is_the_state_after_it_if_that_is_wanted(adjoint):
+    found = lambda *given: decay(*given, TIMES, adjoint=adjoint).ys
+    np.testing.assert_allclose(found(*DOSES), remaining(*DOSES, TIMES), rtol=1e-8)
+    jacobian = jax.jacfwd if adjoint == "forward" else jax.jacrev
+    if adjoint == "replay":  # one program for all rows
+        weights = jnp.arange(1.0, 7.0)
+        found, exact = (
+            lambda *x, f=f: f(*x) @ weights for f in (found, lambda *x: remaining(*x, TIMES))
+        )
+        got, wanted = jax.grad(found, (0, 1, 2))(*DOSES), jax.grad(exact, (0, 1, 2))(*DOSES)
+    else:
+        got = jacobian(found, (0, 1, 2))(*DOSES)
+        wanted = jax.jacfwd(lambda *x: remaining(*x, TIMES), (0, 1, 2))(*DOSES)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-8), got, wanted)
+
+
+def test_outputs_after_changes_are_those_of_each_of_many_solves_and_so_are_their_gradients():
+    """Ten solves in lanes, of which each has doses at times of its own; some at those of outputs."""
+    ats = jnp.stack(
+        [jnp.array([0.0, 1.0, 2.0]) + 0.25 * i * jnp.array([0.0, 1.0, 1.0]) for i in range(4)] * 3
+    )
+    weights = jnp.arange(1.0, 7.0)
+    one = lambda at, f: jax.value_and_grad(lambda k: f(DOSES[0], k, at, TIMES) @ weights)(DOSES[1])
+    found = jax.vmap(lambda at: one(at, lambda *x: decay(*x).ys))(ats)
+    exact = jax.vmap(lambda at: one(at, remaining))(ats)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7), found, exact)
+
+
+def test_states_recorded_dense_output_and_rows_of_a_function_are_those_after_changes():
+    sol = decay(*DOSES, jnp.array([0.0, 3.0]), dense=True)
+    at = DOSES[2]
+    after, before = remaining(*DOSES, at), remaining(*DOSES, at, strictly=True)
+    np.testing.assert_allclose(sol.events[0].states, after, rtol=1e-8)
+    np.testing.assert_allclose(sol.dense(at), after, rtol=1e-6)
+    np.testing.assert_allclose(sol.ys, remaining(*DOSES, sol.ts), rtol=1e-8)
+    sol = decay(*DOSES, jnp.array([0.0, 3.0]), dense=True, after_events=False)
+    np.testing.assert_allclose(sol.events[0].states, before, rtol=1e-8)
+    np.testing.assert_allclose(sol.dense(at), before, rtol=1e-6)
+    sol = decay(*DOSES, TIMES, save=lambda y, t, k: y**2 + t)
+    np.testing.assert_allclose(sol.ys, remaining(*DOSES, TIMES) ** 2 + TIMES, rtol=1e-8)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_of_a_condition_the_state_after_its_change_is_recorded_if_that_is_wanted(after):
+    top = Event(lambda y, t: y - 1, direction="up", change=lambda y, t: 0 * y - 1, keep=2)
+    options = dict(events=[top], after_events=after, method="bosh3")
+    sol = solve(lambda y, t: 1 + 0 * y, 0.0, [0.0, 2.0, 4.0], **options)
+    np.testing.assert_allclose(sol.events[0].times, [1.0, 3.0], rtol=1e-10)
+    np.testing.assert_allclose(sol.events[0].states, -1.0 if after else 1.0, rtol=1e-10)
+    np.testing.assert_allclose(sol.ys, [0.0, 0.0, 0.0], atol=1e-10)
+
+
+def test_a_solve_that_ends_at_the_time_of_an_output_has_the_state_after_the_change_there():
+    last = Event(times=[1.0], change=lambda y, t: y + 5, terminal=True)
+    sol = solve(
+        lambda y, t: 0 * y, 1.0, [0.0, 1.0, 2.0], events=[last], after_events=True, method="bosh3"
+    )
+    np.testing.assert_array_equal(sol.ys, [1.0, 6.0, np.nan])
+    assert sol.status == Status.EVENT
+
+
+def test_states_after_events_need_events():
+    with pytest.raises(ValueError, match="pass events="):
+        solve(lambda y, t: -y, 1.0, [0.0, 1.0], after_events=True)

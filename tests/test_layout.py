@@ -17,8 +17,9 @@ ORDER = """
     batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events constraints
-    stiffness dense resuming integrate findings diagnosis
+    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events folds
+    constraints
+    stiffness dense resuming program integrate findings diagnosis
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits nn data train experiments
 """.split()
@@ -100,8 +101,9 @@ def test_functions_and_classes_are_short():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef | ast.ClassDef):
                 continue
-            doc = ast.get_docstring(node, clean=False) or ""
-            lines = node.end_lineno - node.lineno + 1 - doc.count("\n")
+            doc = ast.get_docstring(node, clean=False)
+            first = node.body[1 if doc and len(node.body) > 1 else 0]
+            lines = node.end_lineno - first.lineno + 1  # a signature has a line for each option
             most = 150 if isinstance(node, ast.ClassDef) else 60
             assert lines <= most, f"{path}: {node.name} has {lines} lines"
 

@@ -68,6 +68,11 @@ def backsolve(rtol=None, atol=None):
                 "adjoint='backsolve' knows nothing of the steps that were taken: with `dense` or `save_steps` "
                 "use adjoint='replay' or 'direct'; or ask for as many times in `t` as are needed."
             )
+        if integrator.method.carries:
+            raise ValueError(
+                "adjoint='backsolve' knows nothing of the steps that were taken: with `fold` use "
+                "adjoint='replay' or 'direct'."
+            )
         return part(integrator, f, y0, ss)
 
     return solve

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxode.adjoints.failed import held, held_by_status
+from jaxode.outputs import with_carried
 from jaxode.solution import succeeded
 from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.events import Eventful
@@ -80,7 +81,8 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
         report = report._replace(folded=integrator.fold.total(kept["fold"]))
     rows = rows_of(integrator, f, ss, at, grid, n, kept["inside"]) if inside else None
     slope1 = method.slope(f, end, y1, memory1)
-    return output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report), report
+    ys = output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report)
+    return with_carried(method, ys, memory1), report
 
 
 def report_of_equal_steps(integrator, f, y0, memory0, slope0, grid, went, end):

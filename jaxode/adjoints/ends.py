@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxode.adjoints.inputs import join
-from jaxode.outputs import Cotangents
+from jaxode.outputs import Cotangents, with_carried
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems, pullback
 
@@ -13,7 +13,8 @@ from jaxode.stepping.problems import Problems, pullback
 def finished(integrator, f, at, y0, slope0, y1, memory1, ss, rows, report):
     """`Output.finish` from what is recorded of a solve."""
     slope1 = integrator.method.slope(f, at[-1], y1, memory1)
-    return integrator.output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report)
+    ys = integrator.output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report)
+    return with_carried(integrator.method, ys, memory1)
 
 
 def room_of(integrator, f, y0, ss):

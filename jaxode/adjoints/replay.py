@@ -19,7 +19,7 @@ from jaxode.batch.plans import alone
 from jaxode.batch.vmap_rules import Form, Part
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
-from jaxode.outputs import gather
+from jaxode.outputs import gather, with_carried
 from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.integrator import Report, unseen
 from jaxode.stepping.loop import Recorded
@@ -106,8 +106,13 @@ def run_pull(form: Form, x, rest, recorded, bars):
 
 def like_solve(integrator, f, y0, ss):
     """Zeros like what a solve returns, found without tracing it; and the effects of the field."""
-    output, count = integrator.output, jnp.zeros((), jnp.int32)
-    like = jax.eval_shape(output.like, integrator, f, y0, ss)
+    method, count = integrator.method, jnp.zeros((), jnp.int32)
+
+    def returned(integrator, f, y0, ss):
+        rows = integrator.output.like(integrator, f, y0, ss)
+        return with_carried(method, rows, method.start(f, ss[0], y0) if method.carries else None)
+
+    like = jax.eval_shape(returned, integrator, f, y0, ss)
     ys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     folded = happened = None
     if integrator.fold is not None:

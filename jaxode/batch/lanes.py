@@ -20,7 +20,7 @@ from jaxode.batch.vmap_rules import Form, spread
 from jaxode.kernels.forms import ONE_CALL
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
-from jaxode.outputs import write
+from jaxode.outputs import with_carried, write
 from jaxode.stepping import loop
 from jaxode.stepping.integrator import in_batch
 from jaxode.stepping.problems import Problems, end_of
@@ -68,7 +68,7 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
         slope1 = integrator.method.slope(f, end.s, end.y, end.memory)
         at = lax.stop_gradient(ss)
         ys = integrator.output.finish(f, ss, at, y0, slope0, end.y, slope1, rows, report)
-        return ys, report, end, slope0
+        return with_carried(integrator.method, ys, end.memory), report, end, slope0
 
     axis = how.axis
     return jax.vmap(result, (axis, axis, axis, axis, 0))(own, y0, slope0, ends, rows)

@@ -1,5 +1,6 @@
 """What a solver may ask of a method: how to start, how to step, and the solution inside a step."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +76,7 @@ class Method:
             hands to the next may then be M dy/ds, and `slope` is dy/ds all the same.
         takes_jac: whether it uses the Jacobian of such a field, if there is one.
         takes_parts: whether the field may have two `parts`, one stiff and one not, and a table for each.
+        carries: whether the memory holds a result of the solve, its `carried`.
     """
 
     order: int
@@ -91,6 +93,7 @@ class Method:
     takes_mass: bool = False
     takes_jac: bool = False
     takes_parts: bool = False
+    carries: bool = False
     stage_count: int = 8
 
     def suited_to(self, y0: PyTree) -> "Method":
@@ -113,6 +116,17 @@ class Method:
         """[d_0, d_1, ...] with y(s + theta h) = y + sum_p theta^(p+1) d_p for 0 <= theta <= 1."""
         raise NotImplementedError
 
+    def restarted(self, f, s, y: PyTree, memory: PyTree, seen) -> PyTree:
+        """The memory where an event has made y of the state: by default that of a start.
+
+        `seen()` are two pairs (state, time), right before the event and right after it.
+        """
+        return self.start(f, s, y)
+
+    def carried(self, memory: PyTree) -> PyTree:
+        """The result of the solve that the memory holds, of a method that `carries` one."""
+        raise NotImplementedError
+
     def check(self, func, y0: PyTree) -> None:
         """Raise an error that says what to do if this problem is not one for the method.
 
@@ -122,6 +136,24 @@ class Method:
     def backwards(self) -> "Method":
         """The method that solves the continuous adjoint of `backsolve`, whose state is (y, a, p)."""
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Around(Method):
+    """A method that does more than the one inside of it, `method`, and has the properties of that one.
+
+    The fields of the other are `field` of its fields, its memories `inner` of its memories.
+    """
+
+    method: Method
+
+    def __post_init__(self):
+        for name in Method.__annotations__:
+            object.__setattr__(self, name, getattr(self.method, name))
+        object.__setattr__(self, "sums_slopes", False)
+
+    def slope(self, f, s, y: PyTree, memory) -> PyTree:
+        return self.method.slope(f.field, s, y, memory.inner)
 
 
 def of_all(flag):

@@ -26,8 +26,9 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.kernels.traces import Trace
-from jaxode.methods.method import Method, Step, chosen, of_all
+from jaxode.methods.method import Around, Method, Step, chosen, of_all
 from jaxode.solution import Status
+from jaxode.stepping.field import unravelled
 
 PLACES = 8  # of a step at which conditions are watched
 NEAR = 0.4  # the power of a rounding, times a step, that is near a root: Heun's method is exact over that
@@ -73,10 +74,7 @@ class Eventful(eqx.Module):
 
     def unravel(self, y) -> PyTree:
         """The state as the user knows it."""
-        field = self.field
-        while not hasattr(field, "unravel") and hasattr(field, "field"):
-            field = field.field
-        return field.unravel(y) if hasattr(field, "unravel") else y
+        return unravelled(self.field, y)
 
     def ravel_like(self, state: PyTree, y) -> PyTree:
         """The reverse, for a state like y."""
@@ -151,26 +149,21 @@ class Record(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class WithEvents(Method):
+class WithEvents(Around):
     """A method whose fields are `Eventful`: where an event is due, a step of size 0 makes its change.
 
-    A `quiet` one is for steps at which none is.
+    A `quiet` one is for steps at which none is. `after` says that the states recorded are those after it.
     """
 
-    method: Method
     quiet: bool = False
-
-    def __post_init__(self):
-        for name in Method.__annotations__:
-            object.__setattr__(self, name, getattr(self.method, name))
-        object.__setattr__(self, "sums_slopes", False)
+    after: bool = False
 
     def start(self, f: Eventful, s, y: PyTree) -> Memory:
         none = jnp.zeros(len(f.events), jnp.result_type(s))
         return Memory(self.method.start(f.field, s, y), none, none)
 
-    def slope(self, f: Eventful, s, y: PyTree, memory: Memory) -> PyTree:
-        return self.method.slope(f.field, s, y, memory.inner)
+    def carried(self, memory: Memory) -> PyTree:
+        return self.method.carried(memory.inner)
 
     def inside(self, f: Eventful, s, y: PyTree, h, step: Step) -> list[PyTree]:
         return self.method.inside(f.field, s, y, h, step.stages[0])
@@ -194,8 +187,10 @@ class WithEvents(Method):
         """The change of the first event that is due: the state, the memory, the slope, the record."""
         due, counts = memory.due, lax.stop_gradient(memory.counts)
         which = jnp.argmax(due > 0)
-        y1, s_at, y_at = happen(f, which, s, y, due[which], counts[which])
-        inner = self.method.start(f.field, s, y1)
+        y1, s_at, y_at, changed = happen(f, which, s, y, due[which], counts[which])
+        seen = lambda: ((y_at, s_at), (tree.where(s < 1, changed, y_at), s_at))
+        inner = self.method.restarted(f.field, s, y1, memory.inner, seen)
+        y_kept = seen()[1][0] if self.after else y_at
         one = (jnp.arange(len(due)) == which).astype(due.dtype)
         keep = np.array([event.keep for event in f.events], counts.dtype)
         first = np.cumsum([0, *keep[:-1]], dtype=counts.dtype)
@@ -207,7 +202,7 @@ class WithEvents(Method):
         again = f.next_times(counts) <= s
         due = jnp.where(again & (s < 1), jnp.ones_like(due), due)
         memory1 = Memory(inner, lax.stop_gradient(due), counts)
-        return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_at, one)
+        return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_kept, one)
 
 
 def with_record(step: Step, found, inner: Step) -> Step:
@@ -218,7 +213,8 @@ def with_record(step: Step, found, inner: Step) -> Step:
 
 
 def happen(f: Eventful, which, s, y: PyTree, slack, count):
-    """The state after an event, and when and where it happened; s is at most `slack` later than that."""
+    """The state after an event; when and where it happened, and what was made of the state there. s is at
+    most `slack` later than that."""
     d = delay(f, which, s, y, slack, count)
     y_at, s_at = along(f, y, s, d), s + d
     index = count.astype(jnp.int32)
@@ -227,10 +223,11 @@ def happen(f: Eventful, which, s, y: PyTree, slack, count):
         return y_at if f.events[i].change is None else f.change(i, y_at, s_at, index)
 
     if all(event.change is None for event in f.events):
-        return y, s_at, y_at
-    y1 = along(f, one_of(f, which, changed), s_at, -d)
+        return y, s_at, y_at, y_at
+    made = one_of(f, which, changed)
+    y1 = along(f, made, s_at, -d)
     changes = one_of(f, which, lambda i: jnp.array(f.events[i].change is not None))
-    return tree.where(changes & (s < 1), y1, y), s_at, y_at  # at the end nothing goes on
+    return tree.where(changes & (s < 1), y1, y), s_at, y_at, made  # at the end nothing goes on
 
 
 def one_of(f: Eventful, which, fn):

@@ -116,6 +116,13 @@ class System(eqx.Module):
         return self.field.observed(y, s)
 
 
+def unravelled(field, y) -> PyTree:
+    """The state as the user knows it, of a field that may be inside of others."""
+    while not hasattr(field, "unravel") and hasattr(field, "field"):
+        field = field.field
+    return field.unravel(y) if hasattr(field, "unravel") else y
+
+
 RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solved as one vector
 
 

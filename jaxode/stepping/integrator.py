@@ -33,6 +33,7 @@ class Report(NamedTuple):
     happened: Any = None  # how many events, each of which was a step of size 0
     seen: tuple = ()  # the values of the observers
     going_on: Any = None  # the `State` from which a solve that can be resumed goes on
+    carried: Any = None  # what the user's fold over the steps has come to, if there was one
 
     @property
     def steps(self) -> Array:
@@ -149,19 +150,13 @@ class Integrator(eqx.Module):
             h0 = zero + 1
         else:
             history, evaluations = self.controller.start(dtype), 2
-            h0 = self.first_size(f, y0, slope, zero) if h0 is None else h0
+            h0 = first_size(self, f, y0, slope, zero) if h0 is None else h0
         h0 = jnp.where(self.finite(y0, slope), lax.stop_gradient(h0), 0 * zero)
         return State(
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
             output=none + self.output.first, folded=None, seen=unseen(self, dtype),
         )  # fmt: skip
-
-    def first_size(self, f, y0, slope, zero):
-        """The size of the first step: where nothing happens yet not below what time can resolve."""
-        order, scale = self.method.error_order + 1, self.tolerated(y0)  # type: ignore[operator]
-        h0 = first_step(f, y0, slope, order, scale, self.hmax, self.controlled)
-        return jnp.minimum(jnp.maximum(h0, 64 * self.least(zero)), self.hmax)
 
     def step_count(self, end):
         """How many steps of equal size are to be taken."""
@@ -249,6 +244,13 @@ class Integrator(eqx.Module):
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def first_size(integrator: Integrator, f, y0, slope, zero):
+    """The size of the first step: where nothing happens yet not below what time can resolve."""
+    order, scale = integrator.method.error_order + 1, integrator.tolerated(y0)  # type: ignore[operator]
+    h0 = first_step(f, y0, slope, order, scale, integrator.hmax, integrator.controlled)
+    return jnp.minimum(jnp.maximum(h0, 64 * integrator.least(zero)), integrator.hmax)
 
 
 def unseen(integrator: Integrator, dtype) -> tuple:

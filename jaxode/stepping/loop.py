@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import Stepper, expects_event, quiet_trial, stepper
-from jaxode.outputs import write
+from jaxode.outputs import with_carried, write
 from jaxode.stepping import checkpoints
 from jaxode.stepping.integrator import Integrator, Report, State
 from jaxode.stepping.problems import end_of, one
@@ -56,7 +56,7 @@ def run(integrator: Integrator, f, y0, ss, tape: Any = None, kernel=PLAIN):
     report = integrator.report(state, y0, slope0, end_of(ss))
     at = lax.stop_gradient(ss) if kernel == PLAIN else None  # else nothing is differentiated
     ys = output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
-    return ys, report, state, slope0, tape
+    return with_carried(integrator.method, ys, state.memory), report, state, slope0, tape
 
 
 def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None, turns=None):

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxode import tree
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
+from jaxode.outputs import with_carried
 from jaxode.stepping.integrator import Integrator, Report, State
 from jaxode.stepping.loop import advance
 from jaxode.stepping.problems import end_of, one
@@ -73,6 +74,7 @@ def go_on(integrator: Integrator, f, y0, ss, before: State | None):
     report = integrator.report(state, y0, slope0, end)
     ys = integrator.output.finish(f, ss, None, y0, slope0, state.y, slope1, rows, report)
     report = report._replace(rejected=report.rejected + tried)
+    ys = with_carried(integrator.method, ys, state.memory)
     return ys, report, kept._replace(tried=kept.tried + tried)
 
 

@@ -1,0 +1,276 @@
+"""The program of a solve: time mapped to [0, 1], the pieces put together, a solution made of what they find."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import arguments, constraints, outputs
+from jaxode.adjoints.failed import poisoned
+from jaxode.controllers import Controller
+from jaxode.dense import of_steps
+from jaxode.events import Given, occurrences, with_events
+from jaxode.folds import Fold, with_fold
+from jaxode.kernels.traces import Trace
+from jaxode.methods.method import Method
+from jaxode.signals import Split, piecewise, valid_times
+from jaxode.solution import Heuristics, Solution, Stats, Status, succeeded
+from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
+from jaxode.stepping.integrator import Integrator, State
+from jaxode.stepping.observers import log_of
+from jaxode.stepping.resuming import OfEqualSize, resumable
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a compiled solve is specialised to. `seen`: times and limits were checked at the door;
+    `consistent`: y0 fulfils the algebraic equations."""
+
+    trace: Trace
+    method: Method
+    controller: Controller
+    adjoint: Callable
+    max_steps: int
+    steps: int | None
+    func_time: Any
+    bounded: bool
+    heuristics: bool
+    throw: bool
+    seen: bool
+    jac: Trace | None
+    output: Any
+    saved: Trace | None
+    consistent: bool
+    events: Any
+    fold: Trace | None
+    resumable: bool
+    observers: tuple
+
+
+def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int, after: bool):
+    """What is kept of a solve."""
+    save = None if saved is None else outputs.observed
+    if dense or save_steps:
+        return outputs.EveryStep(max_steps + 1, bool(dense), save, after)
+    return outputs.Times(save, saved is None or saved.pushes, after)
+
+
+class Extras(NamedTuple):
+    """Arrays of what else there is to a solve, None for what is not: its mass matrix and Jacobian (`system`),
+    what is `saved` of the state, `events`, a `fold`, and the state `before`, from which it goes on."""
+
+    system: constraints.Beside | None
+    saved: Any
+    events: Any
+    fold: Any
+    before: State | None = None
+
+
+@partial(jax.jit, static_argnums=0)
+def compiled(
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, extras: Extras
+) -> Solution:
+    """The solve. `since` is t - t[0], if that is known better than t.
+
+    With a function of the state that is saved ys are its rows, and the state at the end.
+    """
+    rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
+    times, steps = t if since is None else since, static.steps
+    ss, span = unit_times(times, static.resumable)
+    given = t[0], t[-1], span, static.func_time, static.method.beyond
+    field = Field(static.trace, leaves, *given)
+    if static.saved is not None:
+        field = Observed(field, Field(static.saved, extras.saved, *given[:4]))
+    happening = None if extras.events is None else Given(static.events, extras.events)
+    adjoint = adjoint_of(static, extras, happening, given)
+    valid = static.seen or valid_times(t) & arguments.valid_limits(rtol, atol, mxstep, hmax)
+    if_valid = lambda x, other: x if static.seen else jnp.where(valid, x, other)
+    if dt is not None:
+        steps = arguments.number_of_steps(dt, times, static.max_steps)
+        valid = valid & (steps >= 0)
+        steps = jnp.where(valid, steps, 0)
+    long = lax.stop_gradient(jnp.abs(span))
+    limits = if_valid(hmax.astype(t.dtype) / long, 0), mxstep.astype(t.dtype)
+    integrator = integrator_of(static, t, long, steps, dt, rtol, atol, *limits)
+    integrator, field, start, unravel = as_one_vector(integrator, field, y0)
+    rows, report = adjoint(integrator, field, start, ss)
+    t_given = t
+    start = None if happening is None else y0
+    t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, start)
+    status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
+    ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
+    folded = of_success(report.carried, succeeded(status, happening is not None))
+    stats = Stats(report.evaluations, report.accepted, report.rejected)
+    reached = report.reached * ss[-1] if static.resumable else report.reached
+    reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * reached)
+    if extras.before is not None:  # the first time is the start of all
+        t, ys = t[1:], first_row_dropped(ys, static.saved)
+    estimates, happened = None, None
+    if happening is not None:
+        happened = occurrences(happening, report.folded)
+    elif report.folded is not None:
+        error, stiffness = report.folded  # the latter per unit of [0, 1]
+        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
+    mask = None if mask is None else if_valid(mask, False)
+    tried = report.accepted + report.rejected
+    log = log_of(static.observers, report.seen, tried, t_given[0], span)
+    solution = Solution(
+        t,
+        ys,
+        status,
+        stats,
+        reached,
+        estimates,
+        dense,
+        mask,
+        happened,
+        folded,
+        log,
+        report.going_on,
+    )
+    return ended(solution, static.throw, (leaves, y0, t_given, extras._replace(before=None)))
+
+
+def adjoint_of(static: Static, extras: Extras, happening: Given | None, given) -> Callable:
+    """What solves and differentiates, with all that there is beside the field."""
+    t0, _, span, func_time, _ = given
+    adjoint = resumable(extras.before) if static.resumable else static.adjoint
+    if happening is not None:
+        adjoint = with_events(adjoint, happening, t0, span, func_time)
+    if extras.fold is not None:
+        adjoint = with_fold(adjoint, Fold(static.fold, extras.fold), given[:4])
+    if extras.system is not None:
+        of_jac = None if static.jac is None else Field(static.jac, extras.system.jac, *given)
+        consistent = static.consistent or extras.before is not None
+        adjoint = constraints.of_systems(adjoint, extras.system, of_jac, consistent)
+    return adjoint
+
+
+def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) -> Integrator:
+    """The method with its limits, in units of an interval that is `long`."""
+    kind: Any = Integrator
+    if static.resumable:
+        t = t[:1]  # what comes later is not to be seen
+        kind = Integrator if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
+    eps = float(jnp.finfo(static.func_time).eps)
+    hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
+    return kind(
+        method=static.method,
+        controller=static.controller,
+        max_steps=static.max_steps,
+        output=static.output,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        hmax=hmax,
+        hmin=lax.stop_gradient(hmin),
+        mxstep=mxstep if static.bounded else None,
+        fold=outputs.estimates if static.heuristics else None,
+        observers=static.observers,
+    )
+
+
+def as_one_vector(integrator: Integrator, field, y0):
+    """The same solve of one vector, if the state is of several arrays and the method allows it, and what makes
+    a state of a vector then."""
+    if not (integrator.method.any_state and several(y0)):
+        return integrator, field, y0, None
+    shapes = tuple(y.shape for y in jax.tree.leaves(y0))
+    ravelled = Ravelled(field, jax.tree.structure(y0), shapes)
+    of_parts = lambda x: ravel(jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), x, y0))
+    tolerances = dict(rtol=of_parts(integrator.rtol), atol=of_parts(integrator.atol))
+    integrator = dataclasses.replace(integrator, **tolerances)
+    return integrator, ravelled, ravel(y0), ravelled.unravel
+
+
+def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
+    """(ts, ys, mask, dense) of a solution, from what its output kept; `unravel` makes a state of a vector."""
+    of_states = (lambda rows: rows) if unravel is None else jax.vmap(unravel)
+    if output.each_step:
+        return of_steps(output, rows, t, span, ss[-1], report, of_states, start)
+    if output.save is None:
+        return t, of_states(rows), None, None
+    rows, end = rows
+    end = end if unravel is None else unravel(end)
+    return (
+        t,
+        (rows, of_success(end, succeeded(report.status, report.happened is not None))),
+        None,
+        None,
+    )
+
+
+def of_success(value: PyTree, fine):
+    """Something that is known at the end alone: NaN, where that is a number, if it was not reached."""
+    nan = lambda x: jnp.where(fine, x, jnp.nan) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(nan, value)
+
+
+@partial(jax.jit, static_argnums=0)
+def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solution:
+    """The solve, broken where the signals that func asks have knots."""
+    split = Split(static.trace, leaves, y0, jnp.zeros((), static.func_time))
+    if not split.asked:
+        return compiled(static, leaves, y0, t, since, *options)
+    quiet = dataclasses.replace(static, trace=split.trace, throw=False)
+    *options, extras = options
+    start, *function = (None,) if extras.fold is None else extras.fold
+
+    def stretch(leaves, given, t):
+        y, value = given
+        fold = None if extras.fold is None else (value, *function)
+        part = compiled(quiet, leaves, y, t, None, *options, extras._replace(fold=fold))
+        if static.saved is None:
+            return part, (jax.tree.map(lambda y: y[-1], part.ys), part.folded)
+        return part._replace(ys=part.ys[0]), (part.ys[1], part.folded)
+
+    solution, (end, folded) = piecewise(stretch, split, (y0, start), t)
+    solution = solution._replace(folded=folded)
+    if static.saved is not None:
+        solution = solution._replace(ys=(solution.ys, end))
+    return ended(solution, static.throw, (leaves, y0, t, extras))
+
+
+def ended(solution: Solution, throw: bool, inputs) -> Solution:
+    """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
+    dense, status = solution.dense, solution.status
+    states = None if dense is None else dense.states
+    ys = solution.ys, states, solution.events, solution.folded
+    if throw:
+        codes = [code for code in Status if not succeeded(code)]
+        index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
+        messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
+        failed = ~succeeded(status, solution.events is not None)
+        ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
+    inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    fine = succeeded(status, solution.events is not None)
+    numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
+    ys, states, happened, folded = eqx.combine(poisoned(numbers, fine, inputs), counts)
+    if dense is not None:
+        solution = solution._replace(dense=dense.of(states))
+    return solution._replace(ys=ys, status=status, events=happened, folded=folded)
+
+
+def first_row_dropped(ys, saved):
+    """The rows without the first one; of a function they stand beside the state at the end."""
+    drop = lambda rows: jax.tree.map(lambda y: y[1:], rows)
+    return drop(ys) if saved is None else (drop(ys[0]), ys[1])
+
+
+def unit_times(t, resumable: bool = False) -> tuple[Array, Array]:
+    """The times on [0, 1], and t1 - t0 (1 if they are equal: all times are then at the start).
+
+    To be resumed they stay in their unit, so that steps do not depend on t1.
+    """
+    if resumable:
+        sign = jnp.where(t[-1] < t[0], -jnp.ones_like(t[0]), 1)
+        return (t - t[0]) * sign, sign
+    span = t[-1] - t[0]
+    span = jnp.where(span == 0, jnp.ones_like(span), span)
+    return (t - t[0]) / span, span
