@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments
-from jaxode.adjoints import names as adjoints
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
 
@@ -131,10 +130,10 @@ class Given(NamedTuple):
 def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
-    `other` is what else was asked for: the adjoint, heuristics, a mass matrix, and whether func asks signals.
+    `other` is what else was asked for: heuristics, a mass matrix, and whether func asks signals.
     Raises errors that say what to do.
     """
-    adjoint, heuristics, mass, driven = other
+    heuristics, mass, driven = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
     kinds = (
         [type(e).__name__ for e in events]
@@ -147,10 +146,6 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
         )
     if not events:
         return Given(None, None)
-    if adjoint in ("backsolve", adjoints.named["backsolve"]):
-        raise ValueError(
-            "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
-        )
     if heuristics:
         raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
     if mass is not None and any(event.change is not None for event in events):

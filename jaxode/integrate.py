@@ -201,7 +201,7 @@ def solve(
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
-    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven))
+    happening = look_for(events, func, *at, (heuristics, mass, driven))
     extra = watched, happening.arrays
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)

@@ -166,6 +166,10 @@ class WithEvents(Method):
             object.__setattr__(self, name, getattr(self.method, name))
         object.__setattr__(self, "sums_slopes", False)
 
+    def backwards(self) -> Method:
+        """That of a stretch between events (`jaxode.adjoints.stretches`)."""
+        return self.method.backwards()
+
     def start(self, f: Eventful, s, y: PyTree) -> Memory:
         none = jnp.zeros(len(f.events), jnp.result_type(s))
         return Memory(self.method.start(f.field, s, y), none, none)
@@ -479,7 +483,7 @@ class Log:
 
     rows: int
 
-    def of_step(self, method: Method, y: PyTree, h, step: Step) -> Record:
+    def of_step(self, method: Method, s, y: PyTree, memory: Memory, h, step: Step) -> Record:
         return step.stages[1]
 
     def begin(self, record: Record):
@@ -496,13 +500,7 @@ class Log:
 
     def put(self, log, record: Record):
         rows, counts = log
-        new = record.s, record.y
-        if tree.size_in_bytes(rows) > 8 * SMALL:
-            return tree.put(record.row, new, rows), counts + record.counts
-        here = jnp.arange(self.rows + 1, dtype=jnp.int32) == record.row
-        fit = lambda x: here.reshape((-1,) + (1,) * (x.ndim - 1))
-        rows = jax.tree.map(lambda x, r: jnp.where(fit(r), x, r), new, rows)
-        return rows, counts + record.counts
+        return written(record.row, (record.s, record.y), rows), counts + record.counts
 
     def total(self, records: Record):
         """The log of many steps at once; row 0 stands for those that were none."""
@@ -510,3 +508,12 @@ class Log:
         put = lambda room, x: room.at[records.row].set(x)
         rows = jax.tree.map(put, blank, (records.s, records.y))
         return rows, jnp.sum(records.counts, 0)
+
+
+def written(row, new: PyTree, rows: PyTree) -> PyTree:
+    """The arrays with something new in a row: `tree.put`, in the form that is faster."""
+    if tree.size_in_bytes(rows) > 8 * SMALL:
+        return tree.put(row, new, rows)
+    here = jnp.arange(len(jax.tree.leaves(rows)[0]), dtype=jnp.int32) == row
+    fit = lambda x: here.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x, r: jnp.where(fit(r), x, r), new, rows)
