@@ -38,8 +38,9 @@ class Event:
     An argument that switches is a part of the state whose derivative is 0.
 
     Times, states, and all that comes after have derivatives, with respect to y0, args, known times and values,
-    and whatever the functions depend on, by every adjoint but "backsolve": that of a root by the implicit
-    function rule, first and second ones.
+    and whatever the functions depend on, by every adjoint: that of a root by the implicit function rule,
+    first and second ones. Those by "backsolve" are NaN if there are more events in all than the `keep` of all
+    together.
 
     Args:
         condition: `condition(y, t, *args)`, a number whose sign is watched, or a boolean, which has no
@@ -52,7 +53,7 @@ class Event:
         terminal: whether the solve ends here, with `Status.EVENT`.
         count: how many times it has to happen to end the solve.
         keep: how many times and states are recorded; by default all known times, `count` of a terminal
-            condition, and 16 of others. Memory: so many states.
+            condition, and 16 of others. Memory: so many states; twice as many in a gradient by "backsolve".
         values: a pytree of arrays with one row for each of `times`, such as doses.
 
     Raises:

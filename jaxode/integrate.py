@@ -162,7 +162,8 @@ def solve(
             are real; the others are NaN. With `save`, a function of these states.
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
-            "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+            signals. Every event is an accepted step more, of size 0. By "backsolve" the derivatives are NaN
+            if there are more events than the `keep` of all together.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.

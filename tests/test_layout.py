@@ -15,7 +15,8 @@ ORDER = """
     stepping.checkpoints stepping.loop batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-    adjoints.replay adjoints.backsolve adjoints.direct adjoints.names signals arguments events constraints
+    adjoints.replay adjoints.stretches adjoints.backsolve adjoints.direct adjoints.names signals arguments
+    events constraints
     stiffness dense integrate problems.ends problems.problem problems.smooth problems.stiff problems.detest
     problems.grids problems.circuits
     nn data train experiments

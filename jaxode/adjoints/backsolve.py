@@ -52,6 +52,10 @@ def backsolve(rtol=None, atol=None):
     from the forward solution where that is unstable backwards in time (dissipative and stiff problems):
     use `replay` there.
 
+    Of a solve with events the states right before them are kept, as many as the events' `keep` together, and
+    each stretch between two is solved by itself (`jaxode.adjoints.stretches`). If there were more events,
+    the gradient is NaN.
+
     The string "backsolve" is `backsolve()`.
     """
 
@@ -302,32 +306,25 @@ class Back(NamedTuple):
 
         def back(carry):
             state, extra, total = carry
-            problems, events, (y, a) = self.forwards.problems, self.events, state.y
-            n = jnp.maximum(extra.ahead - 1, 0)
-            before, log_bar = events.of(n, who, problems.axis)  # type: ignore[union-attr]
-            # Where no event is, at a state that there is: 0 times an infinite derivative would be NaN.
-            zero = partial(jax.tree.map, jnp.zeros_like)
-            s = self.stretch(own_back, extra)[1](state)
-            now = stretches.Before(s, y, *zero((before.due, before.counts)))
-            given, other = (before, a, log_bar), (now, *zero((a, log_bar)))
-            given = problems.vmap(tree.where)(jumps, given, other)
-            f_more, a = stretches.back_through(problems, own, self.mask, events.log, *given)  # type: ignore[union-attr]
+            problems, s = self.forwards.problems, self.stretch(own_back, extra)[1](state)
+            given = self.events, extra.ahead, who, jumps, s, *state.y
+            f_more, pair = stretches.back_through(problems, own, self.mask, *given)
             f_bar, total = self.added(f_more, extra.f, total)
             extra = extra._replace(f=f_bar, ahead=extra.ahead - jumps.astype(jnp.int32))
-            new = state._replace(s=0 * s, y=(given[0].y, a), accepted=0 * state.accepted)
-            on = self.stretch(own_back, extra)[0]
-            new = new._replace(memory=self.restarted(on, new.y, new.s))
+            memory = self.restarted(self.stretch(own_back, extra)[0], pair, 0 * s)
+            new = state._replace(s=0 * s, y=pair, memory=memory, accepted=0 * state.accepted)
             return problems.vmap(tree.where)(jumps, new, state), extra, total
 
         return tree.at_most_once(jnp.any(jumps), back, (state, extra, total))
 
 
 def begun(carry: Cotangents, recorded: Recorded, ss, span) -> Along:
-    """What goes along with a solve at its beginning, the end: of one, or of many; without those of the field."""
+    """What goes along with a solve (or with many) where it begins, at the end; without those of the field."""
     if recorded.tape is None:
         return Along(None, carry.row, carry.ss)
     ss = jnp.broadcast_to(ss, (*span.shape[:-1], ss.shape[-1]))
-    last = jnp.sum(ss <= span[..., -1:], -1, dtype=jnp.int32) - 1  # a terminal event may have ended it
+    # A terminal event may have ended it before the last row.
+    last = jnp.sum(ss <= span[..., -1:], -1, dtype=jnp.int32) - 1
     return Along(None, jnp.minimum(carry.row, last), carry.ss, stretches.events_ahead(recorded))
 
 
@@ -352,22 +349,25 @@ def pull_one(tolerances, x, rest, recorded: Recorded, bars, kernel=PLAIN):
     total = jax.tree.map(lambda _: None, extra.f)
 
     def body(carry):
-        return back.trial(own, own_back, *carry, total, None)[:2]
+        state, extra = carry
+        return back.trial(own, own_back, state, extra, total, None)[:2]
 
     def to_event(carry):
         on_stretch = lambda carry: back.on_stretch(own_back, *carry)
-        carry = jax.lax.while_loop(on_stretch, body, carry)
-        return back.jump(own, own_back, *carry, total, None)[:2]
+        state, extra = jax.lax.while_loop(on_stretch, body, carry)
+        return back.jump(own, own_back, state, extra, total, None)[:2]
 
     unfinished = lambda carry: back.unfinished(own_back, *carry)
     turn = body if events is None else to_event
     state, extra = jax.lax.while_loop(unfinished, turn, (state, extra))
     own_back, _ = back.stretch(own_back, extra)
-    return ending(x, rest, asked, own_back, start, slope, state, extra, carry, starts)
+    end = state, extra
+    return ending(x, rest, asked, own_back, start, slope, end, carry, starts)
 
 
-def ending(x, rest, asked, own_back, start, slope, state, extra: Along, carry, starts):
+def ending(x, rest, asked, own_back, start, slope, end, carry, starts):
     """The cotangents of one solve: NaN if the backward solve failed, 0 if nothing was asked of it."""
+    state, extra = end
     a = state.y[1]
     status = status_of(own_back, start, slope, state, extra)
     y0_bar = jax.tree.map(jnp.add, a, starts[0])
@@ -420,11 +420,11 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     total, f_bar = of_own_and_shared(problems, mask, who, asked, own, y0, recorded, bars)
 
     def once(carry):
-        ((own, own_back), now), who, total = carry
-        *now, total = back.trial(own, own_back, *now, total, who)
+        ((own, own_back), (state, extra)), who, total = carry
+        state, extra, total = back.trial(own, own_back, state, extra, total, who)
         if events is not None:
-            *now, total = back.jump(own, own_back, *now, total, who)
-        return ((own, own_back), tuple(now)), who, total
+            state, extra, total = back.jump(own, own_back, state, extra, total, who)
+        return ((own, own_back), (state, extra)), who, total
 
     unfinished = lambda own, now: back.unfinished(own[1], *now)
     waiting = (own, own_back), (state, extra._replace(f=f_bar))
@@ -432,7 +432,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
 
     def result(x, rest, asked, own_back, start, slope, end, carry, starts):
         own_back = eqx.combine(own_back, problems_back.shared)
-        found = ending(x, rest, asked, own_back, start, slope, *end, carry, starts)
+        found = ending(x, rest, asked, own_back, start, slope, end, carry, starts)
         status = status_of(own_back, start, slope, *end)
         return found, (status == Status.SUCCESS.value) | ~asked
 

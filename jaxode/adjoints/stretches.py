@@ -153,8 +153,17 @@ def is_at_event(problems: Problems, own, state, ahead):
     return problems.each(one)(own, state, ahead)
 
 
-def back_through(problems: Problems, own, mask, log: Log, before: Before, a, log_bar):
-    """The vjp of an event: cotangents of the leaves of the field, and of the state right before it."""
+def back_through(problems: Problems, own, mask, events: Any, ahead, who, jumps, s, y, a):
+    """The vjp of the last of the events `ahead`, from a solve that is right after it, of each that `jumps`.
+
+    The cotangents of the leaves of the field; and the state right before it, with its cotangent.
+    """
+    log: Log = events.log
+    before, log_bar = events.of(jnp.maximum(ahead - 1, 0), who, problems.axis)
+    # Where no event is, at a state that there is: 0 times an infinite derivative would be NaN.
+    none, *zero = jax.tree.map(jnp.zeros_like, (before, a, log_bar))
+    other = none._replace(s=s, y=y), *zero
+    before, a, log_bar = problems.vmap(tree.where)(jumps, (before, a, log_bar), other)
 
     def event(integrator, f, ss, y, s, due, counts):
         memory = Memory(None, due, counts)
@@ -163,4 +172,5 @@ def back_through(problems: Problems, own, mask, log: Log, before: Before, a, log
 
     fn = lambda problems, own, *args: problems.each(event)(own, *args)
     constant = before.s, before.due, before.counts
-    return pullback(problems, own, mask, fn, (before.y,), constant)[1]((a, log_bar))
+    f_bar, a = pullback(problems, own, mask, fn, (before.y,), constant)[1]((a, log_bar))
+    return f_bar, (before.y, a)
