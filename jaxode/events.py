@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments
-from jaxode.adjoints import names as adjoints
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
 
@@ -41,8 +40,9 @@ class Event:
     An argument that switches is a part of the state whose derivative is 0.
 
     Times, states, and all that comes after have derivatives, with respect to y0, args, known times and values,
-    and whatever the functions depend on, by every adjoint but "backsolve": that of a root by the implicit
-    function rule, first and second ones.
+    and whatever the functions depend on, by every adjoint: that of a root by the implicit function rule,
+    first and second ones. Those by "backsolve" are NaN if there are more events in all than the `keep` of all
+    together.
 
     Args:
         condition: `condition(y, t, *args)`, a number whose sign is watched, or a boolean, which has no
@@ -55,7 +55,7 @@ class Event:
         terminal: whether the solve ends here, with `Status.EVENT`.
         count: how many times it has to happen to end the solve.
         keep: how many times and states are recorded; by default all known times, `count` of a terminal
-            condition, and 16 of others. Memory: so many states.
+            condition, and 16 of others. Memory: so many states; twice as many in a gradient by "backsolve".
         values: a pytree of arrays with one row for each of `times`, such as doses.
 
     Raises:
@@ -134,11 +134,11 @@ class Given(NamedTuple):
 def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
-    `other` is what else was asked for: the adjoint, heuristics, a mass matrix, whether func asks signals, and
+    `other` is what else was asked for: heuristics, a mass matrix, whether func asks signals, and
     whether states after events are wanted.
     Raises errors that say what to do.
     """
-    adjoint, heuristics, mass, driven, after = other
+    heuristics, mass, driven, after = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
     kinds = (
         [type(e).__name__ for e in events]
@@ -156,10 +156,6 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
         )
     if not events:
         return Given(None, None)
-    if adjoint in ("backsolve", adjoints.named["backsolve"]):
-        raise ValueError(
-            "adjoint='backsolve' does not go back through events: pass adjoint='replay', or 'direct'."
-        )
     if heuristics:
         raise ValueError("`heuristics` and `events` are not to be had in the same solve.")
     if mass is not None and any(event.change is not None for event in events):

@@ -161,7 +161,8 @@ def solve(
             are real; the others are NaN. With `save`, a function of these states.
         events: a list of `jaxode.Event`: conditions whose sign is watched, or known times, at which the state
             is recorded or changed, or the solve ends. Then `Solution.events`, in the same order. Not with
-            "backsolve", and not with signals. Every event is an accepted step more, of size 0.
+            signals. Every event is an accepted step more, of size 0. By "backsolve" the derivatives are NaN
+            if there are more events than the `keep` of all together.
         after_events: whether outputs at the time of an event, `dense` there, and the states recorded of events
             are those right after it, with its change, and not those right before.
         fold: a pair (start, function), for minima, integrals and counts over the accepted steps: at the end
@@ -219,7 +220,7 @@ def solve(
     )
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t, folding.start)
-    happening = look_for(events, func, *at, (adjoint, heuristics, mass, driven, after_events))
+    happening = look_for(events, func, *at, (heuristics, mass, driven, after_events))
     extras = Extras(beside, watched, happening.arrays, folding.arrays)
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
     problem = constraints.Problem(trace, of_jac, method, func_time)

@@ -244,7 +244,7 @@ class EveryStep:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A fold over the steps: the sum of `of_step(method, y, h, step)`, what a step adds."""
+    """A fold over the steps: the sum of `of_step(method, s, y, memory, h, step)`, what a step adds."""
 
     of_step: Callable
 
@@ -262,7 +262,7 @@ class Sum:
 
 
 # The solver's own estimates of its error and of stiffness.
-estimates = Sum(lambda method, y, h, step: method.heuristics(y, h, step))
+estimates = Sum(lambda method, s, y, memory, h, step: method.heuristics(y, h, step))
 
 
 # Forwards.

@@ -300,7 +300,6 @@ WRONG = [
     (lambda: run(Event(times=[3.0], terminal=True)), ValueError, "from t\\[0\\] to t\\[-1\\]"),
     (lambda: run(Event(times=[0.5], values=[1.0, 2.0])), ValueError, "a row for each"),
     (lambda: run(lambda y, t: y[0]), TypeError, "jaxode.Event"),
-    (lambda: run(Event(lambda y, t: y[0]), adjoint="backsolve"), ValueError, "adjoint='replay'"),
     (lambda: run(Event(lambda y: y[0])), TypeError, "condition"),
 ]
 

@@ -66,7 +66,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
             d = method.inside(f, s, y, s1 - s, step) if output.needs_inside() else []
             kept["inside"] = y, d
         if integrator.fold is not None:
-            kept["fold"] = integrator.fold.of_step(method, y, s1 - s, step)
+            kept["fold"] = integrator.fold.of_step(method, s, y, memory, s1 - s, step)
         return (step.y, step.memory), kept
 
     pair = y0, memory0

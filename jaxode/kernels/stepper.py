@@ -59,7 +59,9 @@ class Stepper(NamedTuple):
             folded = None
             if integrator.fold is not None:
                 step = lambda: trial_step(integrator, f, 0 * end, y0, memory, end)
-                found = lambda: integrator.fold.of_step(self.method, y0, end, step())
+                found = lambda: integrator.fold.of_step(
+                    self.method, 0 * end, y0, memory, end, step()
+                )
                 folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
@@ -138,7 +140,7 @@ class Stepper(NamedTuple):
             d = self.method.inside(f, s, y, h, step) if inside else []
             fold, added = integrator.fold, None
             if fold is not None:
-                found = fold.of_step(self.method, y, h, step)
+                found = fold.of_step(self.method, s, y, memory, h, step)
                 added = fold.add(fold.begin(found), found, True)
             return step.y, step.memory, d, added
 

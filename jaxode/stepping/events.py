@@ -158,6 +158,10 @@ class WithEvents(Around):
     quiet: bool = False
     after: bool = False
 
+    def backwards(self) -> Method:
+        """That of a stretch between events (`jaxode.adjoints.stretches`)."""
+        return self.method.backwards()
+
     def start(self, f: Eventful, s, y: PyTree) -> Memory:
         none = jnp.zeros(len(f.events), jnp.result_type(s))
         return Memory(self.method.start(f.field, s, y), none, none)
@@ -475,7 +479,7 @@ class Log:
 
     rows: int
 
-    def of_step(self, method: Method, y: PyTree, h, step: Step) -> Record:
+    def of_step(self, method: Method, s, y: PyTree, memory: Memory, h, step: Step) -> Record:
         return step.stages[1]
 
     def begin(self, record: Record):

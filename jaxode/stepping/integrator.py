@@ -226,7 +226,7 @@ class Integrator(eqx.Module):
         s, y, memory, history = tree.where(accept, after, before)
         folded = state.folded
         if self.fold is not None:
-            found = self.fold.of_step(self.method, state.y, h_taken, step)
+            found = self.fold.of_step(self.method, state.s, state.y, state.memory, h_taken, step)
             folded = self.fold.add(folded, found, accept)
         return state._replace(
             s=s, h=h, y=y, memory=memory, ratio=ratio, history=history, folded=folded,
