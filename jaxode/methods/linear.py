@@ -6,6 +6,7 @@ ever goes through the elimination; its factors serve both.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -87,6 +88,15 @@ class Linear:
     def substitute_transposed(self, factors: PyTree, b: Array) -> Array:
         """x with the transposed matrix."""
         return jax.linear_transpose(partial(self.substitute, factors), b)(b)[0]
+
+    def solution(self, product: Callable, b: Array, factors: PyTree) -> Array:
+        """x with product(x) = b, for a linear function that has this structure.
+
+        `factors` are those of a matrix near it, which iterations may use.
+        """
+        jacobian = self.jacobian(product, jnp.zeros_like(b))
+        nothing = self.matrix(np.zeros(len(b), b.dtype))
+        return solver(self, jacobian, -jnp.ones((), b.dtype), nothing)(b)
 
 
 def solver(linear: Linear, jacobian: PyTree, w, mass: PyTree | None = None):
