@@ -85,14 +85,30 @@ def test_linear_systems_are_solved_and_differentiated_as_by_numpy(n, linear):
         jacobian = linear.jacobian(lambda y: a @ jnp.sin(y), jnp.zeros(n))
         return solver(linear, jacobian, jnp.asarray(0.7))(b)
 
+    @jax.jit
+    def answers(a, b, v):
+        back = jax.grad(lambda a, b: v @ found(a, b), (0, 1))
+        many = jax.vmap(found, (None, 1), 1)
+        return found(a, b), back(a, b), many(a, jnp.stack([b, v], 1))
+
+    one, (a_bar, b_bar), many = answers(*map(jnp.asarray, (a, b, v)))
     x, back = np.linalg.solve(whole, b), np.linalg.solve(whole.T, v)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-7 * np.abs(b).max())
-    close(found(jnp.asarray(a), b), x)
-    a_bar, b_bar = jax.grad(lambda a, b: v @ found(a, b), (0, 1))(jnp.asarray(a), jnp.asarray(b))
+    close(one, x)
     close(b_bar, back)
     close(np.where(a == 0, 0, a_bar), np.where(a == 0, 0, 0.7 * np.outer(back, x)))
-    many = jax.vmap(found, (None, 1), 1)(jnp.asarray(a), jnp.stack([b, v], 1))
     close(many, np.linalg.solve(whole, np.stack([b, v], 1)))
+
+
+def test_a_stiff_matrix_is_solved_to_the_roundings_that_its_condition_allows():
+    rng, linear = np.random.default_rng(0), Dense()
+    jacobian = rng.normal(size=(9, 9)) * 10.0 ** rng.uniform(-4, 6, size=(9, 1))
+    jacobian[-1] = -jacobian[:-1].sum(0)  # it keeps a sum
+    whole, x = np.eye(9) - jacobian, rng.normal(size=9)
+    b = np.asarray(whole.astype(np.longdouble) @ x, float)
+    factors = linear.factor(jnp.asarray(whole))
+    size = np.finfo(float).eps * np.linalg.cond(whole)
+    np.testing.assert_allclose(linear.substitute(factors, jnp.asarray(b)), x, rtol=0, atol=size)
 
 
 # The ring modulator oscillates for 40,000 steps and more, whose errors add up to 10 to 45 tolerances.
