@@ -61,20 +61,26 @@ def test_systems_are_solved_and_differentiated_as_by_numpy(name, mirrored):
     mass = np.where(np.arange(n) % 3, mass, 0)
     a = a - 6 * np.eye(n) if not mirrored else a + np.diag(mass / 0.7 - np.diag(a))
     whole = np.diag(mass) - 0.7 * a
-    found = jax.jit(lambda *x: derivative(linear, x[0], x[1], jnp.asarray(0.7), x[2]))
-    given = tuple(map(jnp.asarray, (a, b, mass)))
+    rows = rng.normal(size=n)
+
+    @jax.jit
+    def answers(a, b, mass, v):
+        found = lambda *x: derivative(linear, x[0], x[1], jnp.asarray(0.7), x[2])
+        x, vjp = jax.vjp(found, a, b, mass)
+        jacobian = linear.jacobian(lambda y: a @ jnp.sin(y), jnp.zeros(n))
+        shifted = linear.shifted(jacobian, jnp.asarray(rows), linear.matrix(mass))
+        return x, vjp(v), linear.product(jacobian, v), linear.product(shifted, v)
+
+    given = tuple(map(jnp.asarray, (a, b, mass, v)))
     x, back = np.linalg.solve(whole, b), np.linalg.solve(whole.T, v)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8 * np.abs(b).max())
-    close(found(*given), x)
-    a_bar, b_bar, mass_bar = jax.jit(jax.grad(lambda *x: v @ found(*x), (0, 1, 2)))(*given)
+    solution, (a_bar, b_bar, mass_bar), product, of_shifted = answers(*given)
+    close(solution, x)
     close(b_bar, back)
     close(mass_bar, -back * x)
     close(np.where(pattern, a_bar, 0), np.where(pattern, 0.7 * np.outer(back, x), 0))
-    jacobian = linear.jacobian(lambda y: jnp.asarray(a) @ jnp.sin(y), jnp.zeros(n))
-    close(linear.product(jacobian, jnp.asarray(v)), a @ v)
-    rows = rng.normal(size=n)
-    shifted = linear.shifted(jacobian, jnp.asarray(rows), linear.matrix(given[2]))
-    close(linear.product(shifted, jnp.asarray(v)), mass * v - rows * (a @ v))
+    close(product, a @ v)
+    close(of_shifted, mass * v - rows * (a @ v))
 
 
 def test_a_band_without_dominant_diagonal_is_pivoted_between_its_blocks():
