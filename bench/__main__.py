@@ -46,6 +46,8 @@ PEERS = {
     "LSODA": "scipy LSODA",
     "Radau": "scipy Radau",
     "BDF": "scipy BDF",
+    "CVODE": "CVODE",
+    "IDA": "IDA",
     "plain vmap": "a plain vmap",
     "C": "C",
     "tinydiffeq": "tinydiffeq",
@@ -363,7 +365,7 @@ def draw(results) -> None:
 
 def versions() -> str:
     names = ["jaxode", "jax", "diffrax", "equinox", "scipy"]
-    for name in OPTIONAL:
+    for name in (*OPTIONAL, "scikit-sundae"):  # of which the module is sksundae
         try:
             version(name)
             names.append(name)

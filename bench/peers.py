@@ -147,7 +147,7 @@ LORENZ = {
     "torchdiffeq": torchdiffeq_lorenz,
     "torchode": torchode_lorenz,
 }
-OPTIONAL = ("tinydiffeq", *LORENZ)
+OPTIONAL = ("tinydiffeq", "sksundae", *LORENZ)
 
 
 @functools.cache

@@ -6,7 +6,9 @@ which one that is is printed. Where a library has none that gets there, its colu
 say the least ratio that we want to hold ("wanted"); those that do not hold it are printed as they are.
 
 diffrax's controller has the gains (0.3, 0.4) that its documentation has for stiff problems. SciPy's
-right-hand sides are plain Python, without a Jacobian. Run on one core: `taskset -c 1 python -m bench stiff`.
+right-hand sides are plain Python, without a Jacobian, and so are those of SUNDIALS (CVODE and IDA by
+scikit-sundae) but for the equations on a line, a compiled function. Run on one core:
+`taskset -c 1 python -m bench stiff`.
 """
 
 import time
@@ -19,6 +21,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 import jaxode
+from bench.peers import installed
 from bench.timing import Seconds, compile_in_turn, row, time_in_turn
 from jaxode.methods import Banded
 from jaxode.problems import Problem, brusselator_line, brusselator_start, problems
@@ -120,11 +123,14 @@ def ours(method, p: Problem, f=None, max_steps=2**13, **options):
 
 
 def theirs(solver, p: Problem, f=None):
-    """The same by diffrax; KenCarp4 is given an explicit part that is 0."""
+    """The same by diffrax; KenCarp4 is given an explicit part that is 0, if f is not a pair."""
     f, solver = f or p.f, solver()
-    term = diffrax.ODETerm(lambda t, y, args: f(y, t, *args))
+    of = lambda f: diffrax.ODETerm(lambda t, y, args: f(y, t, *args))
     if isinstance(solver, diffrax.KenCarp4):
-        term = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: jnp.zeros_like(y)), term)
+        stiff, nonstiff = f if isinstance(f, tuple) else (f, lambda y, t, *args: jnp.zeros_like(y))
+        term = diffrax.MultiTerm(of(nonstiff), of(stiff))
+    else:
+        term = of(f)
     control = partial(diffrax.PIDController, pcoeff=0.3, icoeff=0.4)
 
     def solve(y0, args, tol):
@@ -147,6 +153,32 @@ def by_scipy(method, p: Problem, f, **options):
     return lambda tol: solve_ivp(
         f, (p.t0, p.t1), p.y0, method, rtol=tol, atol=tol * np.asarray(p.scale), t_eval=[p.t1], **options
     ).y[:, -1]  # fmt: skip
+
+
+def by_cvode(p: Problem, f, **options):
+    """SUNDIALS' BDF methods; f(t, y) is as for SciPy."""
+    from sksundae.cvode import CVODE
+
+    def rhs(t, y, slope):
+        slope[:] = f(t, y)
+
+    return by_sundials(partial(CVODE, rhs, **options), p, ())
+
+
+def by_ida(p: Problem, residual, slope, **options):
+    """The same for a DAE; residual(t, y, slope, out) fills the last."""
+    from sksundae.ida import IDA
+
+    return by_sundials(partial(IDA, residual, **options), p, (slope,))
+
+
+def by_sundials(made, p: Problem, slope):
+    def solve(tol):
+        atol = np.array(np.broadcast_to(tol * p.scale, p.y0.shape))
+        solver = made(rtol=tol, atol=atol, max_num_steps=10**5)
+        return solver.solve(np.array([p.t0, p.t1]), p.y0, *slope).y[-1]
+
+    return solve
 
 
 def error(p: Problem, y) -> float:
@@ -288,12 +320,16 @@ def line_rows():
     f = lambda t, y: np.asarray(field(jnp.asarray(t, float), y))
     banded = {m: ours(m, p, linear=Banded(2, 2)) for m in ("rodas4", "rodas5p")}
     best = quickest(p, in_jax(banded, p), 3)
+    bands = dict(lband=2, uband=2)
     found = {
         "jaxode": best,
-        "LSODA": quickest(p, {"LSODA": by_scipy("LSODA", p, f, lband=2, uband=2)}, 3),
+        "LSODA": quickest(p, {"LSODA": by_scipy("LSODA", p, f, **bands)}, 3),
     }
+    if installed("sksundae"):
+        solve = by_cvode(p, f, linsolver="band", **bands)
+        found["CVODE"] = quickest(p, {"BDF": solve}, 3)
     found = {library: best for library, best in found.items() if best}
-    print(f"    {found}; wanted: LSODA 1.2x; 10,000 states in at most 12 times the time")
+    print(f"    {found}; wanted: LSODA 1.2x, CVODE 1x; 10,000 states in at most 12 times the time")
     yield row(
         "Brusselator, 1,000 states, banded, error 1e-5",
         {n: s for n, (_, _, s) in found.items()},
@@ -301,6 +337,55 @@ def line_rows():
     )
     large = line_of_many(best, 5000)
     yield row("Brusselator, 10,000 states over 1,000", {"jaxode": large / best[2]}, "times")
+
+
+def spreading(y, t, diffusion):
+    """The diffusion of the Brusselator on a line, with what is at its ends."""
+    return brusselator_line(y, t, diffusion) - reacting(y, t, diffusion)
+
+
+def reacting(y, t, diffusion):
+    """Its reaction."""
+    u, v = y.reshape(-1, 2).T
+    return jnp.stack([1 + u**2 * v - 4 * u, 3 * u - u**2 * v], 1).reshape(-1)
+
+
+def pair_rows():
+    """Diffusion implicit and the reaction explicit, against all of it implicit, and against diffrax."""
+    p, pair = line(100), (spreading, reacting)
+    banded = partial(ours, p=p, linear=Banded(2, 2))
+    solves = {
+        "pair": in_jax({"kencarp4": banded("kencarp4", f=pair)}, p),
+        "whole": in_jax({m: banded(m) for m in ("kencarp4", "rodas5p")}, p),
+        "diffrax": in_jax({"KenCarp4": theirs(diffrax.KenCarp4, p, pair)}, p),
+    }
+    found = {way: quickest(p, solve, 3) for way, solve in solves.items()}
+    print(f"    {found}")
+    seconds = {way: best[2] for way, best in found.items() if best}
+    whole = seconds.pop("whole")
+    seconds["jaxode"] = seconds.pop("pair")
+    work = "Brusselator, 200 states, its reaction explicit (IMEX), error 1e-5"
+    yield row(work, seconds, "ms")
+    over = {"jaxode": seconds["jaxode"] / whole}
+    yield row("Brusselator, 200 states, IMEX over all implicit", over, "times")
+
+
+def robertson_residual(t, y, slope, out):
+    first, second, _ = robertson_python(t, y)
+    out[:] = slope[0] - first, slope[1] - second, y[0] + y[1] + y[2] - 1
+
+
+def dae_rows():
+    p = problems["robertson_dae"]
+    found = {"jaxode": quickest(p, in_jax({m: ours(m, p, mass=p.mass) for m in OURS}, p))}
+    if installed("sksundae"):
+        slope = np.array([-0.04, 0.04, 0.0])
+        solve = by_ida(p, robertson_residual, slope, algebraic_idx=[2])
+        found["IDA"] = quickest(p, {"IDA": solve}, 3)
+    found = {library: best for library, best in found.items() if best}
+    print(f"    {found}")
+    seconds = {library: seconds for library, (_, _, seconds) in found.items()}
+    yield row("Robertson to 40 as a DAE, error 1e-5, forward", seconds, "ms")
 
 
 def line_of_many(best, points) -> float:
@@ -319,5 +404,6 @@ def auto_rows():
 
 
 def stiff_rows():
-    for rows in (forward_rows, gradient_rows, compile_rows, line_rows, auto_rows, batch_rows):
+    groups = forward_rows, gradient_rows, compile_rows, line_rows, pair_rows, dae_rows, auto_rows
+    for rows in (*groups, batch_rows):
         yield from rows()

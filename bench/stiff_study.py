@@ -26,13 +26,24 @@ size ran out at rtol 1e-4 (to 1e11) and at 1e-4 and 1e-6 (to 1e13). It compiles 
 import json
 import time
 from functools import partial
-from importlib.util import find_spec
 
 import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-from bench.stiff import FORWARD, SCIPY, THEIRS, by_scipy, error, in_jax, ours, theirs, timed
+from bench.peers import installed
+from bench.stiff import (
+    FORWARD,
+    SCIPY,
+    THEIRS,
+    by_cvode,
+    by_scipy,
+    error,
+    in_jax,
+    ours,
+    theirs,
+    timed,
+)
 from jaxode.problems import problems
 
 TOLERANCES = [10.0**-k for k in range(3, 11)]
@@ -43,20 +54,6 @@ CLASSICS = {
     "oregonator": "Oregonator",
     "van_der_pol_1e6": "van der Pol, 1e6",
 }
-
-
-def by_cvode(p, f):
-    from sksundae.cvode import CVODE
-
-    def solve(tolerance):
-        def rhs(t, y, slope):
-            slope[:] = f(t, y)
-
-        atol = np.broadcast_to(tolerance * p.scale, p.y0.shape)
-        solver = CVODE(rhs, rtol=tolerance, atol=np.array(atol), max_num_steps=10**5)
-        return solver.solve(np.array([p.t0, p.t1]), p.y0).y[-1]
-
-    return solve
 
 
 def solver_of(name, label):
@@ -74,7 +71,7 @@ def labels():
     yield from (f"jaxode {m}" for m in OURS)
     yield from (f"diffrax {m}" for m in THEIRS)
     yield from (f"scipy {m}" for m in SCIPY)
-    if find_spec("sksundae"):
+    if installed("sksundae"):
         yield "CVODE BDF"
 
 

@@ -255,14 +255,18 @@ def corrected(f: System, linear: Linear, y: PyTree, s) -> tuple[PyTree, Array]:
         kept = linear.product(f.mass, x - x0)
         return jnp.where(f.algebraic, field(x, s), kept)
 
-    def factored(x):
+    def matrix_at(x):
         jacobian = linear.jacobian(lambda x: field(x, s), x)
         if f.jac is not None:
             jacobian = linear.matrix(f.jac(x, s))
-        matrix = linear.shifted(jacobian, rows, f.mass)
+        return linear.shifted(jacobian, rows, f.mass)
+
+    def factored(x):
+        matrix = matrix_at(x)
         return matrix, linear.factor(matrix)
 
-    x, found = solved(residual, x0, partial(newtons, factored, linear), linear)
+    near = linear.factor(lax.stop_gradient(matrix_at(x0))) if linear.iterative else None
+    x, found = solved(residual, x0, partial(newtons, factored, linear), linear, near)
     return unpack(x), lax.stop_gradient(found) > 0
 
 

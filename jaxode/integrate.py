@@ -101,7 +101,10 @@ def solve(
             a vector). Any callable, an equinox module too. Traced once. Or a pair (stiff, nonstiff) of
             such functions whose sum it is, for "kencarp3", "kencarp4" and "kencarp5" (IMEX): the first is
             solved implicitly, so that its fast modes do not limit the steps, and `linear` and `jac` are
-            about it alone; the second is only evaluated, once a stage.
+            about it alone; the second is only evaluated, once a stage. What drives a fast mode, as a
+            boundary value or a source does, belongs into the first too: where large terms of the second
+            balance large ones of the first, many times as many steps are needed (-100 y first and
+            100 cos(t) second: 1,010 in place of 60; see `jaxode.methods.kencarp`).
         y0: the initial state, a pytree of real or complex arrays of any shapes. Integers and
             booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
             and times are computed in float32.

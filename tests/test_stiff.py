@@ -85,14 +85,30 @@ def test_linear_systems_are_solved_and_differentiated_as_by_numpy(n, linear):
         jacobian = linear.jacobian(lambda y: a @ jnp.sin(y), jnp.zeros(n))
         return solver(linear, jacobian, jnp.asarray(0.7))(b)
 
+    @jax.jit
+    def answers(a, b, v):
+        back = jax.grad(lambda a, b: v @ found(a, b), (0, 1))
+        many = jax.vmap(found, (None, 1), 1)
+        return found(a, b), back(a, b), many(a, jnp.stack([b, v], 1))
+
+    one, (a_bar, b_bar), many = answers(*map(jnp.asarray, (a, b, v)))
     x, back = np.linalg.solve(whole, b), np.linalg.solve(whole.T, v)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-7 * np.abs(b).max())
-    close(found(jnp.asarray(a), b), x)
-    a_bar, b_bar = jax.grad(lambda a, b: v @ found(a, b), (0, 1))(jnp.asarray(a), jnp.asarray(b))
+    close(one, x)
     close(b_bar, back)
     close(np.where(a == 0, 0, a_bar), np.where(a == 0, 0, 0.7 * np.outer(back, x)))
-    many = jax.vmap(found, (None, 1), 1)(jnp.asarray(a), jnp.stack([b, v], 1))
     close(many, np.linalg.solve(whole, np.stack([b, v], 1)))
+
+
+def test_a_stiff_matrix_is_solved_to_the_roundings_that_its_condition_allows():
+    rng, linear = np.random.default_rng(0), Dense()
+    jacobian = rng.normal(size=(9, 9)) * 10.0 ** rng.uniform(-4, 6, size=(9, 1))
+    jacobian[-1] = -jacobian[:-1].sum(0)  # it keeps a sum
+    whole, x = np.eye(9) - jacobian, rng.normal(size=9)
+    b = np.asarray(whole.astype(np.longdouble) @ x, float)
+    factors = linear.factor(jnp.asarray(whole))
+    size = np.finfo(float).eps * np.linalg.cond(whole)
+    np.testing.assert_allclose(linear.substitute(factors, jnp.asarray(b)), x, rtol=0, atol=size)
 
 
 # The ring modulator oscillates for 40,000 steps and more, whose errors add up to 10 to 45 tolerances.
@@ -136,8 +152,12 @@ def test_what_df_dy_keeps_is_kept_to_roundings_so_that_e5_is_right_where_it_is_s
     b, c, d = ys[1, 1:]
     assert abs(b - c - d) < 3e-24  # of numbers that were 1e-10
     np.testing.assert_allclose(ys[-1], p.answer(), rtol=0, atol=3e-24)
+
+
+def test_a_tolerance_that_no_rounding_of_the_state_can_meet_is_warned_of():
+    p = problems["e5_long"]
     with pytest.warns(UserWarning, match="leave one of them out"):
-        solve(p.f, p.y0, [0.0, 1e-3], method=name, rtol=1e-4, atol=1.1e-24)
+        solve(p.f, p.y0, [0.0, 1e-3], method="rodas4", rtol=1e-4, atol=1.1e-24)
 
 
 def rate_equations(y, t, k):
@@ -152,27 +172,27 @@ MILD = jnp.array([0.4, 1e2, 3e2])  # for steps of equal size
 START = {"a": jnp.array(1.0), "bc": jnp.zeros(2)}
 
 
-@pytest.mark.parametrize("name", ["rodas4", "rodas5p", "kvaerno5", "trbdf2"])
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno5"])  # one of each family
 def test_every_adjoint_gives_the_derivative_of_the_numbers_returned(name):
     def loss(y0, k, adjoint="replay"):
         # Equal steps on a time of its own scale: a difference does not see another choice of them.
         ys = odeint(rate_equations, y0, [0.0, 0.1, 0.4], k, method=name, dt=0.01, adjoint=adjoint)
         return 1e3 * jnp.sum(ys["a"]) + 1e3 * jnp.sum(ys["bc"][1:, 0])
 
-    exact = jax.jit(jax.grad(loss, (0, 1)))(START, MILD)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    _, exact = run(START, MILD)
     direct = jax.jit(jax.grad(lambda *x: loss(*x, "direct"), (0, 1)))(START, MILD)
     forward = jax.jit(jax.jacfwd(lambda *x: loss(*x, "forward"), (0, 1)))(START, MILD)
     for other in (direct, forward):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), other, exact)
+    e = np.diag(1e-5 * np.asarray(MILD))
     for i in range(3):
-        e = 1e-5 * MILD[i] * np.eye(3)[i]
-        difference = (loss(START, MILD + e) - loss(START, MILD - e)) / (2e-5 * MILD[i])
-        np.testing.assert_allclose(exact[1][i], difference, rtol=1e-5)
-    second = jax.jit(jax.jacfwd(jax.grad(loss, 1), 1))(START, MILD)
-    e = 1e-5 * MILD[0] * np.eye(3)[0]
-    slope = jax.jit(jax.grad(loss, 1))
-    difference = (slope(START, MILD + e) - slope(START, MILD - e)) / (2e-5 * MILD[0])
-    np.testing.assert_allclose(second[:, 0], difference, rtol=1e-4)
+        (above, up), (below, down) = run(START, MILD + e[i]), run(START, MILD - e[i])
+        np.testing.assert_allclose(exact[1][i], (above - below) / (2 * e[i, i]), rtol=1e-5)
+    if name == "kvaerno5":  # of the other family see test_mass
+        of_last = lambda k: jax.grad(loss, 1)(START, MILD.at[2].set(k))
+        second = jax.jit(jax.jacfwd(of_last))(MILD[2])
+        np.testing.assert_allclose(second, (up[1] - down[1]) / (2 * e[2, 2]), rtol=1e-4)
 
 
 def test_backsolve_is_refused_with_the_remedy():

@@ -83,7 +83,7 @@ class Collocation(Implicit):
         measure = lambda x, y: lax.convert_element_type(relative(x, y), y0.dtype)
         one = np.ones((), y0.dtype)
         newton = partial(simplified, substitute, place, measure, self.kappa, self.iterations, one)
-        ks, (good, iterations, _) = solved(residual, join([k0] * count), newton, linear)
+        ks, (good, iterations, _) = solved(residual, join([k0] * count), newton, linear, factors)
         y1 = unpack(y0 + tree.scale(h, combined(self.b, split(ks))))
         k1 = f(y1, s + h)
         converged = (good > 0) & tree.all_finite(jacobian)

@@ -150,7 +150,8 @@ class Esdirk(Implicit):
         jacobian = self.jacobian(f, field, s, y0)
         weigh, regular = self.weights(mass, y0, h)
         matrix = self.linear.shifted(jacobian, tree.scale(self.gamma, h), regular)
-        substitute = partial(self.linear.substitute, self.linear.factor(lax.stop_gradient(matrix)))
+        factors = self.linear.factor(lax.stop_gradient(matrix))
+        substitute = partial(self.linear.substitute, factors)
 
         def solve(slope, place, measure, first, factor):
             def residual(k):
@@ -160,7 +161,7 @@ class Esdirk(Implicit):
 
             limits = self.kappa, self.iterations, factor
             newton = partial(simplified, substitute, place, measure, *limits)
-            return solved(residual, first, newton, self.linear)
+            return solved(residual, first, newton, self.linear, factors)
 
         return jacobian, solve, lambda error: substitute(weigh(error)) if self.filtered else error
 

@@ -3,6 +3,21 @@
 Given one function they are ESDIRK methods; given a pair (stiff, nonstiff) they are implicit in the first
 and explicit in the second (IMEX), with the same stages, nodes, and weights b.
 
+What drives a fast mode belongs with it, into the first function. The two tables agree on what a stage is
+only to low order in the step. Where large terms of the second function balance large ones of the first,
+their difference is what is left (reduction of order), and steps become about as short as an explicit
+method would need. Accepted steps of kencarp4 to t = 10 for dy/dt = -l y + l cos(t), y(0) = 1, at
+rtol = atol = 1e-4, with an error below 1e-5 in all (November 2026):
+
+| l | both terms first | l cos(t) second |
+|---|---|---|
+| 10 | 45 | 195 |
+| 100 | 60 | 1,010 |
+| 10,000 | 64 | 23,661 |
+
+So boundary values and sources of a diffusion go into the first function, with it. A second function whose
+terms stay of the size of the slope itself (advection, a slow reaction) costs no steps.
+
 Reference: Kennedy and Carpenter (2003), Additive Runge-Kutta schemes for convection-diffusion-reaction
 equations, Applied Numerical Mathematics 44, 139-181, appendix C.
 """

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.methods.linear import Linear, solver
+from jaxode.methods.linear import Linear
 
 # What is left is taken to be so many times the last change where these do not shrink; so many kappa
 # are small then: roundings of func.
@@ -37,17 +36,13 @@ def relative(error: PyTree, y: PyTree) -> Array:
     return tree.norm(error, jax.tree.map(unit, y))
 
 
-def solved(residual: Callable, guess: Array, iterate: Callable, linear: Linear):
+def solved(residual: Callable, guess: Array, iterate: Callable, linear: Linear, factors: PyTree):
     """k with residual(k) = 0, and how it was found, by iterate(residual, guess).
 
-    Its derivative is that of the implicit function, at the solution, whose equations `linear` solves.
+    Its derivative is that of the implicit function, at the solution, whose equations `linear` solves;
+    `factors` are those of a matrix near theirs.
     """
-
-    def tangent(linear_part, right):
-        jacobian = linear.jacobian(linear_part, jnp.zeros_like(right))
-        nothing = linear.matrix(np.zeros(len(right), right.dtype))
-        return solver(linear, jacobian, -jnp.ones((), right.dtype), nothing)(right)
-
+    tangent = lambda product, right: linear.solution(product, right, factors)
     return lax.custom_root(residual, guess, iterate, tangent, has_aux=True)
 
 

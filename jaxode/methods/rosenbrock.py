@@ -78,7 +78,7 @@ class Rosenbrock(Implicit):
         y1 = unpack(last)
         k1 = f(y1, s + h)
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
-        solved = tree.all_finite(jacobian, *(us if self.linear.iterative else us[:1]))
+        solved = tree.all_finite(jacobian, us if self.linear.iterative else us[0])
         error = us[-1] if self.caution == 1 else tree.scale(self.caution, us[-1])
         return Step(y1, k1, k1, [unpack(error)], us, solved, len(self.c))
 
@@ -99,7 +99,7 @@ class Rosenbrock(Implicit):
         return us, yi, ks
 
     def looped(self, field, s, y, k, of_time, h, solve, weigh):
-        """The same with the stages in a loop.
+        """The same with the stages in a loop, and the u_i and the slopes as rows of one array.
 
         Every u_i is added to the sums of all later stages, so that nothing is moved in memory.
         """
@@ -132,7 +132,7 @@ class Rosenbrock(Implicit):
             jnp.asarray(g[1:]),
         )
         _, (us, ys, ks) = lax.scan(stage, begin, given)
-        rows = lambda x0, xs: [x0, *(xs[i] for i in range(count - 1))]
+        rows = lambda x0, xs: jnp.concatenate([x0[None], xs])
         return rows(u0, us), ys[-1], rows(k, ks)
 
     @functools.cached_property
@@ -155,7 +155,6 @@ class Rosenbrock(Implicit):
         roundings, and so is its derivative.
         """
         m, v = self.sums
-        summed = lambda weights, xs: sum(tree.scale(w, x) for w, x in zip(weights, xs) if w)
         frozen = jax.tree.map(lax.stop_gradient, (y, us, ks, of_time))
         y, us, ks, of_time = frozen
         push = jax.jvp(lambda y: field(y, s), (y,), (summed(v, us),))[1]
@@ -167,9 +166,16 @@ class Rosenbrock(Implicit):
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         _, pack, unpack = vectors(f, y)
         moved = pack(step.y) - pack(y)
-        rows = [sum(tree.scale(w, u) for w, u in zip(row, step.stages) if w) for row in self.dense]
+        rows = [summed(row, step.stages) for row in self.dense]
         d = [moved + rows[0], *[b - a for a, b in itertools.pairwise(rows)], -rows[-1]]
         return [unpack(x) for x in d]
+
+
+def summed(weights, xs):
+    """The sum of weights times vectors: a list of them, or rows of an array, which compile in less time."""
+    if isinstance(xs, list):
+        return sum(tree.scale(w, x) for w, x in zip(weights, xs) if w)
+    return jnp.sum(jnp.asarray(weights, xs.dtype)[:, None] * xs, 0)
 
 
 def rosenbrock(order, *, gamma, c, d, a, g, dense, dense_order, caution=1.0) -> Rosenbrock:
