@@ -7,11 +7,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join("/tmp", "jaxode-
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests wait for the compiler, not for what it makes: with its optimisations off a program is there in a third
 # of the time. On the oldest JAX `.ci/run` compiles as users do; so does whoever sets XLA_FLAGS to nothing.
-PLAINLY = (
+os.environ.setdefault(
+    "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
-os.environ.setdefault("XLA_FLAGS", PLAINLY)
 
 import jax
 import pytest
