@@ -224,13 +224,6 @@ def check_resolution(t, dtype, trace: Trace):
         )
 
 
-def trace_of_times(func, exact, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
-    """`trace_of` a function that may look at the time, which it is then told closely enough."""
-    trace, leaves = trace_of(func, y0, t, func_time, args, checked)
-    check_resolution(exact, func_time, trace)
-    return trace, leaves
-
-
 def check_times(t):
     if not np.all(np.isfinite(t)):
         raise ValueError(f"The times `t` must be finite; got {t[~np.isfinite(t)][0]}.")
@@ -266,15 +259,17 @@ def step_size(dt, method: Method, name):
     return dt
 
 
-def known_steps(dt, t, since, driven: bool) -> tuple[int | None, Any]:
-    """How many steps of equal size, if that is known, and else the `dt` that says it.
+def known_steps(dt, t, since, driven: bool, max_steps: int, events) -> tuple[int | None, Any, int]:
+    """How many steps of equal size, if that is known, and else the `dt` that says it; and how many trial steps
+    there are at most: beside those of equal size, with events, `max_steps` others.
 
     `since` is t - t[0], if that is known better than t.
     """
     t = t if since is None else since
     if dt is None or driven or not known(dt, t):
-        return None, dt
-    return known_number_of_steps(dt, t), None
+        return None, dt, max_steps
+    steps = known_number_of_steps(dt, t)
+    return steps, None, max_steps + steps if events else steps
 
 
 def known_number_of_steps(dt, t) -> int:

@@ -204,9 +204,11 @@ def solve(
     dt = arguments.step_size(dt, method, name)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    at = y0, t, func_time, args
-    func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
-    trace, leaves = arguments.trace_of_times(func, exact, *at)
+    func, beside, of_jac = constraints.told(
+        func, at := (y0, t, func_time, args), method, name, mass, jac
+    )
+    trace, leaves = arguments.trace_of(func, *at)
+    arguments.check_resolution(exact, func_time, trace)
     driven = asks(trace.jaxpr)
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     folding = fold_of(fold, exact, *at)
@@ -218,18 +220,16 @@ def solve(
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
     since = None if exact is None else (exact - exact[0]).astype(t.dtype)
-    steps, dt = arguments.known_steps(dt, t, since, driven)
-    most = max_steps + (steps or 0) if happening.arrays else steps or max_steps
+    steps, dt, most = arguments.known_steps(dt, t, since, driven, max_steps, happening.arrays)
     static = Static(
-        trace=trace, method=method, controller=arguments.controller_or_default(controller), steps=steps,
-        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, func_time=func_time,
-        bounded=not (isinstance(mxstep, float) and mxstep == np.inf), consistent=consistent, jac=of_jac,
-        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
-        throw=throw is True and not known(arrays), saved=saved, fold=folding.trace,
-        seen=not driven and dt is None and known(t, rtol, atol, limits),
-        output=output_of(dense, saved, save_steps, most, bool(after_events)),
+        controller=arguments.controller_or_default(controller), fold=folding.trace, method=method, steps=steps,
+        adjoint=arguments.named_adjoint(adjoint, method), saved=saved, jac=of_jac,
+        bounded=not (isinstance(mxstep, float) and mxstep == np.inf), throw=throw is True and not known(arrays),
+        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), consistent=consistent, trace=trace,
+        seen=not driven and dt is None and known(t, rtol, atol, limits), func_time=func_time, max_steps=most,
+        output=output_of(dense, saved, save_steps, most, bool(after_events)), events=happening.static,
     )  # fmt: skip
-    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, *extra)
+    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt, beside, extra)
     return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
@@ -238,7 +238,7 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
     solution = run(program, static, *given, *times, *limits)
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
-    *options, dt, beside, _, of_events, of_fold = limits
+    *options, dt, beside, extra = limits
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
     end = times[0][-1]
     chosen_steps = method.error_order and static.steps is None and dt is None
@@ -247,7 +247,7 @@ def answer(program, static, given, times, limits, throw: bool | None) -> Solutio
         return checked(solution, end, throw)
     slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
     again = lambda *times: run(
-        program, plain, *given, *times, *options, dt, beside, None, of_events, of_fold
+        program, plain, *given, *times, *options, dt, beside, (None, *extra[1:])
     )
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
     hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
@@ -301,25 +301,14 @@ def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int
 
 @partial(jax.jit, static_argnums=0)
 def compiled(
-    static: Static,
-    leaves,
-    y0,
-    t,
-    since,
-    rtol,
-    atol,
-    mxstep,
-    hmax,
-    dt,
-    beside,
-    watched,
-    of_events,
-    of_fold,
+    static: Static, leaves, y0, t, since, rtol, atol, mxstep, hmax, dt, beside, extra
 ) -> Solution:
-    """The solve. `since` is t - t[0], if that is known better than t.
+    """The solve. `since` is t - t[0], if that is known better than t; `extra` are the arrays of `save`, events
+    and a fold.
 
-    With a function of the state (whose arrays are `watched`) ys are its rows, and the state at the end.
+    With a function of the state ys are its rows, and the state at the end.
     """
+    watched, of_events, of_fold = extra
     rtol, atol, mxstep, hmax = lax.stop_gradient((rtol, atol, mxstep, hmax))
     times, steps = t if since is None else since, static.steps
     ss, span = unit_times(times)
@@ -345,18 +334,11 @@ def compiled(
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
     integrator = Integrator(
-        method=static.method,
-        controller=static.controller,
-        max_steps=static.max_steps,
-        output=static.output,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        hmax=if_valid(hmax.astype(t.dtype) / long, 0),
-        hmin=lax.stop_gradient(hmin),
-        mxstep=mxstep.astype(t.dtype) if static.bounded else None,
+        method=static.method, controller=static.controller, max_steps=static.max_steps, steps=steps,
+        output=static.output, rtol=rtol, atol=atol, hmax=if_valid(hmax.astype(t.dtype) / long, 0),
+        hmin=lax.stop_gradient(hmin), mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         fold=outputs.estimates if static.heuristics else None,
-    )
+    )  # fmt: skip
     integrator, field, start, unravel = as_one_vector(integrator, field, y0)
     rows, report = adjoint(integrator, field, start, ss)
     t_given = t
@@ -375,8 +357,7 @@ def compiled(
         estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
     mask = None if mask is None else if_valid(mask, False)
     solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened, folded)
-    given = leaves, y0, t_given, beside, watched, of_events, of_fold
-    return ended(solution, static.throw, given)
+    return ended(solution, static.throw, (leaves, y0, t_given, beside, extra))
 
 
 def as_one_vector(integrator: Integrator, field, y0):
@@ -423,13 +404,13 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
         return compiled(static, leaves, y0, t, since, *options)
     quiet = dataclasses.replace(static, trace=split.trace, throw=False)
 
-    *options, of_fold = options
+    *options, beside, (*extra, of_fold) = options
     start, *function = (None,) if of_fold is None else of_fold
 
     def stretch(leaves, given, t):
         y, value = given
-        more = None if of_fold is None else (value, *function)
-        part = compiled(quiet, leaves, y, t, None, *options, more)
+        of_value = None if of_fold is None else (value, *function)
+        part = compiled(quiet, leaves, y, t, None, *options, beside, (*extra, of_value))
         if static.saved is None:
             return part, (jax.tree.map(lambda y: y[-1], part.ys), part.folded)
         return part._replace(ys=part.ys[0]), (part.ys[1], part.folded)
@@ -438,7 +419,7 @@ def from_knot_to_knot(static: Static, leaves, y0, t, since, *options) -> Solutio
     solution = solution._replace(folded=folded)
     if static.saved is not None:
         solution = solution._replace(ys=(solution.ys, end))
-    return ended(solution, static.throw, (leaves, y0, t, options[-3:], of_fold))
+    return ended(solution, static.throw, (leaves, y0, t, beside, extra, of_fold))
 
 
 def ended(solution: Solution, throw: bool, inputs) -> Solution:

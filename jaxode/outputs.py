@@ -84,8 +84,8 @@ class Times:
 
     def passed(self, ss, row, s, h) -> Array:
         """Whether, going back over a step of size h, a row lies after its start s."""
-        here = tree.row(ss, jnp.maximum(row, 0))
-        return (row >= 0) & ((here >= from_here(s)) & (h > 0) if self.after else here > s)
+        of_step = lambda here: (here >= from_here(s)) & (h > 0) if self.after else here > s
+        return (row >= 0) & of_step(tree.row(ss, jnp.maximum(row, 0)))
 
     def value(self, f, time, s, h, y, d) -> PyTree:
         """The row of a time inside the step from s to s + h."""
