@@ -80,11 +80,12 @@ def about_words(unknown) -> str:
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
-def method_for(name, linear, y0) -> Method:
-    """The method of this name for a state like y0, with its linear algebra if that is given."""
+def method_for(name, linear, y0, dt) -> tuple[Method, Any]:
+    """The method of this name for a state like y0, with its linear algebra if that is given; and the size of its
+    steps if they are equal."""
     method = with_linear(named(name), name, linear).suited_to(y0)
     method.check(None, y0)
-    return method
+    return method, step_size(dt, method, name)
 
 
 def with_linear(method: Method, name, linear) -> Method:

@@ -200,13 +200,11 @@ def solve(
     func = arguments.present(unknown, func, t)
     y0, max_steps = arguments.as_state(y0), arguments.whole("max_steps", max_steps)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.method_for(method, linear, y0)
-    dt = arguments.step_size(dt, method, name)
+    name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    func, beside, of_jac = constraints.told(
-        func, at := (y0, t, func_time, args), method, name, mass, jac
-    )
+    at = y0, t, func_time, args
+    func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
     trace, leaves = arguments.trace_of(func, *at)
     arguments.check_resolution(exact, func_time, trace)
     driven = asks(trace.jaxpr)
