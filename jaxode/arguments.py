@@ -81,8 +81,8 @@ def about_words(unknown) -> str:
 
 
 def method_for(name, linear, y0, dt) -> tuple[Method, Any]:
-    """The method of this name for a state like y0, with its linear algebra if that is given; and the size of its
-    steps if they are equal."""
+    """The method of this name for a state like y0, with its linear algebra if that is given; and the size of
+    its steps if they are equal."""
     method = with_linear(named(name), name, linear).suited_to(y0)
     method.check(None, y0)
     return method, step_size(dt, method, name)

@@ -380,12 +380,8 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    return (
-        t,
-        (rows, of_success(end, succeeded(report.status, report.happened is not None))),
-        None,
-        None,
-    )
+    end = of_success(end, succeeded(report.status, report.happened is not None))
+    return t, (rows, end), None, None
 
 
 def of_success(value: PyTree, fine):

@@ -184,9 +184,7 @@ class EveryStep:
     count: int
     dense: bool = False
     save: Callable | None = None
-    after: bool = (
-        False  # of the solution that is evaluated later; rows begin with what events have made
-    )
+    after: bool = False  # for dense output: rows begin with what an event has made in any case
     first = 0
     each_step = True
 
