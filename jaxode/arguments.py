@@ -81,11 +81,12 @@ def about_words(unknown) -> str:
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
-def method_for(name, linear, y0) -> Method:
-    """The method of this name for a state like y0, with its linear algebra if that is given."""
+def method_for(name, linear, y0, dt) -> tuple[Method, Any]:
+    """The method of this name for a state like y0, with its linear algebra if that is given; and the size of
+    its steps if they are equal."""
     method = with_linear(named(name), name, linear).suited_to(y0)
     method.check(None, y0)
-    return method
+    return method, step_size(dt, method, name)
 
 
 def with_linear(method: Method, name, linear) -> Method:
@@ -223,13 +224,6 @@ def check_resolution(t, dtype, trace: Trace):
             "t - t[0], and let func add to its time what it needs), or use float64: set "
             "jax_enable_x64, and pass `t` as a float64 array."
         )
-
-
-def trace_of_times(func, exact, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
-    """`trace_of` a function that may look at the time, which it is then told closely enough."""
-    trace, leaves = trace_of(func, y0, t, func_time, args, checked)
-    check_resolution(exact, func_time, trace)
-    return trace, leaves
 
 
 def check_times(t):

@@ -2,6 +2,14 @@
 
 The value is a part of the memory that one step hands to the next. So it is where the state is, on a tape,
 in lanes, and backwards: the loops and the adjoints need to know nothing of it.
+
+>>> import jax.numpy as jnp
+>>> from jaxode import solve
+>>> swing = lambda y, t: jnp.stack([y[1], -y[0]])
+>>> of_step = lambda value, y, t: (jnp.minimum(value[0], y[0]), value[1] + 1)
+>>> sol = solve(swing, jnp.array([1.0, 0.0]), [0.0, 6.0], fold=((jnp.inf, 0), of_step), hmax=0.1)
+>>> round(float(sol.folded[0]), 2), int(sol.folded[1]) == int(sol.stats.accepted)
+(-1.0, True)
 """
 
 import dataclasses
@@ -23,7 +31,7 @@ from jaxode.stepping.field import Field, unravelled
 
 
 class Fold(NamedTuple):
-    """A fold with its function traced: `trace` of ((value, y), t), what is static; and its arrays, (start,
+    """A fold with its function traced: `trace` of ((value, y), t), which is static, and its arrays, (start,
     leaves of the function). Both are None if there is none."""
 
     trace: Trace | None
@@ -61,13 +69,14 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
     checked = lambda value, given: like_start(value, given[0])
     given = (start, y0), t, func_time, args
     try:
-        trace, leaves = arguments.trace_of_times(OfPair(fold[1]), exact, *given, checked)
+        trace, leaves = arguments.trace_of(OfPair(fold[1]), *given, checked)
     except TypeError as error:
         if "positional argument" not in str(error):
             raise
         raise TypeError(
             f"the function of a `fold` is called as function(value, y, t, *args): {error}"
         ) from error
+    arguments.check_resolution(exact, func_time, trace)
     trace, leaves = trace.needed(leaves)
     return Fold(trace, (start, leaves))
 

@@ -207,8 +207,7 @@ def solve(
     """
     func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.method_for(method, linear, y0)
-    dt = arguments.step_size(dt, method, name)
+    name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
     limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
     at = y0, t, func_time, args

@@ -84,8 +84,8 @@ class Times:
 
     def passed(self, ss, row, s, h) -> Array:
         """Whether, going back over a step of size h, a row lies after its start s."""
-        here = tree.row(ss, jnp.maximum(row, 0))
-        return (row >= 0) & ((here >= from_here(s)) & (h > 0) if self.after else here > s)
+        of_step = lambda here: (here >= from_here(s)) & (h > 0) if self.after else here > s
+        return (row >= 0) & of_step(tree.row(ss, jnp.maximum(row, 0)))
 
     def value(self, f, time, s, h, y, d) -> PyTree:
         """The row of a time inside the step from s to s + h."""
@@ -184,9 +184,7 @@ class EveryStep:
     count: int
     dense: bool = False
     save: Callable | None = None
-    after: bool = (
-        False  # of the solution that is evaluated later; rows begin with what events have made
-    )
+    after: bool = False  # for dense output: rows begin with what an event has made in any case
     first = 0
     each_step = True
 

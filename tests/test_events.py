@@ -419,12 +419,17 @@ def test_states_recorded_dense_output_and_rows_of_a_function_are_those_after_cha
 
 @pytest.mark.parametrize("after", [False, True])
 def test_of_a_condition_the_state_after_its_change_is_recorded_if_that_is_wanted(after):
-    top = Event(lambda y, t: y - 1, direction="up", change=lambda y, t: 0 * y - 1, keep=2)
-    options = dict(events=[top], after_events=after, method="bosh3")
-    sol = solve(lambda y, t: 1 + 0 * y, 0.0, [0.0, 2.0, 4.0], **options)
-    np.testing.assert_allclose(sol.events[0].times, [1.0, 3.0], rtol=1e-10)
-    np.testing.assert_allclose(sol.events[0].states, -1.0 if after else 1.0, rtol=1e-10)
-    np.testing.assert_allclose(sol.ys, [0.0, 0.0, 0.0], atol=1e-10)
+    """A state that rises with slope 1, up to a, where it becomes t - 3 a = -2 a."""
+    top = Event(lambda y, t, a: y - a, direction="up", change=lambda y, t, a: t - 3 * a, keep=1)
+
+    def found(a):
+        options = dict(events=[top], after_events=after, method="bosh3")
+        sol = solve(lambda y, t, a: 1 + 0 * y, 0.0, [0.0, 2.0, 3.0], a, **options)
+        return sol.events[0].states[0], sol.ys
+
+    (state, ys), slope = jax.value_and_grad(found, has_aux=True)(jnp.array(1.5))
+    np.testing.assert_allclose([state, slope], [-3.0, -2.0] if after else [1.5, 1.0], rtol=1e-10)
+    np.testing.assert_allclose(ys, [0.0, -2.5, -1.5], atol=1e-10)
 
 
 def test_a_solve_that_ends_at_the_time_of_an_output_has_the_state_after_the_change_there():
