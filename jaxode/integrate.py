@@ -21,8 +21,9 @@ from jaxode.events import Given, look_for, occurrences, with_events
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
-from jaxode.signals import Split, asks, piecewise, valid_times
-from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, succeeded
+from jaxode.signals import Split, piecewise, valid_times
+from jaxode.solution import Heuristics, Solution, SolveError, Stats, Status, other_end, succeeded
+from jaxode.stepping.budget import Budget
 from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator
 from jaxode.stepping.observers import log_of
@@ -94,6 +95,7 @@ def solve(
     events=None,
     log: int | None = None,
     progress: bool = False,
+    max_evaluations: int | None = None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -171,6 +173,14 @@ def solve(
             differentiated; not with signals. `jaxode.explain` reads it.
         progress: show a bar of tqdm, for one long solve: a host callback each time that another hundredth of
             the interval is done. Under `jax.vmap` it is off, with a warning. Not with signals.
+        max_evaluations: a budget of evaluations of func, which the solve never exceeds: errors may be larger
+            than tolerated, and steps longer (than `hmax`, too), where what is left of it asks for that, so that
+            the last time is reached. The status is then `Status.BUDGET`, no failure, and `Solution.error` the
+            largest error of a step over what is tolerated. With plenty (up to twice of what the solve takes:
+            it is not known in advance) the steps are those without a budget. With so few steps that they are
+            not stable the solution may not be finite, which is a failure. For methods whose steps cost the
+            same: explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
+            signals, or `dt`.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -196,15 +206,12 @@ def solve(
     """
     func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
     t, exact, func_time = arguments.as_times(t, y0)
-    name, method = method, arguments.method_for(method, linear, y0)
-    dt = arguments.step_size(dt, method, name)
+    name, method, dt = arguments.method_and_step(method, linear, dt, y0)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
-    limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    at = y0, t, func_time, args
+    at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
     trace, leaves = arguments.trace_of(func, *at)
-    arguments.check_resolution(exact, func_time, trace)
-    driven = asks(trace.jaxpr)
+    driven = arguments.is_driven(trace, exact, func_time)
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t)
@@ -213,14 +220,16 @@ def solve(
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, beside, extra))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
+    kept = len(t), dense, save_steps
+    budget = arguments.budget_of(max_evaluations, name, method, dt, kept, driven, happening)
     since, steps, dt, most = arguments.known_steps(dt, t, exact, max_steps, driven, happening)
     static = Static(
-        trace=trace, method=method, controller=arguments.controller_or_default(controller),
-        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps,
-        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf),
-        heuristics=arguments.wants_heuristics(heuristics, adjoint, method),
-        throw=throw is True and not known(arrays), consistent=consistent, events=happening.static,
-        seen=not driven and dt is None and known(t, rtol, atol, limits), jac=of_jac, saved=saved,
+        trace=trace, method=method, controller=arguments.controller_or_default(controller), jac=of_jac,
+        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, steps=steps, saved=saved,
+        func_time=func_time, bounded=not (isinstance(mxstep, float) and mxstep == np.inf), budget=budget,
+        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), consistent=consistent,
+        throw=throw is True and not known(arrays), events=happening.static,
+        seen=not driven and dt is None and known(t, rtol, atol, limits),
         output=output_of(dense, saved, save_steps, most),
         observers=arguments.watched(log, progress, most, driven),
     )  # fmt: skip
@@ -284,6 +293,7 @@ class Static:
     consistent: bool
     events: Any
     observers: tuple
+    budget: Budget | None
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int):
@@ -337,6 +347,7 @@ def compiled(
         mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         fold=outputs.estimates if static.heuristics else None,
         observers=static.observers,
+        budget=static.budget,
     )
     integrator, field, start, unravel = as_one_vector(integrator, field, y0)
     rows, report = adjoint(integrator, field, start, ss)
@@ -347,17 +358,25 @@ def compiled(
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * report.reached)
-    estimates, happened = None, None
-    if happening is not None:
-        happened = occurrences(happening, report.folded)
-    elif report.folded is not None:
-        error, stiffness = report.folded  # the latter per unit of [0, 1]
-        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
+    estimates, happened = folds_of(report, happening, long)
     mask = None if mask is None else if_valid(mask, False)
     tried = report.accepted + report.rejected
     log = log_of(static.observers, report.seen, tried, t_given[0], span)
-    solution = Solution(t, ys, status, stats, reached, estimates, dense, mask, happened, log)
+    solution = Solution(
+        t, ys, status, stats, reached, estimates, dense, mask, happened, log, report.error
+    )
     return ended(solution, static.throw, (leaves, y0, t_given, beside, watched, of_events))
+
+
+def folds_of(report, happening: Given | None, long):
+    """(heuristics, events) of a solution, from what was folded over its steps."""
+    if happening is not None:
+        return None, occurrences(happening, report.folded)
+    if report.folded is None:
+        return None, None
+    error, stiffness = report.folded  # the latter per unit of [0, 1]
+    long = lax.convert_element_type(long, stiffness.dtype)
+    return Heuristics(error, stiffness / long), None
 
 
 def as_one_vector(integrator: Integrator, field, y0):
@@ -382,7 +401,7 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    fine = succeeded(report.status, report.happened is not None)
+    fine = report.succeeded
     return t, (rows, jax.tree.map(lambda y: jnp.where(fine, y, jnp.nan), end)), None, None
 
 
@@ -410,15 +429,15 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
     """The solution, with an error (by a host callback), and derivatives that are NaN, if it failed."""
     dense, status = solution.dense, solution.status
     states = None if dense is None else dense.states
-    ys = solution.ys, states, solution.events
+    ys, other = (solution.ys, states, solution.events), other_end(solution.events, solution.error)
     if throw:
         codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
         messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-        failed = ~succeeded(status, solution.events is not None)
+        failed = ~succeeded(status, other)
         ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    fine = succeeded(status, solution.events is not None)
+    fine = succeeded(status, other)
     numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
     ys, states, happened = eqx.combine(poisoned(numbers, fine, inputs), counts)
     if dense is not None:

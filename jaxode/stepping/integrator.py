@@ -17,7 +17,9 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.controllers import Controller, first_step
 from jaxode.methods.method import Method, Step
-from jaxode.solution import Status
+from jaxode.solution import Status, other_end, succeeded
+from jaxode.stepping import budget
+from jaxode.stepping.budget import Budget, Forced
 from jaxode.stepping.events import Watch
 
 
@@ -32,6 +34,12 @@ class Report(NamedTuple):
     folded: Any = None  # what `Integrator.fold` made of the steps, if there was one
     happened: Any = None  # how many events, each of which was a step of size 0
     seen: tuple = ()  # the values of the observers
+    error: Any = None  # with a budget, the largest error over what is tolerated
+
+    @property
+    def succeeded(self) -> Array:
+        """Whether the solve ended as it should."""
+        return succeeded(self.status, other_end(self.happened, self.error))
 
     @property
     def steps(self) -> Array:
@@ -44,7 +52,7 @@ class State(NamedTuple):
 
     `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
     next output, `folded` what a fold over the steps has come to, `watch` what events need to know, `seen`
-    the values of the observers.
+    the values of the observers, `forced` the steps that a budget made longer.
     """
 
     s: Array
@@ -61,6 +69,7 @@ class State(NamedTuple):
     folded: Any
     watch: Watch | None = None
     seen: tuple = ()
+    forced: Forced | None = None
 
     @property
     def steps(self) -> Array:
@@ -91,7 +100,7 @@ class Integrator(eqx.Module):
     `hmax` and `hmin` are in units of the interval; `max_steps` bounds trial steps, `mxstep` those
     between two outputs. `controlled` picks the part of a state whose error counts. `output` and
     `fold` are what is kept of the solve (`jaxode.outputs`), and `observers` watch its trial steps
-    (`jaxode.stepping.observers`).
+    (`jaxode.stepping.observers`). `budget` bounds the evaluations of func.
     """
 
     method: Method = eqx.field(static=True)
@@ -107,6 +116,7 @@ class Integrator(eqx.Module):
     controlled: Callable = eqx.field(static=True, default=lambda y: y)
     fold: Any = eqx.field(static=True, default=None)
     observers: tuple = eqx.field(static=True, default=())
+    budget: Budget | None = eqx.field(static=True, default=None)
 
     def __call__(self, f, y0: PyTree, ss: Array):
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -154,6 +164,7 @@ class Integrator(eqx.Module):
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
             output=none + self.output.first, folded=None, seen=unseen(self, dtype),
+            forced=None if self.budget is None else Forced(none, zero, zero),
         )  # fmt: skip
 
     def first_size(self, f, y0, slope, zero):
@@ -179,7 +190,8 @@ class Integrator(eqx.Module):
         if state.watch is not None:
             more = more | state.is_due
         go = more & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
-        return go if state.since is None else go & self.in_time(state)
+        go = go if state.since is None else go & self.in_time(state)
+        return go if self.budget is None else go & (budget.payable(self, state) > 0)
 
     def in_time(self, state: State):
         """Whether there are not too many trial steps since the last output."""
@@ -192,7 +204,8 @@ class Integrator(eqx.Module):
             i = lax.convert_element_type(state.equal_steps, end.dtype)
             s, s1 = end * (i / count), end * ((i + 1) / count)
             return s1, s1 - s
-        s1 = lax.min(state.s + state.h, end)
+        spare = self.budget is None
+        s1 = lax.min(state.s + state.h, end) if spare else budget.next_end(self, state, end)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
 
     def accept_or_reject(self, state: State, step: Step, s1, h, go=True, veto=None) -> State:
@@ -207,24 +220,10 @@ class Integrator(eqx.Module):
             evaluations=state.evaluations + tried * step.evaluations,
             since=None if state.since is None else state.since + tried,
         )
-        if not self.adaptive:
-            # A step that is not finite ends the solve where it began.
-            fine = self.finite(step.y, step.slope) & step.converged
-            accept, stop = fine & go, ~fine & go
-            accept = accept if veto is None else accept & ~veto
-            h = jnp.where(stop, 0, state.h)
-            ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
-            history = state.history
-        else:
-            ratio = error_over_tolerance(self, state.y, step)
-            accept = fine = (ratio <= 1) & go
-            accept = accept if veto is None else accept & ~veto
-            factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
-            h = lax.min(h * factor, self.hmax)
-            if veto is not None:
-                h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
-            if go is not True:
-                ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
+        decided = decided_by_error if self.adaptive else decided_by_finiteness
+        accept, ratio, h, history = decided(self, state, step, s1, h, go, veto)
+        if state.forced is not None:
+            counted["forced"] = budget.counted(self, state, s1, ratio, h_taken, accept, go)
         before = state.s, state.y, state.memory, state.history
         after = s1, step.y, step.memory, history
         s, y, memory, history = tree.where(accept, after, before)
@@ -240,6 +239,36 @@ class Integrator(eqx.Module):
     def report(self, state: State, y0, slope0, end) -> Report:
         """How a solve that has stopped went."""
         return report_of(self, state, y0, slope0, end)
+
+
+def decided_by_finiteness(self: Integrator, state: State, step: Step, s1, h, go, veto):
+    """Whether a step of equal size is accepted; the ratio, the next size and the history. One that is not
+    finite ends the solve where it began."""
+    fine = self.finite(step.y, step.slope) & step.converged
+    accept, stop = fine & go, ~fine & go
+    accept = accept if veto is None else accept & ~veto
+    h = jnp.where(stop, 0, state.h)
+    ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
+    return accept, ratio, h, state.history
+
+
+def decided_by_error(self: Integrator, state: State, step: Step, s1, h, go, veto):
+    """The same of a step whose error is estimated."""
+    ratio = error_over_tolerance(self, state.y, step)
+    scaled, fine = ratio, ratio <= 1
+    if self.budget is not None:
+        scaled = ratio / budget.allowed(self, state, ratio, h)
+        finite = jnp.isfinite(ratio) & self.finite(step.y)
+        fine = (scaled <= 1) | (budget.is_forced(self, state, s1) & finite)
+    accept = fine = fine & go
+    accept = accept if veto is None else accept & ~veto
+    factor, history = self.controller(scaled, state.history, self.method.error_order + 1)  # type: ignore[operator]
+    h = lax.min(h * factor, self.hmax)
+    if veto is not None:
+        h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
+    if go is not True:
+        ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
+    return accept, ratio, h, history
 
 
 def unseen(integrator: Integrator, dtype) -> tuple:
@@ -300,7 +329,7 @@ def of_failed(ratio, converged):
 def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     """How a solve that has stopped went."""
     if self.adaptive:
-        spent = state.tried >= self.max_steps
+        spent = state.tried >= self.max_steps if self.budget is None else jnp.array(False)
         done = state.s >= end
     else:
         n = self.step_count(end)
@@ -313,7 +342,10 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     if self.method.implicit:
         cut = jnp.where(state.ratio == jnp.inf, Status.NOT_CONVERGED.value, cut)
     status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
-    reached = state.s
+    reached, error = state.s, None
+    if state.forced is not None:
+        steps, error, _ = state.forced
+        status = jnp.where(done & (steps > 0), Status.BUDGET.value, status)
     if state.watch is not None:
         ended = state.watch.status != 0
         status = jnp.where(ended, state.watch.status, status)
@@ -322,6 +354,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     return Report(
         status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
         state.tried - state.accepted, state.folded, state.happened, state.seen,
+        error,
     )  # fmt: skip
 
 
