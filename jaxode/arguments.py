@@ -20,7 +20,8 @@ from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
 from jaxode.methods.names import by_name, methods, named
-from jaxode.signals import crowded
+from jaxode.signals import asks, crowded
+from jaxode.stepping.budget import START, Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.tree import known
 
@@ -67,7 +68,7 @@ WORDS = by_name({
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events after_events fold resumable log progress"
+    "save_steps events after_events fold resumable log progress max_evaluations"
 ).split()
 
 
@@ -213,6 +214,12 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     since, kept = exact - exact[0], np.asarray(t, np.float64) - float(t[0])
     lost = np.max(abs(kept - since)) > 2 * float(jnp.finfo(counted).eps) * np.max(abs(since))
     return t, exact if lost else None, seen
+
+
+def is_driven(trace: Trace, exact, func_time) -> bool:
+    """Whether func asks signals; an error if it sees times that its dtype cannot tell apart."""
+    check_resolution(exact, func_time, trace)
+    return asks(trace.jaxpr)
 
 
 def check_resolution(t, dtype, trace: Trace):
@@ -395,6 +402,11 @@ def limit(name, value):
     return np.asarray(value, jnp.result_type(float)) if known(value) else value
 
 
+def limits(mxstep, hmax) -> tuple:
+    """The most steps between two outputs, and the largest step."""
+    return limit("mxstep", mxstep), limit("hmax", hmax)
+
+
 def whole(name, value) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
@@ -432,6 +444,33 @@ def watched(log, progress, max_steps: int, driven: bool) -> tuple:
                 "events=[Event(times=knots)]."
             )
     return (*(() if log is None else (log,)), *((Progress(),) if progress else ()))
+
+
+def budget_of(evaluations, name, method: Method, dt, kept, driven: bool, happening):
+    """The budget of evaluations of a solve, if there is one. What is `kept`, the number of times, and whether
+    `dense` or `save_steps`, says whether outputs lie inside of steps."""
+    if evaluations is None:
+        return None
+    evaluations = whole("max_evaluations", evaluations)
+    if driven or happening.static is not None or dt is not None:
+        raise ValueError(
+            "`max_evaluations` is for steps that adapt, from the first time to the last: not with events, "
+            "signals, or `dt` (whose steps are a budget). Leave one of the two out."
+        )
+    if method.step_evaluations is None:
+        raise ValueError(
+            f"`max_evaluations` needs to know what a step costs, and those of {name!r} iterate or differ: pass "
+            "method='tsit5', 'dop853' or, if the problem is stiff, 'rodas5p'."
+        )
+    times, dense, save_steps = kept
+    inside = dense or (times > 2 and not save_steps)
+    cost = method.step_evaluations + (method.inside_evaluations if inside else 0)
+    if evaluations < START + cost:
+        raise ValueError(
+            f"`max_evaluations` = {evaluations} cannot pay a step of {name!r}, which takes {cost}, and {START} "
+            f"to begin: pass at least {START + cost}."
+        )
+    return Budget(evaluations, cost)
 
 
 def wants_heuristics(heuristics, adjoint, method: Method) -> bool:

@@ -135,7 +135,7 @@ def facts_of(solution: Solution, y0: PyTree, clipped: bool, options: dict) -> Fa
     log = log._replace(times=log.times.astype(np.float64), sizes=log.sizes.astype(np.float64))
     y0 = arguments.as_state(y0)
     name = options.get("method", "tsit5")
-    method = arguments.method_for(name, options.get("linear"), y0)
+    method = arguments.method_for(name, options.get("linear"), y0, options.get("dt"))[0]
     given = options.get("rtol"), options.get("atol")
     rtol, atol = (vector(x, y0) for x in arguments.tolerances(*given, y0, method))
     roundings = [float(jnp.finfo(y.dtype).eps) for y in jax.tree.leaves(y0)]

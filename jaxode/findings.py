@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode.methods.method import Method
-from jaxode.solution import Solution, Status, TrialSteps
+from jaxode.solution import Solution, Status, TrialSteps, succeeded
 
 MANY = 100  # trial steps from which on a solve is asked what holds its steps short
 NEAR_LIMIT = (
@@ -74,7 +74,7 @@ class Facts:
 
     @property
     def failed(self) -> bool:
-        return self.status not in (Status.SUCCESS, Status.EVENT)
+        return not succeeded(self.status)
 
     @property
     def start(self) -> float:

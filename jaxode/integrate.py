@@ -17,7 +17,6 @@ from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method
 from jaxode.program import Extras, Static, compiled, from_knot_to_knot, output_of
 from jaxode.resuming import Resuming, wanted
-from jaxode.signals import asks
 from jaxode.solution import Solution, SolveError, Stats, Status, succeeded
 from jaxode.tree import known
 
@@ -90,6 +89,7 @@ def solve(
     resumable: bool = False,
     log: int | None = None,
     progress: bool = False,
+    max_evaluations: int | None = None,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -182,6 +182,14 @@ def solve(
             differentiated; not with signals. `jaxode.explain` reads it.
         progress: show a bar of tqdm, for one long solve: a host callback each time that another hundredth of
             the interval is done. Under `jax.vmap` it is off, with a warning. Not with signals.
+        max_evaluations: a budget of evaluations of func, which the solve never exceeds: errors may be larger
+            than tolerated, and steps longer (than `hmax`, too), where what is left of it asks for that, so that
+            the last time is reached. The status is then `Status.BUDGET`, no failure, and `Solution.error` the
+            largest error of a step over what is tolerated. With plenty (up to twice of what the solve takes:
+            it is not known in advance) the steps are those without a budget. With so few steps that they are
+            not stable the solution may not be finite, which is a failure. For methods whose steps cost the
+            same: explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
+            signals, or `dt`.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -209,16 +217,17 @@ def solve(
     t, exact, func_time = arguments.as_times(t, y0)
     name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
-    limits = arguments.limit("mxstep", mxstep), arguments.limit("hmax", hmax)
-    at = y0, t, func_time, args
+    at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
     func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
     trace, leaves = arguments.trace_of(func, *at)
-    arguments.check_resolution(exact, func_time, trace)
-    driven = asks(trace.jaxpr)
+    driven = arguments.is_driven(trace, exact, func_time)
     saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
     folding = fold_of(fold, exact, *at)
     resumable = wanted(
-        resumable, exact, driven, (dense, save_steps, heuristics, log, progress, events)
+        resumable,
+        exact,
+        driven,
+        (dense, save_steps, heuristics, max_evaluations, log, progress, events),
     )
     if len(t) == 0:
         return no_times(y0 if saved is None else saved.like(), t, folding.start)
@@ -227,6 +236,8 @@ def solve(
     arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
     problem = constraints.Problem(trace, of_jac, method, func_time)
     y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
+    kept = len(t), dense, save_steps
+    budget = arguments.budget_of(max_evaluations, name, method, dt, kept, driven, happening)
     since, steps, dt, most = arguments.known_steps(
         dt, t, exact, max_steps, driven or resumable, happening
     )
@@ -237,7 +248,7 @@ def solve(
         heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
         throw=throw is True and not known(arrays), saved=saved, fold=folding.trace, resumable=resumable,
         seen=not driven and dt is None and known(t, rtol, atol, limits),
-        output=output_of(dense, saved, save_steps, most, bool(after_events)),
+        budget=budget, output=output_of(dense, saved, save_steps, most, bool(after_events)),
         observers=arguments.watched(log, progress, most, driven),
     )  # fmt: skip
     given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras

@@ -20,7 +20,8 @@ from jaxode.folds import Fold, with_fold
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Method
 from jaxode.signals import Split, piecewise, valid_times
-from jaxode.solution import Heuristics, Solution, Stats, Status, succeeded
+from jaxode.solution import Heuristics, Solution, Stats, Status, other_end, succeeded
+from jaxode.stepping.budget import Budget
 from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator, State
 from jaxode.stepping.observers import log_of
@@ -51,6 +52,7 @@ class Static:
     fold: Trace | None
     resumable: bool
     observers: tuple
+    budget: Budget | None
 
 
 def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int, after: bool):
@@ -105,35 +107,20 @@ def compiled(
     t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, start)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
     ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
-    folded = of_success(report.carried, succeeded(status, happening is not None))
+    folded = of_success(report.carried, succeeded(status, other_end(happening, report.error)))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = report.reached * ss[-1] if static.resumable else report.reached
     reached = lax.stop_gradient(t_given[0] + jnp.where(ss[-1] > 0, span, 0) * reached)
     if extras.before is not None:  # the first time is the start of all
         t, ys = t[1:], first_row_dropped(ys, static.saved)
-    estimates, happened = None, None
-    if happening is not None:
-        happened = occurrences(happening, report.folded)
-    elif report.folded is not None:
-        error, stiffness = report.folded  # the latter per unit of [0, 1]
-        estimates = Heuristics(error, stiffness / lax.convert_element_type(long, stiffness.dtype))
+    estimates, happened = folds_of(report, happening, long)
     mask = None if mask is None else if_valid(mask, False)
     tried = report.accepted + report.rejected
     log = log_of(static.observers, report.seen, tried, t_given[0], span)
     solution = Solution(
-        t,
-        ys,
-        status,
-        stats,
-        reached,
-        estimates,
-        dense,
-        mask,
-        happened,
-        folded,
-        log,
+        t, ys, status, stats, reached, estimates, dense, mask, happened, folded, log, report.error,
         report.going_on,
-    )
+    )  # fmt: skip
     return ended(solution, static.throw, (leaves, y0, t_given, extras._replace(before=None)))
 
 
@@ -150,6 +137,17 @@ def adjoint_of(static: Static, extras: Extras, happening: Given | None, given) -
         consistent = static.consistent or extras.before is not None
         adjoint = constraints.of_systems(adjoint, extras.system, of_jac, consistent)
     return adjoint
+
+
+def folds_of(report, happening: Given | None, long):
+    """(heuristics, events) of a solution, from what was folded over its steps."""
+    if happening is not None:
+        return None, occurrences(happening, report.folded)
+    if report.folded is None:
+        return None, None
+    error, stiffness = report.folded  # the latter per unit of [0, 1]
+    long = lax.convert_element_type(long, stiffness.dtype)
+    return Heuristics(error, stiffness / long), None
 
 
 def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) -> Integrator:
@@ -173,6 +171,7 @@ def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) 
         mxstep=mxstep if static.bounded else None,
         fold=outputs.estimates if static.heuristics else None,
         observers=static.observers,
+        budget=static.budget,
     )
 
 
@@ -200,7 +199,7 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
     end = end if unravel is None else unravel(end)
     return (
         t,
-        (rows, of_success(end, succeeded(report.status, report.happened is not None))),
+        (rows, of_success(end, report.succeeded)),
         None,
         None,
     )
@@ -242,14 +241,15 @@ def ended(solution: Solution, throw: bool, inputs) -> Solution:
     dense, status = solution.dense, solution.status
     states = None if dense is None else dense.states
     ys = solution.ys, states, solution.events, solution.folded
+    other = other_end(solution.events, solution.error)
     if throw:
         codes = [code for code in Status if not succeeded(code)]
         index = sum(i * (status == code.value).astype(jnp.int32) for i, code in enumerate(codes))
         messages = [f"The solve failed ({code.name.lower()}). {code.message}" for code in codes]
-        failed = ~succeeded(status, solution.events is not None)
+        failed = ~succeeded(status, other)
         ys, status = eqx.branched_error_if((ys, status), failed, index, messages)
     inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    fine = succeeded(status, solution.events is not None)
+    fine = succeeded(status, other)
     numbers, counts = eqx.partition(ys, eqx.is_inexact_array)
     ys, states, happened, folded = eqx.combine(poisoned(numbers, fine, inputs), counts)
     if dense is not None:

@@ -18,6 +18,7 @@ OPTIONS = {  # that a solve which can be resumed does not have, and what to do i
     "dense": "ask for the times that are needed in `t`",
     "save_steps": "ask for the times that are needed in `t`",
     "heuristics": "leave one of them out",
+    "max_evaluations": "end the solve earlier",
     "log": "log a solve to the same time without `resumable`",
     "progress": "each part that ends is a progress to show",
     "events": "end each part at the event (terminal=True), and start a new solve there",
@@ -70,7 +71,7 @@ class Resuming(eqx.Module):
 def check(times, late, at, status) -> None:
     """Raise if a solve cannot go on from where it is to these times."""
     codes = np.unique(status)
-    failed = codes[~succeeded(codes, False) & (codes != Status.MAX_STEPS.value)]
+    failed = codes[~succeeded(codes, None) & (codes != Status.MAX_STEPS.value)]
     if len(failed):
         code = Status(int(failed[0]))
         raise ValueError(

@@ -20,6 +20,7 @@ class Status(enum.IntEnum):
     NON_FINITE_INITIAL = 5
     NOT_CONVERGED = 6
     EVENTS_ACCUMULATE = 7
+    BUDGET = 8
     BAD_INPUT = 9
 
     @property
@@ -57,6 +58,10 @@ _MESSAGES = {
         "An event happened again and again, with no time in between. Make it `terminal` after some `count`, "
         "or let its `change` leave the root of its condition, as a ball that comes to rest does not."
     ),
+    Status.BUDGET: (
+        "The solve reached the last time with steps that are longer than `rtol` and `atol` ask for, so that it "
+        "kept to `max_evaluations`: `Solution.error` says by how much. Raise it, or loosen the tolerances."
+    ),
     Status.BAD_INPUT: (
         "The times are not increasing (or decreasing) and finite; a tolerance or limit is negative or "
         "NaN; `dt` is not positive and finite; or the knots of a signal decrease."
@@ -64,11 +69,20 @@ _MESSAGES = {
 }
 
 
-def succeeded(status, events: bool = True):
-    """Whether a solve ended as it should: at its last time or, if it has events, at a terminal one."""
-    if not events:
-        return status == Status.SUCCESS.value
-    return (status == Status.SUCCESS.value) | (status == Status.EVENT.value)
+def succeeded(status, *others: Status | None):
+    """Whether a solve ended as it should: at its last time or, as far as it can, with one of these others: by
+    default at a terminal event, or with all that a budget allowed."""
+    fine = status == Status.SUCCESS.value
+    for other in others or (Status.EVENT, Status.BUDGET):
+        fine = fine if other is None else fine | (status == other.value)
+    return fine
+
+
+def other_end(events, error) -> Status | None:
+    """How else than at its last time a solve may end as it should, if it has events or a budget."""
+    if events is not None:
+        return Status.EVENT
+    return None if error is None else Status.BUDGET
 
 
 class SolveError(RuntimeError):
@@ -138,6 +152,8 @@ class Solution(NamedTuple):
             `count`).
         folded: the last value of `fold`; NaN after a failure, and then integers in it mean nothing.
         log: `TrialSteps`, the last ones, with `log`.
+        error: with `max_evaluations` the largest error of an accepted step over what is tolerated: above 1 if
+            the budget forced steps to be too long.
         resuming: what `resume` needs, with `resumable=True`.
     """
 
@@ -152,6 +168,7 @@ class Solution(NamedTuple):
     events: tuple | None = None
     folded: PyTree = None
     log: TrialSteps | None = None
+    error: Array | None = None
     resuming: Any = None
 
     def resume(self, t) -> "Solution":

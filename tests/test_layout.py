@@ -11,7 +11,7 @@ ORDER = """
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names
     tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
-    stepping.field stepping.events stepping.integrator stepping.observers
+    stepping.field stepping.events stepping.budget stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming
     batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes

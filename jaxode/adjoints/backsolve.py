@@ -145,7 +145,7 @@ def backwards(integrator, rtol, atol):
     rtol, atol = given(rtol, integrator.rtol), given(atol, integrator.atol)
     return dataclasses.replace(
         integrator, method=integrator.method.backwards(), rtol=(rtol, rtol), atol=(atol, atol),
-        mxstep=None, output=Times(), fold=None, observers=(),
+        mxstep=None, output=Times(), fold=None, observers=(), budget=None,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from jax import lax
 
 from jaxode.adjoints.failed import held, held_by_status
 from jaxode.outputs import with_carried
-from jaxode.solution import succeeded
 from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
@@ -45,7 +44,7 @@ def direct(integrator, f, y0, ss):
 
     if report is None:
         return held_by_status(again, x, arrays, lambda out: out[1].status)
-    return again(held(x, ~succeeded(report.status, report.happened is not None)), arrays)
+    return again(held(x, ~report.succeeded), arrays)
 
 
 def taken_again(integrator, f, y0, ss, at, grid, n, report, due):

@@ -120,7 +120,8 @@ def like_solve(integrator, f, y0, ss):
         folded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.folded)
         happened = None if state.watch is None else count
     report = Report(count, jnp.zeros((), ss.dtype), count, count, count, folded, happened)
-    report = report._replace(seen=unseen(integrator, ss.dtype))
+    error = None if integrator.budget is None else jnp.zeros((), ss.dtype)
+    report = report._replace(seen=unseen(integrator, ss.dtype), error=error)
     return (ys, report), f.trace.jaxpr.effects
 
 

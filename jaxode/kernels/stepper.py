@@ -80,7 +80,7 @@ class Stepper(NamedTuple):
             return self.problems.each(self.trial_of_one)(own, state)
 
         def decide(integrator, f, ss, state, y, k, errors, move):
-            step = Step(y, k, k, errors, None, evaluations=len(self.method.c) - 1)
+            step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
             new = integrator.accept_or_reject(state, step, *move)
             return watched(integrator, state, new, move[1], step, move[2])
 

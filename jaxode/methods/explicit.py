@@ -53,6 +53,10 @@ class Tableau(Method):
         return bool(self.e and self.e[-1])
 
     @property
+    def step_evaluations(self) -> int:  # type: ignore[override]
+        return len(self.c) - 1
+
+    @property
     def inside_evaluations(self) -> int:  # type: ignore[override]
         return len(self.extra_c)
 
@@ -85,7 +89,7 @@ class Tableau(Method):
         errors = [
             tree.weighted_sum(h, [(w, k) for w, k in zip(e, ks) if w]) for e in self.estimates
         ]
-        return Step(y1, ks[-1], ks[-1], errors, ks, evaluations=len(self.c) - 1)
+        return Step(y1, ks[-1], ks[-1], errors, ks, evaluations=self.step_evaluations)
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """d_p = h sum_i B_pi k_i; some tables have further stages for that (three in dop853)."""

@@ -60,6 +60,7 @@ class Method:
             method without an estimate, which takes steps of equal size.
         estimate_sees_end: whether the error estimate depends on the slope at the end of the step,
             so that a slope that is not finite shows in it.
+        step_evaluations: evaluations of func in a trial step; None if they are not always the same.
         inside_evaluations: evaluations of func that `inside` adds to those of a step.
         explains: whether `heuristics` can be made from `stages`.
         stage_count: how many states a step holds at a time, by which a batch is sized.
@@ -82,6 +83,7 @@ class Method:
     order: int
     error_order: int | None
     estimate_sees_end: bool = False
+    step_evaluations: int | None = None
     inside_evaluations: int = 0
     explains: bool = False
     implicit: bool = False

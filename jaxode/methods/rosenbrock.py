@@ -57,6 +57,10 @@ class Rosenbrock(Implicit):
     takes_mass = True
     takes_jac = True
 
+    @property
+    def step_evaluations(self) -> int:  # type: ignore[override]
+        return len(self.c)
+
     def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
         """dy/ds: the memory is M dy/ds."""
         if getattr(f, "mass", None) is None:
@@ -80,7 +84,7 @@ class Rosenbrock(Implicit):
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
         solved = tree.all_finite(jacobian, us if self.linear.iterative else us[0])
         error = us[-1] if self.caution == 1 else tree.scale(self.caution, us[-1])
-        return Step(y1, k1, k1, [unpack(error)], us, solved, len(self.c))
+        return Step(y1, k1, k1, [unpack(error)], us, solved, self.step_evaluations)
 
     def written_out(self, field, s, y, k, of_time, h, solve, weigh):
         """The u_i, the last y_i, and the slopes at all of them."""

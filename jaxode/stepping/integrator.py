@@ -17,7 +17,9 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.controllers import Controller, first_step
 from jaxode.methods.method import Method, Step
-from jaxode.solution import Status
+from jaxode.solution import Status, other_end, succeeded
+from jaxode.stepping import budget
+from jaxode.stepping.budget import Budget, Forced
 from jaxode.stepping.events import Watch
 
 
@@ -34,6 +36,12 @@ class Report(NamedTuple):
     seen: tuple = ()  # the values of the observers
     going_on: Any = None  # the `State` from which a solve that can be resumed goes on
     carried: Any = None  # what the user's fold over the steps has come to, if there was one
+    error: Any = None  # with a budget, the largest error over what is tolerated
+
+    @property
+    def succeeded(self) -> Array:
+        """Whether the solve ended as it should."""
+        return succeeded(self.status, other_end(self.happened, self.error))
 
     @property
     def steps(self) -> Array:
@@ -46,7 +54,7 @@ class State(NamedTuple):
 
     `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
     next output, `folded` what a fold over the steps has come to, `watch` what events need to know, `seen`
-    the values of the observers.
+    the values of the observers, `forced` the steps that a budget made longer.
     """
 
     s: Array
@@ -63,6 +71,7 @@ class State(NamedTuple):
     folded: Any
     watch: Watch | None = None
     seen: tuple = ()
+    forced: Forced | None = None
 
     @property
     def steps(self) -> Array:
@@ -93,7 +102,7 @@ class Integrator(eqx.Module):
     `hmax` and `hmin` are in units of the interval; `max_steps` bounds trial steps, `mxstep` those
     between two outputs. `controlled` picks the part of a state whose error counts. `output` and
     `fold` are what is kept of the solve (`jaxode.outputs`), and `observers` watch its trial steps
-    (`jaxode.stepping.observers`).
+    (`jaxode.stepping.observers`). `budget` bounds the evaluations of func.
     """
 
     method: Method = eqx.field(static=True)
@@ -109,6 +118,7 @@ class Integrator(eqx.Module):
     controlled: Callable = eqx.field(static=True, default=lambda y: y)
     fold: Any = eqx.field(static=True, default=None)
     observers: tuple = eqx.field(static=True, default=())
+    budget: Budget | None = eqx.field(static=True, default=None)
 
     def __call__(self, f, y0: PyTree, ss: Array):
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -156,6 +166,7 @@ class Integrator(eqx.Module):
             s=zero, h=h0, y=y0, memory=memory, ratio=zero, history=history, accepted=none, tried=none,
             evaluations=none + evaluations, since=none if self.counts_since else None,
             output=none + self.output.first, folded=None, seen=unseen(self, dtype),
+            forced=None if self.budget is None else Forced(none, zero, zero),
         )  # fmt: skip
 
     def step_count(self, end):
@@ -175,7 +186,8 @@ class Integrator(eqx.Module):
         if state.watch is not None:
             more = more | state.is_due
         go = more & (state.h > self.least(state.s)) & (state.tried < self.max_steps)
-        return go if state.since is None else go & self.in_time(state)
+        go = go if state.since is None else go & self.in_time(state)
+        return go if self.budget is None else go & (budget.payable(self, state) > 0)
 
     def in_time(self, state: State):
         """Whether there are not too many trial steps since the last output."""
@@ -188,7 +200,8 @@ class Integrator(eqx.Module):
             i = lax.convert_element_type(state.equal_steps, end.dtype)
             s, s1 = end * (i / count), end * ((i + 1) / count)
             return s1, s1 - s
-        s1 = lax.min(state.s + state.h, end)
+        spare = self.budget is None
+        s1 = lax.min(state.s + state.h, end) if spare else budget.next_end(self, state, end)
         return s1, s1 - state.s  # exactly, so that the steps add up to where we are
 
     def accept_or_reject(self, state: State, step: Step, s1, h, go=True, veto=None) -> State:
@@ -203,24 +216,10 @@ class Integrator(eqx.Module):
             evaluations=state.evaluations + tried * step.evaluations,
             since=None if state.since is None else state.since + tried,
         )
-        if not self.adaptive:
-            # A step that is not finite ends the solve where it began.
-            fine = self.finite(step.y, step.slope) & step.converged
-            accept, stop = fine & go, ~fine & go
-            accept = accept if veto is None else accept & ~veto
-            h = jnp.where(stop, 0, state.h)
-            ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
-            history = state.history
-        else:
-            ratio = error_over_tolerance(self, state.y, step)
-            accept = fine = (ratio <= 1) & go
-            accept = accept if veto is None else accept & ~veto
-            factor, history = self.controller(ratio, state.history, self.method.error_order + 1)  # type: ignore[operator]
-            h = lax.min(h * factor, self.hmax)
-            if veto is not None:
-                h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
-            if go is not True:
-                ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
+        decided = decided_by_error if self.adaptive else decided_by_finiteness
+        accept, ratio, h, history = decided(self, state, step, s1, h, go, veto)
+        if state.forced is not None:
+            counted["forced"] = budget.counted(self, state, s1, ratio, h_taken, accept, go)
         before = state.s, state.y, state.memory, state.history
         after = s1, step.y, step.memory, history
         s, y, memory, history = tree.where(accept, after, before)
@@ -236,7 +235,8 @@ class Integrator(eqx.Module):
     def stopped(self, state: State, end):
         """Whether it did because its steps were spent, and whether because it is done."""
         if self.adaptive:
-            return state.tried >= self.max_steps, state.s >= end
+            spent = state.tried >= self.max_steps if self.budget is None else jnp.array(False)
+            return spent, state.s >= end
         n = self.step_count(end)
         spent, done = n > self.max_steps, state.equal_steps >= n
         return spent if state.watch is None else spent | (state.tried >= self.max_steps), done
@@ -251,6 +251,36 @@ def first_size(integrator: Integrator, f, y0, slope, zero):
     order, scale = integrator.method.error_order + 1, integrator.tolerated(y0)  # type: ignore[operator]
     h0 = first_step(f, y0, slope, order, scale, integrator.hmax, integrator.controlled)
     return jnp.minimum(jnp.maximum(h0, 64 * integrator.least(zero)), integrator.hmax)
+
+
+def decided_by_finiteness(self: Integrator, state: State, step: Step, s1, h, go, veto):
+    """Whether a step of equal size is accepted; the ratio, the next size and the history. One that is not
+    finite ends the solve where it began."""
+    fine = self.finite(step.y, step.slope) & step.converged
+    accept, stop = fine & go, ~fine & go
+    accept = accept if veto is None else accept & ~veto
+    h = jnp.where(stop, 0, state.h)
+    ratio = jnp.where(stop, of_failed(jnp.nan, step.converged), state.ratio)
+    return accept, ratio, h, state.history
+
+
+def decided_by_error(self: Integrator, state: State, step: Step, s1, h, go, veto):
+    """The same of a step whose error is estimated."""
+    ratio = error_over_tolerance(self, state.y, step)
+    scaled, fine = ratio, ratio <= 1
+    if self.budget is not None:
+        scaled = ratio / budget.allowed(self, state, ratio, h)
+        finite = jnp.isfinite(ratio) & self.finite(step.y)
+        fine = (scaled <= 1) | (budget.is_forced(self, state, s1) & finite)
+    accept = fine = fine & go
+    accept = accept if veto is None else accept & ~veto
+    factor, history = self.controller(scaled, state.history, self.method.error_order + 1)  # type: ignore[operator]
+    h = lax.min(h * factor, self.hmax)
+    if veto is not None:
+        h, history = tree.where(fine & veto, (state.h, state.history), (h, history))
+    if go is not True:
+        ratio, h = tree.where(go, (ratio, h), (state.ratio, state.h))
+    return accept, ratio, h, history
 
 
 def unseen(integrator: Integrator, dtype) -> tuple:
@@ -317,7 +347,10 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     if self.method.implicit:
         cut = jnp.where(state.ratio == jnp.inf, Status.NOT_CONVERGED.value, cut)
     status = jnp.where(done, Status.SUCCESS.value, jnp.where(spent, Status.MAX_STEPS.value, cut))
-    reached = state.s
+    reached, error = state.s, None
+    if state.forced is not None:
+        steps, error, _ = state.forced
+        status = jnp.where(done & (steps > 0), Status.BUDGET.value, status)
     if state.watch is not None:
         ended = state.watch.status != 0
         status = jnp.where(ended, state.watch.status, status)
@@ -326,6 +359,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     return Report(
         status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
         state.tried - state.accepted, state.folded, state.happened, state.seen,
+        error,
     )  # fmt: skip
 
 
