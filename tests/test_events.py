@@ -249,6 +249,13 @@ def test_bounces_that_accumulate_end_with_a_status():
     np.testing.assert_allclose(sol.reached, 3 * first, rtol=1e-6)
 
 
+def test_equal_steps_are_cut_where_a_condition_has_no_arrays():
+    falls = Event(lambda y, t: y - 0.5)
+    sol = solve(lambda y, t: -y, jnp.array(1.0), [0.0, 2.0], method="rk4", dt=0.1, events=[falls])
+    assert sol.status == Status.SUCCESS and sol.events[0].count == 1
+    np.testing.assert_allclose(sol.events[0].times[0], np.log(2), rtol=1e-5)
+
+
 def test_decreasing_time():
     cross = Event(lambda y, t: y - 2.0)
     dose = Event(times=[0.5], change=lambda y, t: y * 10)

@@ -1,7 +1,7 @@
 """A solve as one native call, against the same steps by a table, one operation at a time.
 
 What one call cannot hold ends the process (`kernels/one_call.py`): so every case is solved in a child
-process, which prints the name of each before it starts.
+process, which prints the name of each before it starts. It compiles as users do, with all optimisations.
 """
 
 import os
@@ -29,7 +29,7 @@ def solved(names, folder):
     program = [sys.executable, str(CHILD), str(file), *names]
     root = str(CHILD.parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     child = subprocess.run(program, capture_output=True, text=True, env=env, timeout=600)
     started = [line for line in child.stdout.splitlines() if line in names]
     assert child.returncode == 0, (
