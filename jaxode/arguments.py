@@ -409,7 +409,10 @@ def limits(mxstep, hmax) -> tuple:
 
 def whole(name, value) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be a positive integer, known before the program is made (an int, not an array); "
+            f"got {value!r}."
+        )
     if value >= 2**31:
         raise ValueError(f"`{name}` must be below 2**31, got {value}.")
     return int(value)

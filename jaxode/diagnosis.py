@@ -81,7 +81,10 @@ class Explanation:
         for finding in self.findings:
             lines.append(f"{finding.text}. {finding.remedy[0].upper()}{finding.remedy[1:]}.")
         if not self.findings:
-            lines.append("Nothing is wrong: the steps are as long as the tolerances allow.")
+            log = self.solution.log
+            estimated = log is not None and np.any(np.isfinite(log.ratios))
+            why = "as long as the tolerances allow" if estimated else "of the size that `dt` says"
+            lines.append(f"Nothing is wrong: the steps are {why}.")
         return "\n".join(lines)
 
 
@@ -93,7 +96,7 @@ def explain(func: Callable, y0: PyTree, t, *args, **options) -> Explanation:
     values are known: not under `jit`, `grad` or `vmap`. Not with signals (see `log` of `solve`).
 
     Raises:
-        TypeError: one of the values is traced; or `log`, `throw` or `progress` are given.
+        TypeError: one of the values is traced; or `log`, `throw`, `progress` or `resumable` are given.
         ValueError: as `solve` does.
 
     >>> import jax.numpy as jnp
@@ -105,7 +108,7 @@ def explain(func: Callable, y0: PyTree, t, *args, **options) -> Explanation:
     The problem is stiff from ...: steps of about 0.0003... are as long as stability allows, ...
     Try method='rodas5p' (or 'auto').
     """
-    for name in ("log", "throw", "progress"):
+    for name in ("log", "throw", "progress", "resumable"):
         if name in options:
             raise TypeError(f"explain takes no `{name}`: leave it out.")
     if not tree.known((y0, t, args)):

@@ -52,7 +52,8 @@ class Event:
         change: `change(y, t, *args)`, the state right after: a pytree like y. With `values`:
             `change(y, t, value, *args)`.
         direction: of the sign that counts: "up", "down" or "both".
-        terminal: whether the solve ends here, with `Status.EVENT`.
+        terminal: whether the solve ends here, with `Status.EVENT`. Rows of ys after that are NaN; the state
+            where it ended is the last of the `states` recorded of this event.
         count: how many times it has to happen to end the solve.
         keep: how many times and states are recorded; by default all known times, `count` of a terminal
             condition, and 16 of others. Memory: so many states; twice as many in a gradient by "backsolve".
@@ -149,10 +150,11 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
         raise TypeError(
             f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
         )
-    if not isinstance(after, bool | np.bool_) or (after and not events):
+    if not isinstance(after, bool | np.bool_):
+        raise TypeError(f"`after_events` must be True or False, got {after!r}.")
+    if after and not events:
         raise ValueError(
-            "`after_events` says that states after `events` are wanted: pass events=[...] with it, and True or "
-            f"False; got {after!r}."
+            "`after_events` says that states after `events` are wanted: pass events=[...] with it."
         )
     if not events:
         return Given(None, None)
@@ -229,6 +231,8 @@ class WithValue(eqx.Module):
 
 def known_times(times, t, dtype):
     """The times of an event: an array of shape (n,)."""
+    if isinstance(times, list | tuple) and not known(times):
+        times = jnp.stack([jnp.asarray(time, dtype) for time in times])
     if not arguments.is_real(times) or np.ndim(times) > 1:
         raise TypeError(f"`times` of an Event must be real numbers of shape (n,); got {times!r}.")
     times = jnp.atleast_1d(jnp.asarray(times, dtype))

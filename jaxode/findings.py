@@ -295,12 +295,13 @@ def events(facts: Facts) -> Finding | None:
     """Steps are spent on events."""
     changes = np.sum(facts.log.sizes == 0)
     found = np.sum(~facts.log.accepted & (facts.log.ratios <= 1))
-    if facts.solution.events is None or changes + found <= LIMITED * len(facts.rejected):
+    trials = len(facts.rejected)
+    if facts.solution.events is None or trials < MANY or changes + found <= LIMITED * trials:
         return None
     return Finding(
         "events",
-        f"Of {len(facts.rejected)} trial steps {changes + found} were for events; there were {changes} of them",
-        "make an event that comes so often a part of func, or let its change leave the root of its condition",
+        f"Of {trials} trial steps {changes + found} were for events; there were {changes} of them",
+        "each costs about three steps: of events that come so often make fewer, or a part of func",
     )
 
 
@@ -359,9 +360,34 @@ def limit(facts: Facts) -> Finding | None:
     )
 
 
+def short_budget(facts: Facts) -> Finding | None:
+    """There are fewer evaluations than the tolerances ask for."""
+    error = facts.solution.error
+    if facts.status != Status.BUDGET or error is None:
+        return None
+    return Finding(
+        "budget",
+        f"max_evaluations made steps so long that their errors are up to {float(np.asarray(error)):.2g} times "
+        "what is tolerated",
+        "raise it, loosen rtol and atol, or leave it out to see how many evaluations the tolerances take",
+    )
+
+
 # The graver first: what one of a group explains, those after it are not asked about.
 FINDINGS: tuple[tuple[Any, ...], ...] = (
-    (pole, not_finite, precision, discontinuity, stiff, scale, newton, events, hmax, limit),
+    (
+        pole,
+        not_finite,
+        short_budget,
+        precision,
+        discontinuity,
+        stiff,
+        scale,
+        newton,
+        events,
+        hmax,
+        limit,
+    ),
     (outputs,),
 )
 

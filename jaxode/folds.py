@@ -145,10 +145,11 @@ class Folding(eqx.Module):
 
 
 class Memory(NamedTuple):
-    """That of the method, and the value of the fold, as numbers."""
+    """That of the method, and the value of the fold, as numbers: after the last step, and before it."""
 
     inner: PyTree
     value: PyTree
+    before: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,23 +161,25 @@ class WithFold(Around):
         object.__setattr__(self, "carries", True)
 
     def start(self, f: Folding, s, y: PyTree) -> Memory:
-        return Memory(self.method.start(f.field, s, y), f.start)
+        return Memory(self.method.start(f.field, s, y), f.start, f.start)
 
     def step(self, f: Folding, s, y: PyTree, memory: Memory, h, *norm) -> Step:
         step = self.method.step(f.field, s, y, memory.inner, h, *norm)
         # A step of size 0 is none. Nothing goes back through one: 0 times an infinite derivative is NaN.
         given = memory.value, step.y, s + h
         taken = f.next(*tree.where(h != 0, given, lax.stop_gradient(given)))
-        return step._replace(memory=Memory(step.memory, tree.where(h != 0, taken, memory.value)))
+        values = tree.where(h != 0, (taken, memory.value), (memory.value, memory.before))
+        return step._replace(memory=Memory(step.memory, *values))
 
     def inside(self, f: Folding, s, y: PyTree, h, step: Step) -> list[PyTree]:
         return self.method.inside(f.field, s, y, h, step._replace(memory=step.memory.inner))
 
     def restarted(self, f: Folding, s, y: PyTree, memory: Memory, seen) -> Memory:
-        value = memory.value
+        # The step before has ended a little behind the event: what counts is the event, whose time moves.
+        value = memory.before
         for y_seen, s_seen in seen():
             value = f.next(value, y_seen, s_seen)
-        return Memory(self.method.restarted(f.field, s, y, memory.inner, seen), value)
+        return Memory(self.method.restarted(f.field, s, y, memory.inner, seen), value, value)
 
     def carried(self, memory: Memory) -> PyTree:
         return memory.value

@@ -170,13 +170,14 @@ def solve(
             are those right after it, with its change, and not those right before.
         fold: a pair (start, function), for minima, integrals and counts over the accepted steps: at the end
             of each a value, at first `start`, any pytree of arrays, becomes `function(value, y, t, *args)`;
-            y0 is not seen. At an event that is done twice more, with the state right before it and the one
-            right after it, at its time. `Solution.folded` is the last value. It chooses no steps, and is
-            differentiated in all that it depends on, with the steps held fixed, but for integers and
-            booleans. Not with "backsolve".
+            y0 is not seen. Where a step ends at an event it sees the state right before the event and then
+            the one right after it, at its time. `Solution.folded` is the last value. It chooses no steps, and
+            is differentiated in all that it depends on, event times too, with other steps held fixed, but for
+            integers and booleans. Not with "backsolve".
         resumable: keep the state of the solver, so that `Solution.resume` can go on to later times. Time is
             then counted in the unit of func, so that steps do not depend on where a solve ends; steps of size
-            `dt` all have that size, but for the last. Without derivatives, and a plain loop under `jax.vmap`.
+            `dt` all have that size, but for the last. Without derivatives, a plain loop under `jax.vmap`; not
+            with signals, events, `dense`, `save_steps`, `heuristics`, `log`, `progress` or `max_evaluations`.
         log: give `Solution.log` too, the last so many trial steps, accepted or not, as
             `jaxode.solution.TrialSteps`: when, how long, with which error, and which component decided. Not
             differentiated; not with signals. `jaxode.explain` reads it.
@@ -186,9 +187,10 @@ def solve(
             than tolerated, and steps longer (than `hmax`, too), where what is left of it asks for that, so that
             the last time is reached. The status is then `Status.BUDGET`, no failure, and `Solution.error` the
             largest error of a step over what is tolerated. With plenty (up to twice of what the solve takes:
-            it is not known in advance) the steps are those without a budget. With so few steps that they are
-            not stable the solution may not be finite, which is a failure. For methods whose steps cost the
-            same: explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
+            it is not known in advance) the steps are those without a budget. So few steps that they
+            are not stable make numbers of any size, with an `error` of many powers of ten, or are a failure:
+            look at it, and pass "rodas5p" where a problem is stiff. For methods whose steps cost the same:
+            explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
             signals, or `dt`.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the

@@ -21,7 +21,7 @@ OPTIONS = {  # that a solve which can be resumed does not have, and what to do i
     "max_evaluations": "end the solve earlier",
     "log": "log a solve to the same time without `resumable`",
     "progress": "each part that ends is a progress to show",
-    "events": "end each part at the event (terminal=True), and start a new solve there",
+    "events": "end a solve at an event (terminal=True), and start a new one there",
 }
 
 
@@ -52,6 +52,10 @@ class Resuming(eqx.Module):
 
     def resume(self, t, status):
         """The solution at t, after a solve that ended with this status."""
+        if jnp.ndim(self.t0):
+            raise ValueError(
+                "These are many solves: pass jax.vmap(lambda solution, t: solution.resume(t), (0, None))."
+            )
         seen = known(t, self.at, self.sign, self.t0)
         np_or_jnp: Any = np if seen else jnp
         times = arguments.as_times(np_or_jnp.atleast_1d(t), self.given[1])[0].astype(self.t0.dtype)
@@ -70,7 +74,7 @@ class Resuming(eqx.Module):
 
 def check(times, late, at, status) -> None:
     """Raise if a solve cannot go on from where it is to these times."""
-    codes = np.unique(status)
+    codes = np.unique(status) if known(status) else np.array([Status.SUCCESS.value])
     failed = codes[~succeeded(codes, None) & (codes != Status.MAX_STEPS.value)]
     if len(failed):
         code = Status(int(failed[0]))

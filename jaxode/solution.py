@@ -153,7 +153,7 @@ class Solution(NamedTuple):
         folded: the last value of `fold`; NaN after a failure, and then integers in it mean nothing.
         log: `TrialSteps`, the last ones, with `log`.
         error: with `max_evaluations` the largest error of an accepted step over what is tolerated: above 1 if
-            the budget forced steps to be too long.
+            the budget forced steps to be too long. Not differentiated.
         resuming: what `resume` needs, with `resumable=True`.
     """
 

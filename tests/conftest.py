@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join("/tmp", "jaxode-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests wait for the compiler, not for what it makes: with its optimisations off a program is there in a third
-# of the time. What depends on them, one native call and the experiments, is tried in processes without this.
+# of the time. What depends on them, one native call, is tried in processes without this (test_one_call).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -85,6 +85,7 @@ def test_limits_and_outputs_are_named():
     assert explain(sir, y0, [0.0, 20.0], hmax=0.05).verdict == "hmax"
     found = explain(sir, y0, [0.0, 200.0], max_steps=10)
     assert found.verdict == "max_steps" and "% of the way" in str(found)
+    assert explain(sir, y0, [0.0, 20.0], max_evaluations=60).verdict == "budget"
     assert explain(sir, y0, np.linspace(0, 20, 3000), method="dop853").verdict == "outputs"
 
 

@@ -165,6 +165,15 @@ def test_doses_at_known_times():
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def test_times_may_be_a_list_of_traced_numbers():
+    def left(s):
+        dose = Event(times=[0.2, s], change=lambda y, t: y + 1)
+        return solve(lambda y, t: -y, 1.0, [0.0, 1.0], events=[dose]).ys[-1]
+
+    slope = jax.grad(left)(0.5)
+    np.testing.assert_allclose(slope, np.exp(-0.5), rtol=1e-6)
+
+
 def test_patients_have_doses_of_their_own_and_nan_pads():
     times = jnp.array([[0.0, 5.0, jnp.nan], [9.0, 2.0, 4.0]])
     dose = lambda times: Event(times=times, change=lambda y, t, k: y + 1.0)

@@ -1,9 +1,6 @@
 """Every experiment at its quick scale: it ends with its table, its figures, and claims that hold."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -39,22 +36,17 @@ def as_users_have_it():
 
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_an_experiment_ends_with_its_table_its_figures_and_claims_that_hold(name, tmp_path):
-    options = ["--quick", "--out", str(tmp_path)]
+    module, given = command_line.module_of(name), {}
     if name == "mnist":
         if not REAL.exists():
             pytest.skip("no real data here")
-        options += ["--data", str(REAL)]
-    # A process of its own, compiled as users have it: most of its time goes into training.
-    command = "import sys; from jaxode.experiments.command_line import main; sys.exit(main())"
-    ran = subprocess.run(
-        [sys.executable, "-c", command, name, *options],
-        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["rows"] and ran.stdout.count("\n") > len(results["rows"]) and results["settings"]
-    assert not [claim for claim, held in results["claims"].items() if not held]
+        given = {"data": str(REAL)}
+    results = carry_out(module, module.Settings.at("quick", **given), tmp_path, progress=False)
+    assert results.rows and str(results).count("\n") > len(results.rows)
+    assert not [claim for claim, held in results.claims.items() if not held]
     assert FIGURES[name] <= {path.name for path in tmp_path.iterdir()}
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["rows"] == results.rows and written["settings"]
     assert list(tmp_path.glob("*/metrics.jsonl"))
 
 

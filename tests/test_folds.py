@@ -115,14 +115,35 @@ def test_an_integral_across_changes_of_the_state_has_the_derivative_of_their_tim
         sol = solve(
             lambda y, t, a: 1 + 0 * y, 0.0, [0.0, 4.0], a, events=[at_top], fold=fold, **options
         )
-        return sol.folded[0], (sol.folded[3], sol.stats.accepted + sol.events[0].count)
+        return sol.folded[0], (sol.folded[3], sol.stats.accepted)
 
     a, n = jnp.array(1.5), 2
     (found, (calls, steps)), slope = jax.value_and_grad(area, has_aux=True)(a)
     rest = 4 - n * a
     np.testing.assert_allclose(found, n * a**2 / 2 + rest**2 / 2, rtol=1e-9)
     np.testing.assert_allclose(slope, n * a - n * rest, rtol=1e-9)
-    assert int(calls) == int(steps)  # an event is a step, and is seen before and after
+    assert int(calls) == int(steps)  # an event is a step: seen are its state before, and after
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "direct"])
+def test_an_extremum_at_an_event_is_that_of_the_event_and_moves_with_it(adjoint):
+    """The largest speed of a ball is that with which it first meets the floor."""
+    fall = lambda y, t: jnp.stack([y[1], -9.81])
+    floor = Event(
+        lambda y, t: y[0], direction="down", change=lambda y, t: y * jnp.array([1.0, -0.9])
+    )
+    faster = lambda value, y, t: (jnp.maximum(value[0], jnp.abs(y[1])), jnp.minimum(value[1], y[0]))
+
+    def fastest(height):
+        start, fold = jnp.stack([height, 0 * height]), ((jnp.zeros(()), height), faster)
+        options = dict(events=[floor], fold=fold, adjoint=adjoint, max_steps=200)
+        speed, lowest = solve(fall, start, [0.0, 1.0], **options).folded
+        return speed, lowest
+
+    (speed, lowest), slope = fastest(jnp.array(2.0)), jax.grad(lambda h: fastest(h)[0])(2.0)
+    np.testing.assert_allclose(speed, np.sqrt(2 * 9.81 * 2), rtol=1e-9)
+    np.testing.assert_allclose(slope, np.sqrt(9.81 / (2 * 2)), rtol=1e-9)
+    np.testing.assert_allclose(lowest, 0, atol=1e-12)
 
 
 def test_a_fold_goes_on_from_knot_to_knot_of_a_signal():

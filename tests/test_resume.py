@@ -109,6 +109,22 @@ def test_it_goes_on_under_jit_and_vmap():
     assert jnp.all(jnp.isnan(early.ys[1]))
 
 
+def test_many_solves_go_on_by_vmap():
+    sols = jax.vmap(lambda w: solve(lambda y, t, w: -w * y, 1.0, [0.0, 1.0], w, resumable=True))(
+        jnp.array([1.0, 2.0])
+    )
+    later = jax.vmap(lambda sol: sol.resume(2.0).ys[-1])(sols)
+    at_once = jax.vmap(
+        lambda w: (
+            solve(lambda y, t, w: -w * y, 1.0, [0.0, 1.0], w, resumable=True).resume(2.0).ys[-1]
+        )
+    )(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(later, np.exp([-2.0, -4.0]), rtol=1e-6)
+    np.testing.assert_allclose(at_once, later, rtol=1e-12)
+    with pytest.raises(ValueError, match="These are many solves"):
+        sols.resume(2.0)
+
+
 def test_steps_that_ran_out_can_be_followed_by_as_many():
     y0 = jnp.array([1.0, 0.0])
     with pytest.raises(SolveError) as error:
