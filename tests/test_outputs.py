@@ -79,7 +79,7 @@ def test_every_step_is_kept_with_its_time_and_padded_with_nan():
 
 @pytest.mark.parametrize("adjoint", [replay, direct], ids=["replay", "direct"])
 def test_a_fold_is_a_sum_over_the_steps_and_differentiated(adjoint):
-    fold = outputs.Sum(lambda method, y, h, step: {"area": h * 0.5 * (y[0] + step.y[0])})
+    fold = outputs.Sum(lambda method, s, y, memory, h, step: {"area": h * 0.5 * (y[0] + step.y[0])})
     area = lambda y0, p: kept(adjoint, y0, p, fold=fold)[1]["area"]
     fine = lambda y0, p: jnp.trapezoid(
         odeint(field, y0, jnp.linspace(0.0, 2.0, 2001), p, rtol=1e-9, atol=1e-9)[:, 0], dx=1 / 2000

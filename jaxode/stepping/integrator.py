@@ -358,8 +358,7 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     status = jnp.where(self.finite(y0, slope0), status, Status.NON_FINITE_INITIAL.value)
     return Report(
         status.astype(jnp.int32), fraction(reached, end), state.evaluations, state.accepted,
-        state.tried - state.accepted, state.folded, state.happened, state.seen,
-        error,
+        state.tried - state.accepted, state.folded, state.happened, state.seen, error=error,
     )  # fmt: skip
 
 
