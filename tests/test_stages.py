@@ -80,13 +80,13 @@ def test_a_field_in_calls_has_the_derivatives_that_jax_finds(name):
 
 
 @pytest.mark.parametrize(
-    ("method", "field", "count"),
+    ("method", "field", "count", "dtype"),
     [
-        ("tsit5", heat, 2),
-        ("tsit5", heat, 4),
-        ("dop853", heat, 4),
-        ("rk4", heat, 2),
-        ("bosh3", layers, 4),
+        ("tsit5", heat, 2, "float64"),
+        ("tsit5", heat, 4, "float32"),
+        ("dop853", heat, 4, "float64"),
+        ("rk4", heat, 2, "float64"),
+        ("bosh3", layers, 4, "float32"),
     ],
 )
 def test_both_forms_give_the_same_solution_and_gradient(monkeypatch, field, method, count, dtype):

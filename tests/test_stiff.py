@@ -200,8 +200,7 @@ def test_backsolve_is_refused_with_the_remedy():
         odeint(lambda y, t: -y, 1.0, [0.0, 1.0], method="rodas5p", adjoint="backsolve")
 
 
-@pytest.mark.parametrize("name", ["rodas5p", "kvaerno5"])
-def test_a_batch_is_what_scipy_finds_each_with_its_own_jacobian(name):
+def test_a_batch_is_what_scipy_finds_each_with_its_own_jacobian():
     rates = RATES[None] * np.exp(np.linspace(-1, 1, 12))[:, None]
     t = np.array([0.0, 1.0, 40.0])
 
@@ -210,7 +209,7 @@ def test_a_batch_is_what_scipy_finds_each_with_its_own_jacobian(name):
         return jnp.stack([r[1] - r[0], r[0] - r[1] - r[2], r[2]])
 
     one = lambda k: solve(
-        field, jnp.array([1.0, 0, 0]), t, k, method=name, rtol=1e-7, atol=1e-11, max_steps=2000
+        field, jnp.array([1.0, 0, 0]), t, k, method="rodas5p", rtol=1e-7, atol=1e-11, max_steps=2000
     )
     found = jax.jit(jax.vmap(one))(rates)
     gradient = jax.grad(lambda k: one(k).ys[-1, 0])
