@@ -98,8 +98,7 @@ def compiled(
         valid = valid & (steps >= 0)
         steps = jnp.where(valid, steps, 0)
     long = lax.stop_gradient(jnp.abs(span))
-    limits = if_valid(hmax.astype(t.dtype) / long, 0), mxstep.astype(t.dtype)
-    integrator = integrator_of(static, t, long, steps, dt, rtol, atol, *limits)
+    integrator = integrator_of(static, t, long, steps, dt, rtol, atol, hmax, mxstep, if_valid)
     integrator, field, start, unravel = as_one_vector(integrator, field, y0)
     rows, report = adjoint(integrator, field, start, ss)
     t_given = t
@@ -150,8 +149,11 @@ def folds_of(report, happening: Given | None, long):
     return Heuristics(error, stiffness / long), None
 
 
-def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) -> Integrator:
-    """The method with its limits, in units of an interval that is `long`."""
+def integrator_of(
+    static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep, if_valid
+) -> Integrator:
+    """The method with its limits, in units of an interval that is `long`; without a step, if they are not
+    valid."""
     kind: Any = Integrator
     if static.resumable:
         t = t[:1]  # what comes later is not to be seen
@@ -166,9 +168,9 @@ def integrator_of(static: Static, t, long, steps, dt, rtol, atol, hmax, mxstep) 
         steps=steps,
         rtol=rtol,
         atol=atol,
-        hmax=hmax,
+        hmax=if_valid(hmax.astype(t.dtype) / long, 0),
         hmin=lax.stop_gradient(hmin),
-        mxstep=mxstep if static.bounded else None,
+        mxstep=mxstep.astype(t.dtype) if static.bounded else None,
         fold=outputs.estimates if static.heuristics else None,
         observers=static.observers,
         budget=static.budget,
