@@ -127,8 +127,18 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
 
 def rows_of(steps: Steps, s, after: bool) -> Array:
     """The step that each place is in; where two meet, at a jump say, the one before, or the one `after`."""
-    begin, side = (from_here(steps.s), "right") if after else (steps.s, "left")
-    return jnp.maximum(jnp.searchsorted(begin, s, side=side) - 1, 0)
+    begin = from_here(steps.s) if after else steps.s
+    is_before = lax.le if after else lax.lt
+    # Bisection among the steps that there are: `jnp.searchsorted` would go through all the room for them.
+    count = jnp.sum(steps.s < jnp.inf, dtype=jnp.int32)
+
+    def halve(state):
+        row, width = state
+        middle = row + width // 2
+        return jnp.where(is_before(begin[middle], s), middle, row), width - width // 2
+
+    rows = jnp.zeros(s.shape, jnp.int32)
+    return lax.while_loop(lambda state: state[1] > 1, halve, (rows, count))[0]
 
 
 def slope(theta, width, d: list[PyTree]) -> PyTree:
