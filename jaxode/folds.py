@@ -15,7 +15,7 @@ in lanes, and backwards: the loops and the adjoints need to know nothing of it.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,7 +27,7 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, tree
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Around, Step
-from jaxode.stepping.field import Field, unravelled
+from jaxode.stepping.field import AroundField, Field, unravelled
 
 
 class Fold(NamedTuple):
@@ -121,22 +121,11 @@ def like_start(value: PyTree, start: PyTree) -> PyTree:
 # Inside of a solve.
 
 
-class Folding(eqx.Module):
-    """A field with a fold over its solution. The arrays of the fold are leaves, as those of the field are."""
+class Folding(AroundField):
+    """A field with a fold over its solution."""
 
-    field: Any
     function: Field  # its `value` of (value, y) is the next value
     start: PyTree  # as numbers
-
-    @property
-    def trace(self) -> Trace:
-        return self.field.trace
-
-    def __call__(self, y, s):
-        return self.field(y, s)
-
-    def observed(self, y, s) -> PyTree:
-        return self.field.observed(y, s)
 
     def next(self, numbers: PyTree, y, s) -> PyTree:
         """The value, as numbers, when a step has ended at s in y."""

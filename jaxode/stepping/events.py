@@ -28,7 +28,7 @@ from jaxode import tree
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Around, Method, Step, chosen, of_all
 from jaxode.solution import Status
-from jaxode.stepping.field import unravelled
+from jaxode.stepping.field import AroundField, unravelled
 
 PLACES = 8  # of a step at which conditions are watched
 NEAR = 0.4  # the power of a rounding, times a step, that is near a root: Heun's method is exact over that
@@ -53,24 +53,13 @@ class Watched(eqx.Module):
     values: Any
 
 
-class Eventful(eqx.Module):
-    """A field with its events: their arrays are leaves, as those of the field are."""
+class Eventful(AroundField):
+    """A field with its events."""
 
-    field: Any
     events: tuple[Watched, ...]
     t0: Array
     span: Array
     time_dtype: Any = eqx.field(static=True)
-
-    @property
-    def trace(self) -> Trace:
-        return self.field.trace
-
-    def __call__(self, y, s):
-        return self.field(y, s)
-
-    def observed(self, y, s) -> PyTree:
-        return self.field.observed(y, s)
 
     def unravel(self, y) -> PyTree:
         """The state as the user knows it."""

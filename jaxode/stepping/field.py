@@ -65,55 +65,48 @@ class Field(eqx.Module):
         return jax.tree.map(lambda k: tree.scale(self.span, k), out)
 
 
-class Observed(eqx.Module):
-    """A field with the function of the state that is kept of its solution.
+class AroundField(eqx.Module):
+    """A field that holds another, with something beside it: arrays of that are leaves too, so that every
+    adjoint has their derivatives."""
 
-    The arrays of that function are leaves of the field, so that every adjoint has their derivatives.
-    """
-
-    field: Field
-    function: Field  # its `value` is what is kept
+    field: Any
 
     @property
     def trace(self) -> Trace:
         return self.field.trace
 
     @property
-    def parts(self) -> list[Field]:
-        return self.field.parts
-
-    def __call__(self, y: PyTree, s) -> PyTree:
-        return self.field(y, s)
-
-    def observed(self, y: PyTree, s) -> PyTree:
-        """What is kept of the state y at s."""
-        return self.function.value(y, s)
-
-
-class System(eqx.Module):
-    """M dy/ds = field(y, s), for methods that know of M: y, as one vector, has a mass matrix.
-
-    A row of M that is 0 is an algebraic equation. With `jac` the Jacobian of the field is the user's.
-    """
-
-    field: Any  # M dy/ds: a `Field`, an `Observed` or a `Ravelled` one
-    mass: Any = None  # in the form of the method's linear algebra; None for the identity
-    algebraic: Any = None  # which rows of M are 0
-    jac: Any = None  # of the vector and s; None to differentiate the field
-
-    @property
-    def trace(self) -> Trace:
-        return self.field.trace
-
-    @property
-    def parts(self) -> list["System"]:
+    def parts(self) -> list:
         return [dataclasses.replace(self, field=field) for field in self.field.parts]
 
     def __call__(self, y: PyTree, s) -> PyTree:
         return self.field(y, s)
 
     def observed(self, y: PyTree, s) -> PyTree:
+        """What is kept of the state y at s."""
         return self.field.observed(y, s)
+
+
+class Observed(AroundField):
+    """A field with the function of the state that is kept of its solution."""
+
+    function: Field  # its `value` is what is kept
+
+    def observed(self, y: PyTree, s) -> PyTree:
+        """What is kept of the state y at s."""
+        return self.function.value(y, s)
+
+
+class System(AroundField):
+    """M dy/ds = field(y, s), for methods that know of M: y, as one vector, has a mass matrix.
+
+    A row of M that is 0 is an algebraic equation. With `jac` the Jacobian of the field is the user's.
+    """
+
+    # `field` is M dy/ds.
+    mass: Any = None  # in the form of the method's linear algebra; None for the identity
+    algebraic: Any = None  # which rows of M are 0
+    jac: Any = None  # of the vector and s; None to differentiate the field
 
 
 def unravelled(field, y) -> PyTree:
@@ -126,20 +119,11 @@ def unravelled(field, y) -> PyTree:
 RAVELLED = 4096  # numbers of a state of several arrays, up to which it is solved as one vector
 
 
-class Ravelled(eqx.Module):
+class Ravelled(AroundField):
     """A field of states of several arrays, as one of vectors: each operation of a step is then one."""
 
-    field: Any  # a `Field`, or an `Observed` one
     structure: Any = eqx.field(static=True)
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
-
-    @property
-    def trace(self) -> Trace:
-        return self.field.trace
-
-    @property
-    def parts(self) -> list["Ravelled"]:
-        return [dataclasses.replace(self, field=field) for field in self.field.parts]
 
     def __call__(self, y, s):
         return ravel(self.field(self.unravel(y), s))
