@@ -431,21 +431,18 @@ def controller_or_default(controller) -> Any:
 
 def watched(log, progress, max_steps: int, driven: bool) -> tuple:
     """What watches the trial steps of a solve."""
-    if not isinstance(progress, bool | np.bool_):
-        raise TypeError(f"`progress` must be True or False, got {progress!r}.")
+    progress = flag("progress", progress)
     if log is not None:
         if isinstance(log, bool):
             raise TypeError(
                 f"`log` is how many trial steps are kept, such as log=1000; got {log!r}."
             )
         log = Log(min(whole("log", log), max_steps))
-    for name, flag in (("log", log), ("progress", progress)):
-        if flag and driven:
-            raise ValueError(
-                f"`{name}` is for a func without signals: steps end at the knots of a `Signal`, which is a "
-                "solve for each piece. Let func interpolate (jnp.interp), and pass the knots as "
-                "events=[Event(times=knots)]."
-            )
+    for name, value in (("log", log), ("progress", progress)):
+        without_signals(
+            name, bool(value) and driven,
+            "Let func interpolate (jnp.interp), and pass the knots as events=[Event(times=knots)].",
+        )  # fmt: skip
     return (*(() if log is None else (log,)), *((Progress(),) if progress else ()))
 
 
@@ -494,16 +491,27 @@ def for_solve_alone(options) -> None:
             raise TypeError(f"odeint returns the states alone: for `{name}=` call `solve`.")
 
 
+def flag(name, value) -> bool:
+    """An option that is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def without_signals(name, driven: bool, instead: str) -> None:
+    """Raise if func asks signals, of which a solve with this option does not know."""
+    if driven:
+        raise ValueError(
+            f"`{name}` is for a func without signals: steps end at the knots of a `Signal`, which is a solve "
+            f"for each piece. {instead}"
+        )
+
+
 def kept_together(dense, save, save_steps, t, exact, driven: bool) -> None:
     """Raise if what is to be kept of a solve cannot be kept, or not together."""
-    for name, flag in (("dense", dense), ("save_steps", save_steps)):
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"`{name}` must be True or False, got {flag!r}.")
-        if flag and driven:
-            raise ValueError(
-                f"`{name}` is for a func without signals: steps end at the knots of a `Signal`, which is a "
-                "solve for each piece. Ask for as many times in `t` as are needed."
-            )
+    for name, value in (("dense", dense), ("save_steps", save_steps)):
+        instead = "Ask for as many times in `t` as are needed."
+        without_signals(name, flag(name, value) and driven, instead)
     if dense and save_steps:
         raise ValueError(
             "`dense` and `save_steps` keep the same steps: pass dense=True, and evaluate `sol.dense` where "

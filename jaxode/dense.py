@@ -48,6 +48,7 @@ class Dense(eqx.Module):
     t1: Array
     span: Array  # t1 - t0; 1 if they are equal
     reached: Array  # up to where the solution is known, on [0, 1]; -1 if it is nowhere
+    count: Array  # how many rows of `steps` are real
     steps: Steps
     start: PyTree = None  # with events, one of which may be at t0: the state before it
     after: bool = eqx.field(static=True, default=False)  # at an event, of the state after it
@@ -106,7 +107,7 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     times, steps = t.reshape(-1), dense.steps
     s = (times - dense.t0) / dense.span
     at = lax.stop_gradient(s)
-    take = partial(jnp.take, indices=rows_of(steps, at, dense.after), axis=0, mode="clip")
+    take = partial(jnp.take, indices=rows_of(dense, at), axis=0, mode="clip")
     start, h, y, d = jax.tree.map(take, steps)
     theta = (s - start) / jnp.where(h == 0, 1, h)
     if derivative:
@@ -125,12 +126,13 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     return jax.tree.map(leaf, found)
 
 
-def rows_of(steps: Steps, s, after: bool) -> Array:
-    """The step that each place is in; where two meet, at a jump say, the one before, or the one `after`."""
-    begin = from_here(steps.s) if after else steps.s
-    is_before = lax.le if after else lax.lt
-    # Bisection among the steps that there are: `jnp.searchsorted` would go through all the room for them.
-    count = jnp.sum(steps.s < jnp.inf, dtype=jnp.int32)
+def rows_of(dense: Dense, s) -> Array:
+    """The step that each place is in; where two meet, at a jump say, the one before, or the one `after`.
+
+    By bisection among the steps that there are: `jnp.searchsorted` would go through all the room for them.
+    """
+    begin = from_here(dense.steps.s) if dense.after else dense.steps.s
+    is_before = lax.le if dense.after else lax.lt
 
     def halve(state):
         row, width = state
@@ -138,7 +140,7 @@ def rows_of(steps: Steps, s, after: bool) -> Array:
         return jnp.where(is_before(begin[middle], s), middle, row), width - width // 2
 
     rows = jnp.zeros(s.shape, jnp.int32)
-    return lax.while_loop(lambda state: state[1] > 1, halve, (rows, count))[0]
+    return lax.while_loop(lambda state: state[1] > 1, halve, (rows, dense.count))[0]
 
 
 def slope(theta, width, d: list[PyTree]) -> PyTree:
@@ -161,9 +163,10 @@ def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states, st
     if output.dense:
         started = report.status != Status.NON_FINITE_INITIAL.value
         reached = jnp.where(started, report.reached * end, -1)
+        count = jnp.where(started, report.steps + 1, 0)
         states = rows._replace(y=of_states(rows.y), d=list(map(of_states, rows.d)))
         start = None if output.after else start
-        ends = t[0], t[-1], span, lax.stop_gradient(reached)
+        ends = t[0], t[-1], span, lax.stop_gradient(reached), count
         dense = Dense(*ends, states, start, output.after)
         return t, evaluate(dense, t, False), None, dense
     mask = jnp.isfinite(rows.s)

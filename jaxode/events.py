@@ -150,9 +150,7 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
         raise TypeError(
             f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
         )
-    if not isinstance(after, bool | np.bool_):
-        raise TypeError(f"`after_events` must be True or False, got {after!r}.")
-    if after and not events:
+    if arguments.flag("after_events", after) and not events:
         raise ValueError(
             "`after_events` says that states after `events` are wanted: pass events=[...] with it."
         )

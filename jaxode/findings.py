@@ -14,14 +14,10 @@ from jaxode.methods.method import Method
 from jaxode.solution import Solution, Status, TrialSteps, succeeded
 
 MANY = 100  # trial steps from which on a solve is asked what holds its steps short
-NEAR_LIMIT = (
-    0.75  # of the stability interval: accuracy alone holds steps of tsit5 at 0.1 to 0.7 of it
-)
+NEAR_LIMIT = 0.75  # of the stability interval: accuracy holds steps of tsit5 at 0.1 to 0.7 of it
 AGAIN = 4  # rejected steps that cross one place: of a smooth func one or two do
 SHRUNK = 0.02  # the shortest of these over the longest
-NOISE = (
-    0.2  # a rounding of the state over what is tolerated, from which on it shows in error estimates
-)
+NOISE = 0.2  # a rounding of the state over what is tolerated, from which on error estimates show it
 SMALL_PART = 1e-4  # of the largest number of a state is small
 DECIDES = 0.8  # of the trial steps are a component's
 LIMITED = 0.3  # of the trial steps for something are much

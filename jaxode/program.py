@@ -105,7 +105,8 @@ def compiled(
     start = None if happening is None else y0
     t, ys, mask, dense = kept_of(integrator.output, rows, t, span, ss, report, unravel, start)
     status = if_valid(report.status, Status.BAD_INPUT.value).astype(jnp.int32)
-    ys, dense = jax.tree.map(lambda y: if_valid(y, jnp.nan), (ys, dense))
+    if not static.seen:
+        ys, dense = of_success((ys, dense), valid)
     folded = of_success(report.carried, succeeded(status, other_end(happening, report.error)))
     stats = Stats(report.evaluations, report.accepted, report.rejected)
     reached = report.reached * ss[-1] if static.resumable else report.reached
@@ -117,8 +118,8 @@ def compiled(
     tried = report.accepted + report.rejected
     log = log_of(static.observers, report.seen, tried, t_given[0], span)
     solution = Solution(
-        t, ys, status, stats, reached, estimates, dense, mask, happened, folded, log, report.error,
-        report.going_on,
+        ts=t, ys=ys, status=status, stats=stats, reached=reached, heuristics=estimates, dense=dense, mask=mask,
+        events=happened, folded=folded, log=log, error=report.error, resuming=report.going_on,
     )  # fmt: skip
     return ended(solution, static.throw, (leaves, y0, t_given, extras._replace(before=None)))
 
@@ -199,16 +200,11 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
         return t, of_states(rows), None, None
     rows, end = rows
     end = end if unravel is None else unravel(end)
-    return (
-        t,
-        (rows, of_success(end, report.succeeded)),
-        None,
-        None,
-    )
+    return t, (rows, of_success(end, report.succeeded)), None, None
 
 
 def of_success(value: PyTree, fine):
-    """Something that is known at the end alone: NaN, where that is a number, if it was not reached."""
+    """What is known at the end alone: NaN, where it is a number, if that was not reached."""
     nan = lambda x: jnp.where(fine, x, jnp.nan) if eqx.is_inexact_array(x) else x
     return jax.tree.map(nan, value)
 

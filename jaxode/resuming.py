@@ -91,20 +91,14 @@ def check(times, late, at, status) -> None:
 
 def wanted(resumable, exact, driven: bool, others) -> bool:
     """Whether a solve is to be resumed; an error if it cannot be. `others` are the values of `OPTIONS`."""
-    if not isinstance(resumable, bool | np.bool_):
-        raise TypeError(f"`resumable` must be True or False, got {resumable!r}.")
-    if not resumable:
+    if not arguments.flag("resumable", resumable):
         return False
     for (name, instead), given in zip(OPTIONS.items(), others, strict=True):
         if given:
             raise ValueError(
                 f"`resumable` and `{name}` are not to be had in the same solve: {instead}."
             )
-    if driven:
-        raise ValueError(
-            "`resumable` is for a func without signals: steps end at the knots of a `Signal`, one solve for "
-            "each piece. Let func interpolate (jnp.interp)."
-        )
+    arguments.without_signals("resumable", driven, "Let func interpolate (jnp.interp).")
     if exact is not None:
         raise ValueError(
             "`resumable` is asked for times that float32 cannot tell apart: shift time to begin near 0 (pass "

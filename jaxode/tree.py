@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 SMALL = (
     32 * 1024
-)  # bytes of arrays, up to which to choose among all their rows is faster than to write one
+)  # bytes of arrays, up to which a choice among all their rows is faster than a write
 
 
 def combine(y: PyTree, h, weights, ks) -> PyTree:

@@ -20,10 +20,10 @@ from jaxode.batch.vmap_rules import Form, spread
 from jaxode.kernels.forms import ONE_CALL
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
-from jaxode.outputs import with_carried, write
+from jaxode.outputs import write
 from jaxode.stepping import loop
 from jaxode.stepping.integrator import in_batch
-from jaxode.stepping.problems import Problems, end_of
+from jaxode.stepping.problems import Problems
 
 
 def first_of(xs, flags):
@@ -64,11 +64,8 @@ def in_lanes(form: Form, how: Plan, integrator, f, y0, ss):
 
     def result(own, y0, slope0, end, rows):
         integrator, f, ss = eqx.combine(own, shared)
-        report = integrator.report(end, y0, slope0, end_of(ss))
-        slope1 = integrator.method.slope(f, end.s, end.y, end.memory)
         at = lax.stop_gradient(ss)
-        ys = integrator.output.finish(f, ss, at, y0, slope0, end.y, slope1, rows, report)
-        return with_carried(integrator.method, ys, end.memory), report, end, slope0
+        return *loop.result(integrator, f, ss, at, y0, slope0, end, rows), end, slope0
 
     axis = how.axis
     return jax.vmap(result, (axis, axis, axis, axis, 0))(own, y0, slope0, ends, rows)

@@ -52,11 +52,17 @@ def run(integrator: Integrator, f, y0, ss, tape: Any = None, kernel=PLAIN):
     output = integrator.output
     rows = output.room(integrator, f, y0, ss) if output.rows(ss) else None
     state, rows, tape = advance(steps, own, state, rows, tape)
+    at = lax.stop_gradient(ss) if kernel == PLAIN else None  # else nothing is differentiated
+    ys, report = result(integrator, f, ss, at, y0, slope0, state, rows)
+    return ys, report, state, slope0, tape
+
+
+def result(integrator: Integrator, f, ss, at, y0, slope0, state: State, rows):
+    """What a solve returns that has stopped in this state; `at` is as in `Times.finish`."""
     slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
     report = integrator.report(state, y0, slope0, end_of(ss))
-    at = lax.stop_gradient(ss) if kernel == PLAIN else None  # else nothing is differentiated
-    ys = output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
-    return with_carried(integrator.method, ys, state.memory), report, state, slope0, tape
+    ys = integrator.output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
+    return with_carried(integrator.method, ys, state.memory), report
 
 
 def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None, turns=None):

@@ -16,9 +16,8 @@ from jaxtyping import Array
 from jaxode import tree
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
-from jaxode.outputs import with_carried
 from jaxode.stepping.integrator import Integrator, Report, State
-from jaxode.stepping.loop import advance
+from jaxode.stepping.loop import advance, result
 from jaxode.stepping.problems import end_of, one
 
 
@@ -32,10 +31,14 @@ class OfEqualSize(Integrator):
 
     def next_end(self, state: State, end):
         """The same, at whole multiples of the size. One that ends close to the end, ends there."""
-        s1 = self.size * lax.convert_element_type(state.equal_steps + 1, end.dtype)
+        s1 = self.multiple(state)
         close = s1 >= end * (1 - 16 * float(jnp.finfo(end.dtype).eps))
         s1 = jnp.where(close, end, s1)
         return s1, s1 - state.s
+
+    def multiple(self, state: State) -> Array:
+        """Where the next step ends if it is whole."""
+        return self.size * lax.convert_element_type(state.equal_steps + 1, state.s.dtype)
 
     def stopped(self, state: State, end):
         return state.tried >= self.max_steps, state.s >= end
@@ -43,10 +46,8 @@ class OfEqualSize(Integrator):
 
 def is_whole(integrator: Integrator, state: State, end) -> Array:
     """Whether the next step is what it would be if the solve went on after its end."""
-    if isinstance(integrator, OfEqualSize):
-        following = lax.convert_element_type(state.equal_steps + 1, end.dtype)
-        return integrator.size * following <= end
-    return state.s + state.h <= end
+    equal = isinstance(integrator, OfEqualSize)
+    return (integrator.multiple(state) if equal else state.s + state.h) <= end
 
 
 def go_on(integrator: Integrator, f, y0, ss, before: State | None):
@@ -70,11 +71,8 @@ def go_on(integrator: Integrator, f, y0, ss, before: State | None):
     whole = lambda carry: is_whole(integrator, carry[0], end)
     found: Any = advance(steps, own, state, rows, turns=partial(in_two_parts, whole))
     (state, rows, _), kept = found
-    slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
-    report = integrator.report(state, y0, slope0, end)
-    ys = integrator.output.finish(f, ss, None, y0, slope0, state.y, slope1, rows, report)
+    ys, report = result(integrator, f, ss, None, y0, slope0, state, rows)
     report = report._replace(rejected=report.rejected + tried)
-    ys = with_carried(integrator.method, ys, state.memory)
     return ys, report, kept._replace(tried=kept.tried + tried)
 
 
@@ -98,7 +96,7 @@ def without_derivatives(x):
 
 
 @without_derivatives.defjvp
-def _(primals, tangents):
+def refused(primals, tangents):
     raise TypeError(
         "A solve with resumable=True has no derivatives. Leave it out where a gradient is wanted; to go on "
         "from the last state all the same, start a new solve there."
