@@ -127,9 +127,10 @@ def solve(
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
             stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
             output: steps do not stop at output times.
-        adjoint: how to differentiate: "replay" (exact, reverse mode), "backsolve" (the continuous
-            adjoint, constant memory), "direct" (any mode and order), "forward" (forward mode), or
-            a function; see `jaxode.adjoints`.
+        adjoint: how to differentiate: "replay" (reverse mode), "backsolve" (the continuous adjoint, constant
+            memory), "reversible" (steps that can be taken back, constant memory), "direct" (any mode and
+            order), "forward" (forward mode), or a function; see `jaxode.adjoints`. All but "backsolve" are
+            exact for the steps that were taken, sizes held fixed.
         dt: take steps of equal size, |t[-1] - t[0]| divided by the whole number that makes them at
             most dt. Needed by methods without an error estimate. May be traced: a solve with one
             that is not positive and finite is then bad input.

@@ -65,7 +65,7 @@ FRAMES = {
     ("replay", "gradient in lanes"): 24,
     ("backsolve", "gradient"): 23,
     ("backsolve", "gradient in lanes"): 23,
-    ("direct", "gradient"): 18,
+    ("direct", "gradient"): 22,
 }
 
 

@@ -6,19 +6,20 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
-    tree solution methods.method methods.explicit methods.tables methods.symplectic
+    tree solution methods.method methods.explicit methods.reversible methods.tables
+    methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names
     tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
-    stepping.field stepping.events stepping.budget stepping.integrator stepping.observers
+    stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming
     batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-    adjoints.replay adjoints.stretches adjoints.backsolve adjoints.direct adjoints.names signals arguments
-    events folds constraints stiffness dense resuming program integrate findings diagnosis
+    adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
+    signals arguments events folds constraints stiffness dense resuming program integrate findings diagnosis
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits nn data train experiments
 """.split()

@@ -12,3 +12,4 @@ from jaxode.adjoints.direct import forward as forward
 from jaxode.adjoints.names import adjoints as adjoints
 from jaxode.adjoints.names import named as named
 from jaxode.adjoints.replay import replay as replay
+from jaxode.adjoints.reversible import reversible as reversible

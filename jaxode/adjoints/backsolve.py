@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.adjoints import stretches
 from jaxode.adjoints.ends import from_the_end, of_the_field
-from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present, with_vjp
+from jaxode.adjoints.inputs import is_asked, join, of_parts, only, present
 from jaxode.adjoints.replay import like_pull, like_solve, solve_part, spread_pull
 from jaxode.adjoints.replay_in_lanes import of_own_and_shared
 from jaxode.batch import lanes, queue
@@ -35,6 +35,10 @@ from jaxode.stepping.events import quiet
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems, end_of, one, pullback
 
+# How far off y0 may be where the solve backwards ends: by this share of the size of the state, or by so
+# many times what is tolerated.
+DRIFT, TOLERANCES = 0.05, 10
+
 
 @functools.cache
 def backsolve(rtol=None, atol=None):
@@ -50,7 +54,9 @@ def backsolve(rtol=None, atol=None):
     cotangents of outputs inside a step are moved to its end by the vjp of dense output, so that the
     steps do not shrink with the distance between outputs. y(t) is computed backwards, too, and drifts
     from the forward solution where that is unstable backwards in time (dissipative and stiff problems):
-    use `replay` there.
+    use `replay` there. If the state at t0 comes back as another one, the gradient is NaN: off by more than a
+    twentieth of its size (root mean squares) and by more than 10 tolerances. It is NaN, too, if the
+    solve backwards fails.
 
     Of a solve with events the states right before them are kept, as many as the events' `keep` together, and
     each stretch between two is solved by itself (`jaxode.adjoints.stretches`). If there were more events,
@@ -60,7 +66,7 @@ def backsolve(rtol=None, atol=None):
     """
 
     def derivative(form: Form):
-        return differentiable(form, pull_part)
+        return of_parts(form, solve_part, ends_part, pull_part)
 
     pull_part = Part(
         "pull_backsolve", partial(run_pull, (rtol, atol)), like_pull, spread=spread_pull,
@@ -113,22 +119,6 @@ def like_ends(x, rest):
 
 
 ends_part = Part("ends", run_ends, like_ends)
-
-
-def differentiable(form: Form, pull_part: Part):
-    """The solve as a function that JAX can differentiate."""
-    if form.size is None:
-        return with_vjp(solve_part, ends_part, pull_part)
-    size, every = form.size, partial(jax.tree.map, lambda _: True)
-
-    def ends_of_all(x, rest):
-        return ends_part.of_many(size, flags_of(x, form.flags), x, rest)
-
-    def pull_all(x, rest, recorded, bars):
-        flags = *flags_of(x, form.flags), every(recorded), every(bars)
-        return pull_part.of_many(size, flags, x, rest, recorded, bars)
-
-    return with_vjp(partial(solve_part.of_many, size, form.flags), ends_of_all, pull_all)
 
 
 def run_pull(tolerances, form: Form, x, rest, recorded, bars):
@@ -367,27 +357,40 @@ def pull_one(tolerances, x, rest, recorded: Recorded, bars, kernel=PLAIN):
     state, extra = jax.lax.while_loop(unfinished, turn, (state, extra))
     own_back, _ = back.stretch(own_back, extra)
     end = state, extra
-    return ending(x, rest, asked, own_back, start, slope, end, carry, starts)
+    return ending(x, rest, asked, own_back, start, slope, end, carry, starts)[0]
 
 
 def ending(x, rest, asked, own_back, start, slope, end, carry, starts):
-    """The cotangents of one solve: NaN if the backward solve failed, 0 if nothing was asked of it."""
+    """The cotangents of one solve, and whether they are fine: NaN if the backward solve failed, or came to
+    another state than y0; 0 if nothing was asked of it."""
     state, extra = end
-    a = state.y[1]
-    status = status_of(own_back, start, slope, state, extra)
+    y, a = state.y
+    fine = has_come_back(own_back, start, slope, state, extra) & ~drifted(
+        *join(x, rest), start[0], y
+    )
     y0_bar = jax.tree.map(jnp.add, a, starts[0])
-    fine = status == Status.SUCCESS.value
     given = lambda x: jnp.where(asked, jnp.where(fine, x, jnp.nan), 0)
-    return jax.tree.map(given, (extra.f, only(x[1], y0_bar), extra.ss))
+    return jax.tree.map(given, (extra.f, only(x[1], y0_bar), extra.ss)), fine | ~asked
 
 
-def status_of(own_back, start, slope, state, extra: Along):
-    """How a solve back has ended: well if it has no more events ahead."""
+def has_come_back(own_back, start, slope, state, extra: Along):
+    """Whether a solve back has reached the start, with no more events ahead."""
     integrator, _, span = own_back
-    status = integrator.report(state, start, slope, span[-1]).status
-    if extra.ahead is None:
-        return status
-    return jnp.where(extra.ahead == 0, status, Status.MAX_STEPS.value)
+    fine = integrator.report(state, start, slope, span[-1]).status == Status.SUCCESS.value
+    return fine if extra.ahead is None else fine & (extra.ahead == 0)
+
+
+def drifted(integrator, given, y1, recovered):
+    """Whether the state that a solve back has found at the start is another one than y0.
+
+    Then so was the path along which the adjoint was solved: its gradient means nothing.
+    """
+    _, y0, _ = given
+    tolerated = integrator.tolerated(y0, y1)
+    off = tree.difference(recovered, y0)
+    ones = jax.tree.map(jnp.ones_like, tolerated)
+    size = jnp.maximum(tree.norm(y0, ones), tree.norm(y1, ones))
+    return (tree.norm(off, ones) > DRIFT * size) & (tree.norm(off, tolerated) > TOLERANCES)
 
 
 # Many solves.
@@ -437,9 +440,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
 
     def result(x, rest, asked, own_back, start, slope, end, carry, starts):
         own_back = eqx.combine(own_back, problems_back.shared)
-        found = ending(x, rest, asked, own_back, start, slope, end, carry, starts)
-        status = status_of(own_back, start, slope, *end)
-        return found, (status == Status.SUCCESS.value) | ~asked
+        return ending(x, rest, asked, own_back, start, slope, end, carry, starts)
 
     own_back, _ = back.stretch(own_back, ends[1])
     args = x, rest, asked, own_back, start, slope, ends, carry, starts

@@ -13,11 +13,12 @@ from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
 from jaxode.stepping.problems import end_of
+from jaxode.stepping.stability import differentiated
 
 
 def forward(integrator, f, y0, ss):
     """Forward mode: JAX differentiates the loop itself; the choice of step sizes is left out."""
-    return loop.solve(integrator, f, y0, ss)
+    return loop.solve(differentiated(integrator), f, y0, ss)
 
 
 def direct(integrator, f, y0, ss):
@@ -33,7 +34,8 @@ def direct(integrator, f, y0, ss):
         places = jnp.arange(integrator.steps + 1, dtype=ss.dtype) / integrator.steps
         grid, n, report, due = end * places, integrator.step_count(end), None, None
     else:
-        _, report, recorded = loop.record(*lax.stop_gradient((integrator, f, y0, ss)))
+        steady = differentiated(integrator)
+        _, report, recorded = loop.record(*lax.stop_gradient((steady, f, y0, ss)))
         grid, n, due = recorded.tape.grid, recorded.tape.steps, recorded.tape.due
     x, rest = eqx.partition((f, y0, ss), eqx.is_inexact_array)
     arrays, static = eqx.partition((integrator, rest, at, grid, n, report, due), eqx.is_array)

@@ -1,6 +1,7 @@
 """Which inputs of a solve are differentiated, and the two passes that do it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values
 
 
-def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callable:
+def with_vjp(
+    plain: Callable, forwards: Callable, backwards: Callable, prepared: Callable = lambda x: x
+) -> Callable:
     """The solve `plain(integrator, f, y0, ss) -> (ys, report)`, differentiated by two functions.
 
     `forwards(x, rest) -> (ys, report, residuals)` is given the inputs that are differentiated, and the
     others; `backwards(x, rest, residuals, bars)` returns cotangents of the former. `bars` are those of
-    ys and of `report.folded`.
+    ys and of `report.folded`. Both get the integrator as `prepared(integrator)`.
     """
 
     @jax.custom_vjp
@@ -23,7 +26,7 @@ def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callab
 
     def forward_pass(integrator, f, y0, ss):
         x, rest = perturbed((f, y0, ss))
-        rest = (custom_vjp_primal_tree_values(integrator), rest)
+        rest = (prepared(custom_vjp_primal_tree_values(integrator)), rest)
         ys, report, residuals = forwards(x, rest)
         return (ys, report), (x, rest, residuals)
 
@@ -36,6 +39,24 @@ def with_vjp(plain: Callable, forwards: Callable, backwards: Callable) -> Callab
 
     solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
     return solved
+
+
+def of_parts(form, solve, record, pull, prepared: Callable = lambda x: x) -> Callable:
+    """`with_vjp` of parts (`jaxode.batch.vmap_rules.Part`), of one solve or of many, whose residuals and
+    results are a solve's own."""
+    if form.size is None:
+        return with_vjp(solve, record, pull, prepared)
+    size, every = form.size, partial(jax.tree.map, lambda _: True)
+    flags = prepared(form.flags[0]), *form.flags[1:]
+
+    def record_all(x, rest):
+        return record.of_many(size, flags_of(x, flags), x, rest)
+
+    def pull_all(x, rest, recorded, bars):
+        of_each = *flags_of(x, flags), every(recorded), every(bars)
+        return pull.of_many(size, of_each, x, rest, recorded, bars)
+
+    return with_vjp(partial(solve.of_many, size, form.flags), record_all, pull_all, prepared)
 
 
 def perturbed(inputs):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxode.adjoints.backsolve import backsolve
 from jaxode.adjoints.direct import direct, forward
 from jaxode.adjoints.replay import replay
+from jaxode.adjoints.reversible import reversible
 
 
 class Adjoint(NamedTuple):
@@ -27,7 +28,7 @@ class Adjoint(NamedTuple):
 adjoints: dict[str, Adjoint] = {
     "replay": Adjoint(
         replay,
-        "exact for the numbers that the solve returned",
+        "exact for the steps that were taken",
         "states at about 2 sqrt(`max_steps`) places",
         "reverse; forward or reverse over it",
         reverse=True,
@@ -41,9 +42,17 @@ adjoints: dict[str, Adjoint] = {
         reverse=True,
         forward=False,
     ),
+    "reversible": Adjoint(
+        reversible(),
+        "exact for the steps that were taken",
+        "constant, and the step sizes",
+        "reverse",
+        reverse=True,
+        forward=False,
+    ),
     "direct": Adjoint(
         direct,
-        "exact, through the operations of the solver (RK-Net)",
+        "exact for the steps that were taken, through their operations (RK-Net)",
         "every step",
         "all, any order",
         reverse=True,
@@ -52,7 +61,7 @@ adjoints: dict[str, Adjoint] = {
     ),
     "forward": Adjoint(
         forward,
-        "exact, step sizes held fixed",
+        "exact for the steps that were taken",
         "constant",
         "forward, any order",
         reverse=False,

@@ -24,10 +24,17 @@ from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.integrator import Report, unseen
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import one
+from jaxode.stepping.stability import differentiated
 
 
 def replay(integrator, f, y0, ss):
     """Discrete adjoint of the steps that were accepted, with their sizes held fixed.
+
+    With sizes held fixed a derivative is the product of those of the steps, and explodes if steps are longer
+    than an explicit method is stable for, while the values stay right. So the steps of a solve that is
+    differentiated are kept inside its stability region (`jaxode.stepping.stability`), at the price of
+    an evaluation in every fourth step; where accuracy keeps them shorter, as it mostly does, they are those of
+    the plain solve.
 
     The forward pass records where each step began and the states at about sqrt(max_steps) places;
     the backward pass rebuilds the states between two of them and takes the vjp of one step after
@@ -49,7 +56,19 @@ def record(x, rest, kernel=PLAIN):
     return loop.record(integrator, *given, kernel=kernel)
 
 
-def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
+def along_the_tape(steps, own, y0, recorded: Recorded, visit, carry):
+    """visit(carry, s, s1, y, memory) for the last step to the first, and whether all went well (None: it
+    did)."""
+    tape = recorded.tape
+
+    def step(carry, n, y, memory):
+        return visit(carry, tree.row(tape.grid, n), tree.row(tape.grid, n + 1), y, memory)
+
+    again = lambda *args: steps.again(own, *args)
+    return checkpoints.backwards(own[0].max_steps, tape, again, step, carry), None
+
+
+def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN, way_back=along_the_tape):
     """The vjp of the recorded steps, last to first: cotangents of (f, y0, ss)."""
     integrator, (f, y0, ss) = join(x, rest)
     problems, own = one(integrator, f, ss)
@@ -58,8 +77,7 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
     carry, rows_bar, starts = from_the_end(x, rest, recorded, bars)
     carry = carry._replace(f=of_the_field(problems, own, mask, y0, recorded, bars))
 
-    def visit(carry, n, y, memory):
-        s, s1 = tree.row(recorded.tape.grid, n), tree.row(recorded.tape.grid, n + 1)
+    def visit(carry, s, s1, y, memory):
         pick = lambda row, rows_bar: tree.row(rows_bar, row)
 
         def gathered(carry, inside):
@@ -67,10 +85,11 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
 
         return steps.back(own, mask, carry, s, y, memory, s1 - s, gathered, inside)
 
-    again = lambda *args: steps.again(own, *args)
     tape = recorded.tape._replace(steps=jnp.where(asked, recorded.tape.steps, 0))
-    carry = checkpoints.backwards(integrator.max_steps, tape, again, visit, carry)
+    carry, fine = way_back(steps, own, y0, recorded._replace(tape=tape), visit, carry)
     found = to_the_start(steps, own, mask, y0, carry, starts)
+    if fine is not None:
+        found = jax.tree.map(lambda x: jnp.where(fine, x, jnp.nan), found)
     found = jax.tree.map(lambda x: jnp.where(asked, x, 0), found)
     return found[0], only(x[1], found[1]), found[2]
 
@@ -173,7 +192,8 @@ pull_part = Part(
 
 def differentiable(form: Form):
     """The solve as a function that JAX can differentiate."""
-    size = form.size
+    size, plain = form.size, form
+    form = form._replace(flags=(differentiated(form.flags[0]), *form.flags[1:]))
     every = lambda tree_: jax.tree.map(lambda _: size is not None, tree_)
     solve_many = partial(solve_part.of_many, size)
 
@@ -205,7 +225,7 @@ def differentiable(form: Form):
         given = x, rest, recorded, bars
         return run_pull(form._replace(flags=flags_of_pull(x, recorded, bars)), *given)
 
-    solves = partial(solve_many, form.flags), partial(run_solve, form)
+    solves = partial(solve_many, plain.flags), partial(run_solve, form)
     return twice_differentiable(
         Passes(solves[0], record_all, pull_all, solves[1], plain_record, plain_pull)
     )

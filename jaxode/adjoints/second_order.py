@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxode import tree
 from jaxode.adjoints.inputs import join, no_tangent, with_vjp
+from jaxode.stepping.stability import differentiated
 
 
 class Passes(NamedTuple):
@@ -83,7 +84,7 @@ def twice_differentiable(passes: Passes) -> Callable:
         (ys, folded), (report, residuals) = recorded(x, rest)
         return ys, report._replace(folded=folded), residuals
 
-    return with_vjp(passes.solve, forwards, pulled)
+    return with_vjp(passes.solve, forwards, pulled, differentiated)
 
 
 def symmetric(operator, v, x):

@@ -45,6 +45,11 @@ class Variational(eqx.Module):
     def trace(self):
         return self.rest.trace
 
+    @property
+    def of_state(self):
+        """The field of the state alone."""
+        return eqx.combine(self.x, self.rest)
+
     def __call__(self, ys, s):
         field = lambda x, y: eqx.combine(x, self.rest)(y, s)
         sensitivities = jax.tree.map(lambda y: y[1:], ys)

@@ -20,7 +20,7 @@ from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
-from jaxode.stepping import events
+from jaxode.stepping import events, stability
 from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import next_end_or_event, trial_step, watched
 from jaxode.stepping.problems import Problems, end_of, pullback
@@ -65,6 +65,7 @@ class Stepper(NamedTuple):
                 folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
+            state = stability.begin(integrator, self.field(f), state, slope)
             return state._replace(folded=folded), slope
 
         return self.problems.each(one)(own, y0)
@@ -82,7 +83,7 @@ class Stepper(NamedTuple):
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
             new = integrator.accept_or_reject(state, step, *move)
-            return watched(integrator, state, new, move[1], step, move[2])
+            return self.ended(integrator, f, state, new, move[1], step, move[2])
 
         s1, h, go = self.problems.each(self.move)(own, state)
         step = self.stages.step(own, state.s, state.y, state.memory, h)
@@ -98,7 +99,15 @@ class Stepper(NamedTuple):
             cut = next_end_or_event(integrator, state, end_of(ss))[2]
             seen = events.watched(self.method, f, state, new, step, h, cut)
             new = seen if go is True else tree.where(go, seen, new)
-        return watched(integrator, state, new, h, step, go), h, arrays_of(step)
+        return self.ended(integrator, f, state, new, h, step, go), h, arrays_of(step)
+
+    def ended(self, integrator, f, old, new, h, step, go=True):
+        """The state after a trial step, seen by the observers, and with a next step that is stable."""
+        new = watched(integrator, old, new, h, step, go)
+        if not integrator.steady:
+            return new
+        slope = self.method.slope(f, new.s, new.y, new.memory)
+        return stability.kept(integrator, self.field(f), new, slope, old.y, step.y)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -191,7 +200,7 @@ def quiet_trial(steps: Stepper, own, state):
     happens = events.may_happen(steps.method, f, state, step, h, cut)
     new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
-    new = watched(integrator, state, new, h, step)
+    new = steps.ended(integrator, f, state, new, h, step)
     return new, h, arrays_of(step), happens
 
 

@@ -80,6 +80,13 @@ class Auto(Method):
         size = sum(leaf.size for leaf in jax.tree.leaves(y0))
         return self if size <= LARGE or self.linear != DENSE else self.mild
 
+    @property
+    def stability(self) -> float:  # type: ignore[override]
+        return self.mild.stability
+
+    def stable_up_to(self, memory: Memory):
+        return jnp.where(memory.seen >= PATIENCE, jnp.inf, self.stability)
+
     def start(self, f, s, y: PyTree) -> Memory:
         return Memory(f(y, s), jnp.zeros((), s.dtype))
 

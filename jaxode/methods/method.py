@@ -36,6 +36,14 @@ class Step(NamedTuple):
     evaluations: Array | int = 0
 
 
+def combined(high, low=None):
+    """The error of a step from the norms of one estimate, or of two as in DOP853 (HNW eq. II.10.17)."""
+    if low is None:
+        return high
+    both = high**2 + 0.01 * low**2
+    return jnp.where(both > 0, high**2 / jnp.sqrt(jnp.where(both > 0, both, 1.0)), both)
+
+
 class Parts(NamedTuple):
     """dy/ds in two parts, of which it is the sum: one for the implicit table of a method, one for its
     explicit table."""
@@ -67,6 +75,7 @@ class Method:
         implicit: whether a step solves equations, so that `converged` may be false.
         iterates: whether it does so until what is left is small: where there are tolerances `step` then
             gets one more argument, `norm(error, y)`, in which an error of 1 is what is tolerated at y.
+        measures: whether `step` gets that argument in any case.
         equal_steps: whether it takes steps of equal size (`dt`).
         beyond: whether a stage lies after the end of its step: func then sees times after the last.
         any_state: whether the parts of a state are all treated alike, so that a state of several
@@ -77,6 +86,8 @@ class Method:
             hands to the next may then be M dy/ds, and `slope` is dy/ds all the same.
         takes_jac: whether it uses the Jacobian of such a field, if there is one.
         takes_parts: whether the field may have two `parts`, one stiff and one not, and a table for each.
+        stability: the largest h |lambda| up to which steps are stable, for modes lambda of df/dy that decay;
+            None if there is no such limit, or it is not known.
         carries: whether the memory holds a result of the solve, its `carried`.
     """
 
@@ -88,6 +99,7 @@ class Method:
     explains: bool = False
     implicit: bool = False
     iterates: bool = False
+    measures: bool = False
     equal_steps: bool = True
     beyond: bool = False
     any_state: bool = False
@@ -95,6 +107,7 @@ class Method:
     takes_mass: bool = False
     takes_jac: bool = False
     takes_parts: bool = False
+    stability: float | None = None
     carries: bool = False
     stage_count: int = 8
 
@@ -117,6 +130,10 @@ class Method:
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """[d_0, d_1, ...] with y(s + theta h) = y + sum_p theta^(p+1) d_p for 0 <= theta <= 1."""
         raise NotImplementedError
+
+    def stable_up_to(self, memory: PyTree):
+        """The `stability` of the next step, of a method whose steps are of several kinds."""
+        return self.stability
 
     def restarted(self, f, s, y: PyTree, memory: PyTree, seen) -> PyTree:
         """The memory where an event has made y of the state: by default that of a start.
@@ -156,6 +173,9 @@ class Around(Method):
 
     def slope(self, f, s, y: PyTree, memory) -> PyTree:
         return self.method.slope(f.field, s, y, memory.inner)
+
+    def stable_up_to(self, memory):
+        return self.method.stable_up_to(memory.inner)
 
 
 def of_all(flag):

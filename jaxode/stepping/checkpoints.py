@@ -36,6 +36,32 @@ class Tape(NamedTuple):
     steps: Array
     due: Array | None = None
 
+    def write(self, n, pair, s1) -> "Tape":
+        """State n, where a trial step begins, and where it ends. A rejected one is written over.
+
+        State n belongs into row n / 2^level, rounded up: the last state written into a row is the one
+        that falls on it, and the others cost no test.
+        """
+        row = (n + (1 << self.level) - 1) >> self.level
+        grid = lax.dynamic_update_index_in_dim(self.grid, lax.stop_gradient(s1), n + 1, 0)
+        due = None if self.due is None else tree.put(n, due_of(pair), self.due)
+        return self._replace(pairs=tree.put(row, pair, self.pairs), grid=grid, due=due)
+
+    def run(self, turns, unfinished, body, state) -> Any:
+        """`turns`, which is `lax.while_loop` or like it, over (state, rows, tape); whenever the tape is full,
+        every other row is dropped."""
+        if slots(self) >= len(self.grid) - 1:
+            return turns(unfinished, body, state)
+
+        def room_left(state):
+            return state[0].accepted < (slots(state[-1]) << state[-1].level)
+
+        def until_full(state):
+            state = *state[:-1], thin(state[-1], ~room_left(state))
+            return turns(lambda state: unfinished(state) & room_left(state), body, state)
+
+        return lax.while_loop(unfinished, until_full, state)
+
 
 def empty(max_steps: int, pair, dtype) -> Tape:
     """Room for as many states, or for more while they are small; and for those rebuilt of a segment."""
@@ -57,35 +83,6 @@ def due_of(pair):
 def with_due(pair, due):
     """A pair whose next step makes these changes."""
     return pair if due is None else (pair[0], pair[1]._replace(due=due))
-
-
-def write(tape: Tape, n, pair, s1) -> Tape:
-    """State n, where a trial step begins, and where it ends. A rejected one is written over.
-
-    State n belongs into row n / 2^level, rounded up: the last state written into a row is the one
-    that falls on it, and the others cost no test.
-    """
-    row = (n + (1 << tape.level) - 1) >> tape.level
-    grid = lax.dynamic_update_index_in_dim(tape.grid, lax.stop_gradient(s1), n + 1, 0)
-    due = None if tape.due is None else tree.put(n, due_of(pair), tape.due)
-    return tape._replace(pairs=tree.put(row, pair, tape.pairs), grid=grid, due=due)
-
-
-def recorded(unfinished, body, state, turns=lax.while_loop) -> Any:
-    """`lax.while_loop`, or other `turns`, over (state, rows, tape); whenever the tape is full, every other
-    row is dropped."""
-    tape = state[-1]
-    if slots(tape) >= len(tape.grid) - 1:
-        return turns(unfinished, body, state)
-
-    def room_left(state):
-        return state[0].accepted < (slots(state[-1]) << state[-1].level)
-
-    def until_full(state):
-        state = *state[:-1], thin(state[-1], ~room_left(state))
-        return turns(lambda state: unfinished(state) & room_left(state), body, state)
-
-    return lax.while_loop(unfinished, until_full, state)
 
 
 def segment(max_steps: int) -> int:

@@ -16,11 +16,12 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.controllers import Controller, first_step
-from jaxode.methods.method import Method, Step
+from jaxode.methods.method import Method, Step, combined
 from jaxode.solution import Status, other_end, succeeded
 from jaxode.stepping import budget
 from jaxode.stepping.budget import Budget, Forced
 from jaxode.stepping.events import Watch
+from jaxode.stepping.stability import Probe
 
 
 class Report(NamedTuple):
@@ -54,7 +55,8 @@ class State(NamedTuple):
 
     `since` counts the trial steps since the last output (None without `mxstep`), `output` is the
     next output, `folded` what a fold over the steps has come to, `watch` what events need to know, `seen`
-    the values of the observers, `forced` the steps that a budget made longer.
+    the values of the observers, `forced` the steps that a budget made longer, `probe` what keeps steps
+    inside the stability region.
     """
 
     s: Array
@@ -72,6 +74,7 @@ class State(NamedTuple):
     watch: Watch | None = None
     seen: tuple = ()
     forced: Forced | None = None
+    probe: Probe | None = None
 
     @property
     def steps(self) -> Array:
@@ -102,7 +105,8 @@ class Integrator(eqx.Module):
     `hmax` and `hmin` are in units of the interval; `max_steps` bounds trial steps, `mxstep` those
     between two outputs. `controlled` picks the part of a state whose error counts. `output` and
     `fold` are what is kept of the solve (`jaxode.outputs`), and `observers` watch its trial steps
-    (`jaxode.stepping.observers`). `budget` bounds the evaluations of func.
+    (`jaxode.stepping.observers`). `budget` bounds the evaluations of func. With `steady` steps stay inside
+    the stability region of the method (`jaxode.stepping.stability`).
     """
 
     method: Method = eqx.field(static=True)
@@ -119,6 +123,7 @@ class Integrator(eqx.Module):
     fold: Any = eqx.field(static=True, default=None)
     observers: tuple = eqx.field(static=True, default=())
     budget: Budget | None = eqx.field(static=True, default=None)
+    steady: bool = eqx.field(static=True, default=False)
 
     def __call__(self, f, y0: PyTree, ss: Array):
         """The solution at ss (increasing, in [0, 1]; the first is the start), and the report."""
@@ -173,6 +178,12 @@ class Integrator(eqx.Module):
         """How many steps of equal size are to be taken."""
         return jnp.where(end > 0, jnp.asarray(self.steps, jnp.int32), 0)
 
+    def place(self, n, end, more=0):
+        """Where step n of equal size begins; with `more` steps after it."""
+        count = lax.convert_element_type(jnp.maximum(self.step_count(end), 1), end.dtype)
+        i = lax.convert_element_type(n, end.dtype)
+        return end * ((i + more if more else i) / count)
+
     def unfinished(self, state: State, end):
         """Whether there is to be another trial step."""
         go = state.h > 0
@@ -196,9 +207,7 @@ class Integrator(eqx.Module):
     def next_end(self, state: State, end):
         """Where the next trial step is to end, and its size."""
         if not self.adaptive:
-            count = lax.convert_element_type(jnp.maximum(self.step_count(end), 1), end.dtype)
-            i = lax.convert_element_type(state.equal_steps, end.dtype)
-            s, s1 = end * (i / count), end * ((i + 1) / count)
+            s, s1 = self.place(state.equal_steps, end), self.place(state.equal_steps, end, 1)
             return s1, s1 - s
         spare = self.budget is None
         s1 = lax.min(state.s + state.h, end) if spare else budget.next_end(self, state, end)
@@ -323,8 +332,7 @@ def error_over_tolerance(integrator: Integrator, y, step: Step):
     Infinity says that the equations of an implicit step were not solved.
     """
     scale = integrator.tolerated(y, step.y)
-    norms = [tree.norm(integrator.controlled(e), scale) for e in step.errors]
-    ratio = norms[0] if len(norms) == 1 else combined(*norms)
+    ratio = combined(*(tree.norm(integrator.controlled(e), scale) for e in step.errors))
     if not integrator.method.estimate_sees_end:
         ratio = jnp.where(integrator.finite(step.slope), ratio, jnp.nan)
     ratio = of_failed(ratio, step.converged)
@@ -362,12 +370,6 @@ def report_of(self: Integrator, state: State, y0, slope0, end) -> Report:
     )  # fmt: skip
 
 
-def combined(high, low):
-    """Two error estimates as in DOP853 (HNW eq. II.10.17)."""
-    both = high**2 + 0.01 * low**2
-    return jnp.where(both > 0, high**2 / jnp.sqrt(jnp.where(both > 0, both, 1.0)), both)
-
-
 def fraction(s, end):
     """s / end; 1 if there was nowhere to go."""
     return jnp.where(end > 0, s / jnp.where(end > 0, end, 1), 1)
@@ -376,7 +378,7 @@ def fraction(s, end):
 def trial_step(integrator: Integrator, f, s, y, memory, h) -> Step:
     """A step of the method; one that iterates is told the norm in which its error is measured."""
     method = integrator.method
-    if not (method.iterates and integrator.adaptive):
+    if not (method.measures or (method.iterates and integrator.adaptive)):
         return method.step(f, s, y, memory, h)
     norm = lambda error, y: tree.norm(integrator.controlled(error), integrator.tolerated(y))
     return method.step(f, s, y, memory, h, norm)  # type: ignore[call-arg]

@@ -19,7 +19,7 @@ from jaxode.stepping.problems import end_of, one
 class Recorded(NamedTuple):
     """What a backward pass needs of a solve: its tape, the slope at its start, its end, how it went."""
 
-    tape: checkpoints.Tape
+    tape: Any
     slope0: PyTree
     y: PyTree
     memory: PyTree
@@ -75,7 +75,7 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None,
     def kept(old, new, h, step, rows, tape):
         """The state, the rows and the tape after a trial step."""
         if tape is not None:
-            tape = checkpoints.write(tape, old.accepted, (old.y, old.memory), new.s)
+            tape = tape.write(old.accepted, (old.y, old.memory), new.s)
         if rows is not None:
             inside = lambda: steps.inside(own, old.s, old.y, h, step)
             put = lambda row, values, rows, due: tree.put(row, values, rows)
@@ -101,7 +101,7 @@ def advance(steps: Stepper, own, begin: State, rows=None, tape=None, after=None,
         turns = lax.while_loop if begin.watch is None else partial(between_events, *quietly)
     if tape is None:
         return turns(unfinished, body, (begin, rows, tape))
-    return checkpoints.recorded(unfinished, body, (begin, rows, tape), turns)
+    return tape.run(turns, unfinished, body, (begin, rows, tape))
 
 
 def between_events(quiet_body, expected, unfinished, body, carry):

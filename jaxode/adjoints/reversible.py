@@ -1,0 +1,185 @@
+"""Reversible: exact derivatives of the steps that were taken, without any of their states stored."""
+
+import dataclasses
+import functools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxode import tree
+from jaxode.adjoints import replay
+from jaxode.adjoints.inputs import join, of_parts
+from jaxode.batch.plans import alone
+from jaxode.batch.vmap_rules import Form, Part, summed
+from jaxode.kernels.forms import PLAIN
+from jaxode.methods.reversible import Pair, made_reversible
+from jaxode.stepping import loop
+from jaxode.stepping.loop import Recorded
+from jaxode.stepping.stability import differentiated
+
+KEEP = 32  # pairs of states that are stored at most
+
+
+@functools.cache
+def reversible(keep: int = KEEP):
+    """Gradients of the numbers that the solve returned, by steps that can be taken back.
+
+    The solve takes reversible steps (`jaxode.methods.reversible.Reversible`, after McCallum and Foster
+    2024, arXiv 2410.11648) made of the explicit Runge-Kutta method that `method` names, adaptive or equal.
+    The backward pass takes each of them back, and its vjp: stored are the step sizes, and the two states
+    of a step where they had to be made one, which is once in about five time constants of the fastest mode.
+    So memory does not grow with the number of steps, as in the paper's adjoint (`backsolve`), and the gradient
+    is that of the steps (as in `replay`). A step costs twice the evaluations of its table, and two more.
+
+    The gradient is NaN if there was more to be stored than `keep` pairs (stiff problems, and those that decay
+    over hundreds of time constants), or if the state at t0 comes back off by more than the cube root of a
+    rounding of its size (root mean squares): use `replay` there, or a larger `keep`.
+
+    Args:
+        keep: how many pairs of states there is room for.
+
+    Raises:
+        ValueError: `keep` is not a positive integer; the method has no explicit table; there are events, a
+            fold, `dense` or `save_steps`.
+
+    The string "reversible" is `reversible()`.
+    """
+    if not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"`keep` must be a positive integer, got {keep!r}.")
+
+    def solve(integrator, f, y0, ss):
+        if integrator.output.each_step:
+            raise ValueError(
+                "adjoint='reversible' keeps nothing of the steps that were taken: with `dense` or "
+                "`save_steps` use adjoint='replay'; or ask for as many times in `t` as are needed."
+            )
+        method = made_reversible(integrator.method)
+        return part(dataclasses.replace(integrator, method=method), f, y0, ss)
+
+    def derivative(form: Form):
+        return of_parts(form, part, record_part, pull_part, differentiated)
+
+    part = Part("solve_reversible", replay.run_solve, replay.like_solve, derivative=derivative)
+    run, like = partial(run_record, keep), partial(like_record, keep)
+    record_part = Part("record_reversible", run, like)
+    return solve
+
+
+class Joins(NamedTuple):
+    """Where each step began (None for steps of equal size); and before which steps the two states were
+    made one, with what they were."""
+
+    pairs: PyTree
+    at: Array
+    grid: Any
+    steps: Array
+
+    def write(self, n, pair, s1) -> "Joins":
+        """The pair from which a trial step begins. It is written over unless that step makes one of them."""
+        y, memory = pair
+        row = jnp.minimum(memory.joins.astype(jnp.int32), len(self.at) - 1)
+        pairs = tree.put(row, (y, memory.z, memory.error), self.pairs)
+        grid = self.grid if self.grid is None else tree.put(n + 1, lax.stop_gradient(s1), self.grid)
+        return self._replace(pairs=pairs, at=tree.put(row, n, self.at), grid=grid)
+
+    def run(self, turns, unfinished, body, state):
+        return turns(unfinished, body, state)
+
+
+def room(keep: int, integrator, y0, dtype) -> Joins:
+    """Room for what is stored; its last row is for what need not be."""
+    zero = jnp.zeros((), jnp.int32)
+    pairs = tree.rooms((y0, y0, jnp.zeros((), dtype)), keep + 1)
+    grid = jnp.zeros(integrator.max_steps + 1, dtype) if integrator.adaptive else None
+    return Joins(pairs, jnp.zeros(keep + 1, jnp.int32), grid, zero)
+
+
+# The parts: the forward solve with its step sizes, and the way back.
+
+
+def record(keep: int, x, rest, kernel=PLAIN):
+    """The solve, its end, and where its steps were."""
+    integrator, (f, y0, ss) = join(x, rest)
+    tape = room(keep, integrator, y0, ss.dtype)
+    ys, report, state, slope0, tape = loop.run(integrator, f, y0, ss, tape, kernel)
+    tape = tape._replace(steps=state.accepted)
+    return ys, report, Recorded(tape, slope0, state.y, state.memory, report)
+
+
+def by_inversion(steps, own, y0, recorded: Recorded, visit, carry):
+    """visit(carry, s, s1, y, memory) for the last step to the first, from the end alone; and whether all
+    that was needed was stored and has led to y0."""
+    integrator, f, ss = own
+    f, method, tape = steps.field(f), integrator.method, recorded.tape
+
+    def place(n):
+        return integrator.place(n, ss[-1]) if tape.grid is None else tree.row(tape.grid, n)
+
+    def back(state):
+        n, k, y1, memory, carry = state
+        n, s, s1 = n - 1, place(n - 1), place(n)
+        error = jnp.full_like(memory.error, jnp.inf)  # with which no step makes the states one
+        found = *method.before(f, s, y1, memory, s1 - s), error
+        last = jnp.maximum(k - 1, 0)
+        here = (k > 0) & (tree.row(tape.at, last) == n)
+        y, z, error = tree.where(here, tree.row(tape.pairs, last), found)
+        memory = Pair(z, f(y, s), error, memory.joins)
+        return n, k - here.astype(k.dtype), y, memory, visit(carry, s, s1, y, memory)
+
+    joins = recorded.memory.joins.astype(jnp.int32)
+    begin = tape.steps, joins, recorded.y, recorded.memory, carry
+    _, _, y, _, carry = lax.while_loop(lambda state: state[0] > 0, back, begin)
+    return carry, (joins < len(tape.at)) & has_come_back(y, y0, recorded.y)
+
+
+def has_come_back(y, y0, y1):
+    """Whether y is y0, but for the cube root of a rounding of its size, or of that of y1."""
+    ones = jax.tree.map(lambda x: jnp.ones((), tree.real_dtype(x)), y0)
+    size = jnp.maximum(tree.norm(y0, ones), tree.norm(y1, ones))
+    eps = max((float(jnp.finfo(y.dtype).eps) for y in jax.tree.leaves(y0)), default=1.0)
+    return tree.norm(tree.difference(y, y0), ones) <= eps ** (1 / 3) * size
+
+
+def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
+    """The vjp of the steps, last to first: cotangents of (f, y0, ss), NaN if they could not be taken back."""
+    return replay.pull(x, rest, recorded, bars, kernel, by_inversion)
+
+
+def run_record(keep: int, form: Form, x, rest):
+    """Of many solves JAX batches the loop."""
+    of_one = partial(record, keep)
+    if form.size is not None:
+        return jax.vmap(of_one, axes_of(form.flags), axis_size=form.size)(x, rest)
+    return alone(form, of_one, join(x, rest)[1])(x, rest)
+
+
+def run_pull(form: Form, x, rest, recorded, bars):
+    """The same of the way back; the cotangents of what all solves share are summed."""
+    if form.size is not None:
+        back = jax.vmap(pull, axes_of(form.flags), axis_size=form.size)
+        return summed(back(x, rest, recorded, bars), form.flags[0])
+    return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
+
+
+def axes_of(flags):
+    return jax.tree.map(lambda flag: 0 if flag else None, flags)
+
+
+def like_record(keep: int, x, rest):
+    (ys, report, recorded), effects = replay.like_record(x, rest)
+    integrator, (_, y0, ss) = join(x, rest)
+    tape = room(keep, integrator, y0, ss.dtype)
+    return (ys, report, recorded._replace(tape=tape)), effects
+
+
+pull_part = Part(
+    "pull_reversible",
+    run_pull,
+    replay.like_pull,
+    own=lambda flags, out: flags[0],
+    spread=replay.spread_pull,
+)

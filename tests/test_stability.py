@@ -1,0 +1,148 @@
+"""Gradients at the stability limit of explicit methods, and where the backward solve of `backsolve` drifts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import odeint, solve, tableaus
+from jaxode.methods.explicit import radius
+
+# dy/dt = k - y^3 settles at y = k^(1/3), where explicit steps grow until they are unstable.
+settles = lambda y, t, k: k - y**3
+dk = lambda k: k ** (-2 / 3) / 3
+
+
+def end(k, y0=0.5, t1=100.0, **options):
+    k = jnp.asarray(k)
+    options = {"rtol": 1e-3, "atol": 1e-3, **options}
+    return odeint(settles, jnp.asarray(y0, k.dtype), jnp.array([0.0, t1], k.dtype), k, **options)[
+        -1
+    ]
+
+
+@pytest.mark.parametrize("method", ["tsit5", "dop853", "bosh3", "auto"])
+def test_a_gradient_at_the_stability_limit(method):
+    value, gradient = jax.value_and_grad(end)(jnp.asarray(2.0), method=method)
+    np.testing.assert_allclose((value, gradient), (2 ** (1 / 3), dk(2.0)), rtol=2e-3)
+
+
+def test_the_same_in_float32():
+    k = jnp.asarray(2.0, jnp.float32)
+    gradient = jax.grad(end)(k, t1=1000.0, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, dk(2.0), rtol=1e-4)
+
+
+def test_the_same_for_many_in_every_form():
+    """By sensitivities and by steps back, of many; by `direct` and `forward`; the second derivative."""
+    k = jnp.linspace(1.0, 3.0, 20)
+    by_sensitivities = jax.vmap(jax.grad(end))(k)
+
+    def of_ten(k):
+        return jnp.sum(end(k, jnp.full(10, 0.5)))
+
+    back = jax.vmap(jax.grad(lambda k, y: jnp.sum(end(k, y)), (0, 1)), (0, None))
+    by_steps_back, by_y0 = back(k, jnp.full(10, 0.5))
+    np.testing.assert_allclose(by_sensitivities, dk(k), rtol=2e-3)
+    np.testing.assert_allclose(by_steps_back, 10 * dk(k), rtol=2e-3)
+    assert np.max(np.abs(by_y0)) < 1e-9
+    direct = jax.grad(lambda k: end(k, adjoint="direct"))(k[5])
+    push = jax.jvp(lambda k: end(k, adjoint="forward"), (k[5],), (1.0,))[1]
+    np.testing.assert_allclose((direct, push), dk(k[5]), rtol=2e-3)
+    np.testing.assert_allclose(jax.hessian(of_ten)(k[5]), -20 / 9 * k[5] ** (-5 / 3), rtol=1e-2)
+
+
+def test_modes_that_the_solution_does_not_excite():
+    """A start in equilibrium, and a fast mode that is 0: no step of the solution itself knows of them."""
+    for method in ("tsit5", "auto"):
+        still = jax.grad(end)(2.0, 2 ** (1 / 3), method=method)
+        np.testing.assert_allclose(still, dk(2.0), rtol=1e-3)
+
+    def with_fast(y, t):
+        return jnp.stack([y[1], -y[0], -1000 * y[2]])
+
+    def total(y):
+        return jnp.sum(odeint(with_fast, y, jnp.array([0.0, 3.0]), rtol=1e-6, atol=1e-6)[-1])
+
+    cos, sin = np.cos(3.0), np.sin(3.0)
+    gradient = jax.grad(total)(jnp.array([1.0, 0.0, 0.0]))
+    np.testing.assert_allclose(gradient, [cos - sin, cos + sin, 0.0], atol=1e-5)
+
+
+def test_a_stiff_forced_problem():
+    """The published explosion: 190 for 0 with tsit5, 2e10 with dopri5."""
+
+    def forced(y, t):
+        return -1000 * (y - jnp.cos(t))
+
+    def last(y, method):
+        return odeint(forced, y, jnp.array([0.0, 1.0]), rtol=1e-5, atol=1e-5, method=method)[-1]
+
+    for method in ("tsit5", "dopri5"):
+        assert abs(jax.grad(last)(jnp.asarray(0.0), method)) < 1e-6
+
+
+def test_steps_that_accuracy_chooses_stay_as_they_are():
+    """Also where df/dy is far from normal: near the centre of an orbit it stretches by 1,000 and by 1."""
+
+    def orbit(y, t):
+        return jnp.concatenate([y[2:], -y[:2] / jnp.sum(y[:2] ** 2) ** 1.5])
+
+    start = jnp.array([0.1, 0.0, 0.0, np.sqrt(19.0)])
+    for method, tolerance in (("tsit5", 1e-6), ("dop853", 1e-8)):
+        options = dict(method=method, rtol=tolerance, atol=tolerance)
+        plain = solve(orbit, start, [0.0, 10.0], **options)
+        steady = solve(orbit, start, [0.0, 10.0], adjoint="direct", **options)
+        assert plain.stats.accepted == steady.stats.accepted
+        np.testing.assert_allclose(plain.ys, steady.ys, rtol=1e-9)
+
+
+def test_stability_regions():
+    """On the negative axis (Hairer and Wanner 1996, fig. IV.2.1), and for an own table."""
+    assert 2.2 < radius(tableaus.bosh3) < 2.52
+    assert 3.1 < radius(tableaus.dopri5) < 3.31
+    assert 0.5 < radius(tableaus.euler) < 2.0
+    assert radius(tableaus.dop853) == tableaus.dop853.stability
+
+
+# Backsolve.
+
+
+def test_backsolve_that_drifts_has_no_gradient():
+    """The state that comes back at t0 is another one: NaN, not a number that is wrong."""
+
+    def gradient(k, t1):
+        return jax.grad(lambda k: end(k, t1=t1, adjoint="backsolve", rtol=1e-6, atol=1e-6))(k)
+
+    near, far = gradient(2.0, 1.0), gradient(2.0, 3.0)
+    exact = jax.grad(lambda k: end(k, t1=1.0, rtol=1e-9, atol=1e-9))(2.0)
+    np.testing.assert_allclose(near, exact, rtol=1e-4)
+    assert np.isnan(far)
+    spans = jnp.array([0.5, 1.0, 3.0, 5.0])
+    many = jax.vmap(gradient, (None, 0))(2.0, spans)
+    np.testing.assert_array_equal(np.isnan(many), [False, False, True, True])
+    np.testing.assert_allclose(many[1], exact, rtol=1e-4)
+
+
+def test_backsolve_is_never_far_off():
+    """Lorenz's equations, where backwards errors grow by e^14 in a unit of time: right, or NaN."""
+
+    def lorenz(y, t, s):
+        return jnp.stack([s * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
+
+    @jax.jit
+    def gradients(t1, tolerance):
+        def total(s, adjoint, tolerance):
+            options = dict(rtol=tolerance, atol=tolerance, adjoint=adjoint)
+            return jnp.sum(odeint(lorenz, jnp.ones(3), jnp.stack([0.0, t1]), s, **options)[-1])
+
+        both = jax.grad(total)(10.0, "backsolve", tolerance), jax.grad(total)(10.0, "replay", 1e-9)
+        return jnp.stack(both)
+
+    found = np.array([
+        gradients(t1, 10.0**-p) for t1 in (0.3, 0.7, 1.0, 1.5, 2.0) for p in (4, 5, 6, 7)
+    ])  # fmt: skip
+    said = np.isfinite(found[:, 0])
+    assert 3 < np.sum(said) < len(said) - 3
+    off = np.abs(found[said, 0] - found[said, 1]) / (0.1 + np.abs(found[said, 1]))
+    assert np.max(off) < 0.06
