@@ -102,7 +102,7 @@ class Reversible(Around):
         """
         apart = measured(norm, tree.difference(y, memory.z), y, memory.error)
         error = memory.error
-        if self.method.e is None:
+        if self.error_order is None:
             error = jnp.where(error > 0, error, jnp.maximum(-error, apart))
             joins = apart > GROWN * error
             error = jnp.where(joins, -error, error)
