@@ -308,7 +308,7 @@ def at_tight_tolerances(case: Case, solves: Solves, path: Path) -> Reference:
     return reference
 
 
-def tight_tolerances(tolerances: tuple, factor: float) -> tuple:
+def tight_tolerances(tolerances: tuple, factor: float) -> tuple[PyTree, PyTree]:
     """rtol and atol, smaller by a factor."""
     rtol, atol = tolerances
     finer = lambda rtol: np.clip(rtol * factor, FINEST, TIGHT).astype(rtol.dtype)
@@ -319,7 +319,7 @@ def times(factor: float, x: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), x)
 
 
-def of_sizes(rtol: PyTree, atol: PyTree, sizes: PyTree) -> tuple:
+def of_sizes(rtol: PyTree, atol: PyTree, sizes: PyTree) -> tuple[PyTree, PyTree]:
     """The same, but atol is not above rtol times the size of a component, so that none is lost below it."""
 
     def leaf(rtol, atol, size):
@@ -334,8 +334,10 @@ def compared_with(case: Case, reference: Reference | None, path: Path) -> dict:
     nothing, unknown = np.zeros(len(path.times)), Slope(np.nan, np.nan)
     if reference is None:
         growth = path.growth(path.tangents)
-        return dict(tight=None, tight_value=np.nan, tight_tolerance=np.nan, tight_difference=unknown, growth=growth,
-                    of_tight_steps=growth, departure=nothing, tight_departure=nothing, tight_facts=None)  # fmt: skip
+        return dict(
+            tight=None, tight_value=np.nan, tight_tolerance=np.nan, tight_difference=unknown, growth=growth,
+            of_tight_steps=growth, departure=nothing, tight_departure=nothing, tight_facts=None,
+        )  # fmt: skip
     solves, still = reference.solves, np.zeros(len(path.scale))
     h = float(np.sqrt(reference.accuracy))
     _, tangents = solves.states(still, path.move, path.times)
@@ -351,7 +353,8 @@ def compared_with(case: Case, reference: Reference | None, path: Path) -> dict:
     return dict(
         tight=path.scale * vector(gradient), tight_value=reference.value, tight_tolerance=reference.accuracy,
         tight_difference=solves.slope(path.move, width), growth=growth, of_tight_steps=by_steps,
-        departure=apart(path.tangents), tight_departure=apart(tangents), tight_facts=facts_of(case, reference.solution),
+        departure=apart(path.tangents), tight_departure=apart(tangents),
+        tight_facts=facts_of(case, reference.solution),
     )  # fmt: skip
 
 
@@ -391,7 +394,7 @@ def stability_of(e: Evidence, case: Case, path: Path) -> tuple[float, ...]:
     program, found = on_host(mode, False), []
     for time, y in zip(path.times, path.ys):
         rate, decays = program(case.solves.numbers, unflat(y, case.y0), case.solves.time(time))
-        size = diagnosis.size_at(e.facts, time) if e.dt is None else e.dt
+        size = e.dt if e.facts is None or e.dt is not None else diagnosis.size_at(e.facts, time)
         found.append(float(size * rate / limit) if decays else 0.0)
     return tuple(found)
 

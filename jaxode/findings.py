@@ -24,8 +24,8 @@ LIMITED = 0.3  # of the trial steps for something are much
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with a solve, or its gradient: what kind (a word), what it is in words, and what to
-    do about it; `time`, if it is known, is where it begins to go wrong."""
+    """Something that is wrong with a solve, or with its gradient: what kind (a word), what it is in words, what
+    to do about it; and the time at which it begins, if that is known."""
 
     kind: str
     text: str

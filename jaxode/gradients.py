@@ -32,10 +32,10 @@ class GradientReport:
 
     Attributes:
         verdict: "trusted", or the kind of the first of the findings.
-        findings: what was found, the verdict first: each has a `kind` ("failed", "chaotic", "not finite", "zero",
-            "discontinuous", "wrong rule", "stability limit", "badly scaled", "loose tolerance", "unresolved";
-            "backsolve drifts" and "jump", which may stand beside a verdict), a `text`, a `remedy`, and a `time`,
-            where it goes wrong, if that is known.
+        findings: what was found, the verdict first: each has a `kind` ("failed", "chaotic", "not finite",
+            "zero", "discontinuous", "wrong rule", "stability limit", "badly scaled", "loose tolerance",
+            "unresolved"; "backsolve drifts" and "jump", which may stand beside another verdict), a `text`, a
+            `remedy`, and the `time` at which it begins, if that is known.
         solution: the `Solution`.
         gradient: the gradient, as (func, y0, args); None where nothing is differentiated.
         loss, tight_loss: the loss, and that of the reference: a solve at `tight_tolerance`, of float64 if that
@@ -49,8 +49,8 @@ class GradientReport:
         uncertainties: of these two: how far differences of other widths are from them.
         condition: the largest growth of a relative perturbation of all inputs, at one of `times`.
         growth: the same at each of `times`.
-        recovered: how far from y0 a solve back from the end arrives, in its size; NaN where events or a singular
-            mass matrix make it impossible.
+        recovered: how far from y0 a solve back from the end arrives, in its size; NaN with events, which have
+            no way back.
     """
 
     verdict: str
@@ -94,13 +94,13 @@ class GradientReport:
             f"{self.tight_loss:.6g}."
         )
         others = (
-            f"by {name} {self.lengths[name]:.4g} (at {angle:.2g} degrees)"
+            f"{in_words(name)} {self.lengths[name]:.4g} (at an angle of {angle:.2g} degrees)"
             for name, angle in self.angles.items()
         )
         name, length = next(iter(self.lengths.items()))
-        lengths = ", ".join([f"by {name} {length:.4g}", *others])
-        yield f"The length of the gradient, of relative changes, is {lengths}."
-        slopes = (f"by {name} {slope:.6g}" for name, slope in self.slopes.items())
+        lengths = ", ".join([f"{in_words(name)} {length:.4g}", *others])
+        yield f"The gradient of relative changes is of length {lengths}."
+        slopes = (f"{in_words(name)} {slope:.6g}" for name, slope in self.slopes.items())
         yield f"Along one direction it is {', '.join(slopes)}."
         back = f"; a solve back from the end finds y0 to {self.recovered:.1g} of its size"
         at = self.times[int(np.nanargmax(self.growth))]
@@ -110,6 +110,15 @@ class GradientReport:
         )
 
 
+def in_words(name: str) -> str:
+    """By what a gradient or a slope is."""
+    return {
+        "tight": "by replay at tight tolerances",
+        "solve": "by differences of the solve",
+        "tight solve": "by differences at tight tolerances",
+    }.get(name, f"by {name}")
+
+
 def sentence(finding: Finding) -> str:
     return f"{finding.text}. {finding.remedy[0].upper()}{finding.remedy[1:]}."
 
@@ -117,12 +126,12 @@ def sentence(finding: Finding) -> str:
 def gradient_report(func: Callable, y0: PyTree, t, *args, loss: Callable | None = None, **options):
     """Whether the gradient of a solve can be believed, in words and numbers: a `GradientReport`, to be printed.
 
-    The gradient of `loss` with respect to the floating-point numbers of func (of an equinox module, say), y0 and
-    args, by the `adjoint` of the options ("replay" by default), is compared with that by "backsolve", with central
-    differences along one direction, and with the gradient by replay and such differences of a reference: the
-    same solve at 1e-4 of its tolerances, in float64. Perturbations of the states say where in time they part.
-    It takes about 30 solves, half of them at the tight tolerances, and four programs to compile; seven, if the
-    solve is not in float64.
+    The gradient of `loss` with respect to the floating-point numbers of func (of an equinox module, say), y0
+    and args, by the `adjoint` of the options ("replay" by default), is compared with that by "backsolve", with
+    central differences along one direction, and with the gradient by replay and such differences of a
+    reference: the same solve at 1e-4 of its tolerances, in float64. Perturbations of the states say where in
+    time they part. It takes about 30 solves, half of them at the tight tolerances, and four programs to
+    compile; seven, if the solve is not in float64.
 
     Args:
         func, y0, t, args: those of `jaxode.solve`; values that are known, for one solve.

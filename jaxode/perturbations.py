@@ -27,7 +27,7 @@ def flat(x: PyTree) -> np.ndarray:
     """All numbers of a pytree as one vector of the host, in float64."""
     parts = [np.zeros(0)]
     for leaf in map(np.asarray, jax.tree.leaves(x)):
-        of = (leaf.real, leaf.imag) if np.iscomplexobj(leaf) else (leaf,)
+        of = (np.real(leaf), np.imag(leaf)) if np.iscomplexobj(leaf) else (leaf,)
         parts += [part.astype(np.float64).ravel() for part in of]
     return np.concatenate(parts)
 

@@ -100,15 +100,15 @@ class Evidence:
 
         An array that has less than a tenth of the gradient counts as if it had that.
         """
-        if self.tight is None:
+        tight = self.tight
+        if tight is None:
             return np.nan
         if not np.all(np.isfinite(g)):
             return np.inf
-        least = max(np.linalg.norm(self.tight) / 10, self.negligible, np.finfo(float).tiny)
-        of = lambda part: (
-            np.linalg.norm((g - self.tight)[part]) / max(np.linalg.norm(self.tight[part]), least)
-        )
-        return float(max((of(part) for _, part in self.leaves), default=0.0))
+        least = max(float(np.linalg.norm(tight)) / 10, self.negligible, np.finfo(float).tiny)
+        size = lambda x, part: float(np.linalg.norm(x[part]))
+        of = [size(g - tight, part) / max(size(tight, part), least) for _, part in self.leaves]
+        return max(of, default=0.0)
 
     def agrees(self, g: np.ndarray) -> bool:
         """Whether a gradient has the slope that differences of the reference see."""
@@ -116,7 +116,7 @@ class Evidence:
         if not (np.all(np.isfinite(g)) and np.isfinite(value)):
             return False
         size = max(np.linalg.norm(g), abs(value), self.negligible)
-        return abs(value - self.slope(g)) <= OFF * size + 3 * uncertainty
+        return bool(abs(value - self.slope(g)) <= OFF * size + 3 * uncertainty)
 
     @cached_property
     def jumps(self) -> bool:
@@ -167,8 +167,8 @@ def chaotic(e: Evidence) -> Finding | None:
         "large by the end, in the problem itself and not by the steps. The gradient is that of the computed "
         "path; it does not say how the loss changes where the inputs do, but for changes below one part in "
         f"{e.lasting:.1g}",
-        f"end the solve at about t = {until:.4g}, to which the growth is below {PREDICTABLE:g}; fit longer data "
-        "in pieces of that length that begin at states of their own (multiple shooting)",
+        f"end the solve at about t = {until:.4g}, to which the growth is below {PREDICTABLE:g}; fit longer "
+        "data in pieces of that length that begin at states of their own (multiple shooting)",
         until,
     )
 
@@ -185,8 +185,8 @@ def not_finite(e: Evidence) -> Finding | None:
     return Finding(
         "not finite",
         f"The gradient is NaN or infinite in {names}: the values are finite, and a derivative {where} is not",
-        "look for sqrt, norm, power, log or division where their arguments are 0, also in a branch of jnp.where "
-        "that is not taken: give them an argument that is safe, jnp.sqrt(jnp.where(x > 0, x, 1))",
+        "look for sqrt, norm, power, log or division where their arguments are 0, also in a branch of jnp.where"
+        " that is not taken: give them an argument that is safe, jnp.sqrt(jnp.where(x > 0, x, 1))",
         at,
     )
 
@@ -198,23 +198,21 @@ def zero(e: Evidence) -> Finding | None:
     return Finding(
         "zero",
         "The gradient is 0, and differences see none either: the loss does not depend on y0 or args",
-        "check that the loss uses what the solve returns, and that nothing on the way counts, rounds or compares",
+        "check that the loss uses what the solve returns, and that nothing on the way counts, rounds, or "
+        "compares",
     )
 
 
 def discontinuous(e: Evidence) -> Finding | None:
     """func jumps, where what makes it jump moves with the inputs."""
-    places = [] if e.tight_facts is None else crossings(e.tight_facts)
-    if e.tight is None:
-        places = [] if e.facts is None else crossings(e.facts)
-        if not places:
-            return None
-    elif (
-        e.is_right
-        or e.rule > OFF
-        or (e.agrees(e.tight) and not e.jumps)
-        or (not places and not e.jumps and e.exploded(e.of_tight_steps))
-    ):
+    facts = e.facts if e.tight is None else e.tight_facts
+    places = [] if facts is None else crossings(facts)
+    if e.tight is None:  # such as no solve succeeds at tighter tolerances
+        shows = len(places) > 0
+    else:
+        by_steps = not e.agrees(e.tight) and (places or not e.exploded(e.of_tight_steps))
+        shows = not e.is_right and e.rule <= OFF and (e.jumps or by_steps)
+    if not shows:
         return None
     times = [time for time, _ in sorted(places)[:4]]
     if not times and e.tight is not None and (at := e.first(e.tight_departure, OFF)) is not None:
@@ -262,8 +260,8 @@ def stability_limit(e: Evidence) -> Finding | None:
     return Finding(
         "stability limit",
         f"Steps are at the limit of stability: the loss is right to {apart:.1g}, and the product of the "
-        f"derivatives of the steps is not that of the problem{where}: perturbations are up to {steps:.2g} times "
-        f"as large as at the beginning by the steps, and {problem:.2g} times by the problem",
+        f"derivatives of the steps is not that of the problem{where}: perturbations become up to {steps:.2g} "
+        f"times as large by the steps, and {problem:.2g} times by the problem",
         remedy,
         at,
     )
