@@ -164,8 +164,11 @@ def gradient_report(func: Callable, y0: PyTree, t, *args, loss: Callable | None 
         remedy = "see what jaxode.explain says of it"
         failed = Finding("failed", text.rstrip("."), remedy, float(solution.reached))
         return GradientReport("failed", (failed,), solution)
-    evidence, gradient = collect(case, float(value), solution)
-    return report_of(evidence, solution, gradient)
+    with np.errstate(
+        all="ignore"
+    ):  # what explodes may become infinite, and what is not finite is told
+        evidence, gradient = collect(case, float(value), solution)
+        return report_of(evidence, solution, gradient)
 
 
 def report_of(e: Evidence, solution: Solution, gradient: PyTree) -> GradientReport:
@@ -190,10 +193,13 @@ def report_of(e: Evidence, solution: Solution, gradient: PyTree) -> GradientRepo
 
 
 def angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Between two vectors, in degrees: NaN if one is 0. By the half-angle formula, which is accurate when it is
-    small (Kahan 2006)."""
-    if not (np.any(a) and np.any(b)):
+    """Between two vectors, in degrees; NaN if one is 0 or not finite.
+
+    By the half-angle formula, which is accurate for small angles too (Kahan 2006).
+    """
+    if not (np.any(a) and np.any(b) and np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
         return np.nan
+    a, b = a / np.max(np.abs(a)), b / np.max(np.abs(b))
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     return float(np.degrees(2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))))
 

@@ -14,6 +14,9 @@ from jaxode.perturbations import Slope
 
 OFF = 0.03  # of a gradient: an error that is told
 NEGLIGIBLE = 1e-6  # of what the loss changes where outputs change by their own size
+EXACT = (
+    0.003  # of a gradient: how near that of the reference is to differences, where func may jump
+)
 GOOD = 0.01  # of a gradient: an error that a remedy has to come below
 UNSTABLE = 1e5  # growth of a perturbation from which on its problem cannot be predicted for long
 PREDICTABLE = 1e3  # growth up to which it can
@@ -110,13 +113,13 @@ class Evidence:
         of = [size(g - tight, part) / max(size(tight, part), least) for _, part in self.leaves]
         return max(of, default=0.0)
 
-    def agrees(self, g: np.ndarray) -> bool:
+    def agrees(self, g: np.ndarray, off: float = OFF) -> bool:
         """Whether a gradient has the slope that differences of the reference see."""
         value, uncertainty = self.tight_difference
         if not (np.all(np.isfinite(g)) and np.isfinite(value)):
             return False
         size = max(np.linalg.norm(g), abs(value), self.negligible)
-        return bool(abs(value - self.slope(g)) <= OFF * size + 3 * uncertainty)
+        return bool(abs(value - self.slope(g)) <= off * size + 3 * uncertainty)
 
     @cached_property
     def jumps(self) -> bool:
@@ -128,12 +131,26 @@ class Evidence:
         return bool(uncertainty > HALF_NOISE * size)
 
     @cached_property
+    def places(self) -> list[tuple[float, int]]:
+        """Where func, or a derivative of it, jumps: times, and how many rejected steps crossed each."""
+        facts = self.facts if self.tight is None else self.tight_facts
+        return [] if facts is None else sorted(crossings(facts))
+
+    @cached_property
     def has_reference(self) -> bool:
         """Whether the gradient of the reference is one to compare with."""
-        return self.tight is not None and self.agrees(self.tight) and not self.jumps
+        off = EXACT if self.places else OFF
+        return self.tight is not None and self.agrees(self.tight, off) and not self.jumps
 
     def right(self, g: np.ndarray) -> bool:
-        return self.error(g) <= OFF if self.has_reference else self.agrees(g) and not self.jumps
+        """Whether a gradient is right. One that is that of the reference is not if differences see another."""
+        if self.has_reference or self.error(g) <= OFF:
+            return self.has_reference and self.error(g) <= OFF
+        return self.agrees(g) and not self.jumps
+
+    @property
+    def values_agree(self) -> bool:
+        return abs(self.value - self.tight_value) <= OFF * abs(self.tight_value)
 
     @cached_property
     def is_right(self) -> bool:
@@ -148,11 +165,11 @@ class Evidence:
     def exploded(self, of_steps: np.ndarray) -> bool:
         """Whether the product of the derivatives of the steps grows as the problem does not."""
         bound = EXPLODED * np.fmax(self.growth, 1.0)
-        return bool(np.any(~np.isfinite(of_steps) | (of_steps > bound)))
+        return bool(np.any(np.isfinite(self.growth) & ~(of_steps <= bound)))
 
     def first(self, sizes: np.ndarray, bound: float) -> float | None:
         """The first time at which something is above a bound."""
-        above = np.flatnonzero(~(sizes <= bound))
+        above = np.flatnonzero(np.isfinite(self.growth) & ~(sizes <= bound))
         return float(self.times[above[0]]) if len(above) else None
 
 
@@ -205,16 +222,14 @@ def zero(e: Evidence) -> Finding | None:
 
 def discontinuous(e: Evidence) -> Finding | None:
     """func jumps, where what makes it jump moves with the inputs."""
-    facts = e.facts if e.tight is None else e.tight_facts
-    places = [] if facts is None else crossings(facts)
-    if e.tight is None:  # such as no solve succeeds at tighter tolerances
-        shows = len(places) > 0
+    if e.tight is None:  # at tighter tolerances no solve may succeed
+        shows = len(e.places) > 0
     else:
-        by_steps = not e.agrees(e.tight) and (places or not e.exploded(e.of_tight_steps))
-        shows = not e.is_right and e.rule <= OFF and (e.jumps or by_steps)
+        unstable = not e.places and e.exploded(e.of_tight_steps)
+        shows = not (e.is_right or e.has_reference or e.rule > OFF) and (e.jumps or not unstable)
     if not shows:
         return None
-    times = [time for time, _ in sorted(places)[:4]]
+    times = [time for time, _ in e.places[:4]]
     if not times and e.tight is not None and (at := e.first(e.tight_departure, OFF)) is not None:
         times = [at]
     where = f" near t = {', '.join(f'{time:.4g}' for time in times)}" if times else ""
@@ -280,6 +295,8 @@ def badly_scaled(e: Evidence) -> Finding | None:
     """Components of the state are so unlike that one atol does not serve all of them."""
     worst = int(np.argmax(e.accuracy)) if len(e.accuracy) else 0
     if e.is_right or e.remedied.get("scaled", np.inf) > OFF:
+        return None
+    if e.values_agree and e.exploded(e.of_steps):
         return None
     return Finding(
         "badly scaled",
@@ -360,10 +377,9 @@ def unresolved(e: Evidence) -> Finding | None:
 
 def jump_of_time(e: Evidence) -> Finding | None:
     """func jumps at times that do not move with the inputs: the gradient is right."""
-    places = [] if e.tight_facts is None else crossings(e.tight_facts)
-    if not e.is_right or not places:
+    if not e.is_right or not e.places:
         return None
-    times = ", ".join(f"{time:.4g}" for time, _ in sorted(places)[:4])
+    times = ", ".join(f"{time:.4g}" for time, _ in e.places[:4])
     return Finding(
         "jump",
         f"func, or a derivative of it, jumps near t = {times}, which does not harm the gradient here",
@@ -373,7 +389,7 @@ def jump_of_time(e: Evidence) -> Finding | None:
 
 # The first that finds something is the verdict.
 VERDICTS = (
-    chaotic, not_finite, zero, discontinuous, wrong_rule, drifting, stability_limit, badly_scaled,
+    chaotic, not_finite, zero, discontinuous, wrong_rule, drifting, badly_scaled, stability_limit,
     loose_tolerance, unresolved,
 )  # fmt: skip
 BESIDE = (drift, jump_of_time)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import gradient_report
+from jaxode import Event, Signal, gradient_report
 
 
 def last(solution):
@@ -72,3 +72,76 @@ def test_the_verdict_is_right_and_says_what_to_do(verdict):
     report = gradient_report(*PROBLEMS[verdict], **options)
     assert report.verdict == verdict, str(report)
     assert SAYS[verdict].lower() in str(report).lower()
+
+
+def test_the_numbers_are_those_of_the_gradient():
+    decay = lambda y, t, p: {"a": -p["rate"] * y["a"], "n": 0 * y["n"]}
+    y0, t, p = {"a": np.array([1.0, 2.0]), "n": 3}, [0.0, 2.0], {"rate": 0.5, "count": 2}
+    report = gradient_report(decay, y0, t, p, loss=lambda s: s.ys["a"][-1].sum())
+    exact = np.array([0.0, *(np.exp(-1.0) * np.array([1.0, 2.0])), 0.0, -6 * np.exp(-1.0)])
+    _, y0_bar, (p_bar,) = report.gradient
+    np.testing.assert_allclose(y0_bar["a"], np.exp(-1.0), rtol=1e-6)
+    np.testing.assert_allclose(p_bar["rate"], exact[-1], rtol=1e-6)
+    assert p_bar["count"] is None and report.verdict == "trusted" and report.where is None
+    length = np.sqrt(np.exp(-2.0) * (1 + 4 + 9))  # of x dL/dx
+    np.testing.assert_allclose([*report.lengths.values()], length, rtol=1e-5)
+    np.testing.assert_allclose([*report.slopes.values()], report.slopes["tight"], rtol=1e-5)
+    np.testing.assert_allclose([*report.angles.values()], 0.0, atol=1e-3)
+    assert report.error < 1e-6 and report.recovered < 1e-6 and 0.5 < report.condition < 3
+
+
+def test_backsolve_drifts_where_replay_is_right_and_the_time_is_told():
+    fast = lambda y, t, k: -k * (y - jnp.cos(t))
+    asked = fast, np.ones(1), [0.0, 2.0], 30.0
+    beside = gradient_report(*asked, loss=last)
+    assert beside.verdict == "trusted" and beside.findings[0].kind == "backsolve drifts"
+    assert beside.recovered > 1 and 0 < beside.findings[0].time < 2
+    report = gradient_report(*asked, loss=last, adjoint="backsolve")
+    assert report.verdict == "backsolve drifts" and "adjoint='replay'" in str(report)
+
+
+def test_a_float32_solve_is_compared_with_one_in_float64():
+    drive = Signal(np.array([0.0, 1.0, 3.0], np.float32), np.array([0.0, 1.0, -1.0], np.float32))
+    y0 = np.zeros(1, np.float32)
+    report = gradient_report(lambda y, t, u: u(t) - y, y0, [0.0, 4.0], drive, loss=last)
+    assert report.verdict == "trusted" and report.tight_tolerance < 1e-9
+    assert report.gradient[2][0].us.dtype == np.float32
+
+
+def test_the_time_of_an_event_has_a_gradient_and_a_loss_may_have_none():
+    floor = Event(lambda y, t, g: y[0], direction="down", terminal=True)
+    falls = lambda y, t, g: jnp.stack([y[1], -g])
+    asked = falls, np.array([1.0, 0.0]), [0.0, 4.0], 9.81
+    report = gradient_report(*asked, loss=lambda s: s.events[0].times[0], events=[floor])
+    assert report.verdict == "trusted" and np.isnan(report.recovered)
+    np.testing.assert_allclose(report.gradient[2][0], -np.sqrt(2 / 9.81) / 2 / 9.81, rtol=1e-6)
+    report = gradient_report(*asked, loss=lambda s: jnp.sum(s.ys[0] > 0) * 1.0)
+    assert report.verdict == "zero" and "does not depend" in str(report)
+
+
+def test_a_solve_that_fails_has_no_gradient():
+    report = gradient_report(lambda y, t: y**2, 1.0, [0.0, 2.0])
+    assert report.verdict == "failed" and np.isnan(report.condition)
+    assert "The solve failed" in str(report) and "explain" in str(report)
+    np.testing.assert_allclose(report.where, 1.0, atol=1e-4)
+
+
+def test_what_cannot_be_reported_is_refused():
+    decay, t = lambda y, t, k: -k * y, [0.0, 1.0]
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda y: gradient_report(decay, y, t, 1.0).loss)(1.0)
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.vmap(lambda k: gradient_report(lambda y, t: -k * y, 1.0, t).loss)(np.ones(2))
+    with pytest.raises(TypeError, match="one real number"):
+        gradient_report(decay, 1.0, t, 1.0, loss=lambda solution: solution.ys)
+    with pytest.raises(TypeError) as error:
+        gradient_report(decay, 1.0, t, 1.0, loss=lambda ys: jnp.sum(ys**2))
+    assert "given the Solution" in error.value.__notes__[0]
+    with pytest.raises(TypeError, match="no `save_steps`"):
+        gradient_report(decay, 1.0, t, 1.0, save_steps=True)
+    with pytest.raises(ValueError, match="forward mode"):
+        gradient_report(decay, 1.0, t, 1.0, adjoint="forward")
+    with pytest.raises(ValueError, match="nothing to differentiate"):
+        gradient_report(decay, np.zeros(0), t, 1.0)
+    with pytest.raises(ValueError, match="from a first to a later one"):
+        gradient_report(decay, 1.0, [0.0], 1.0)
