@@ -25,6 +25,7 @@ PROBES = 13  # times at which states are compared
 TIGHTER = (1e-4, 1e-2)  # of the tolerances, in the reference: the first with which it succeeds
 TIGHT, FINEST = 1e-8, 1e-12  # its rtol is between these
 WIDEST, NARROWEST = 2e-2, 1e-9  # relative changes of inputs in differences
+SMALL = 1e-3  # of the largest of its array: a component that is less may be 0 but for errors
 NONLINEAR = 0.03  # a relative change of a state that is not small
 REMEDIES = (0.1, 0.01, 0.001)  # of the tolerances
 
@@ -59,13 +60,15 @@ class Case(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The states of a solve at some times and a tangent of them, as vectors; how large each component has been
-    until then; and the relative changes of the inputs that the tangent is of."""
+    """The states of a solve at some times and a tangent of them, as vectors; how large each component becomes,
+    and by what it is measured at each time: how large it has been until then; and the relative changes of the
+    inputs that the tangent is of."""
 
     times: np.ndarray
     ys: np.ndarray
     tangents: np.ndarray
-    sizes: np.ndarray
+    largest: np.ndarray
+    units: np.ndarray
     scale: np.ndarray
     direction: np.ndarray
 
@@ -75,7 +78,7 @@ class Path(NamedTuple):
 
     def growth(self, moved: np.ndarray) -> np.ndarray:
         """How much larger a relative change of the inputs has become."""
-        return mean_size(moved / self.sizes) / mean_size(self.direction)
+        return mean_size(moved / self.units) / mean_size(self.direction)
 
 
 class Reference(NamedTuple):
@@ -101,7 +104,7 @@ def collect(case: Case, value: float, solution: Solution) -> tuple[Evidence, PyT
     path = path_of(case, solution)
     gradients, gradient, unit = gradients_of(case, path.scale)
     reference, failure = reference_of(case, path)
-    accuracy = accuracy_of(case.solves.tolerances, case.y0, path.sizes[-1])
+    accuracy = accuracy_of(case.solves.tolerances, case.y0, path.largest)
     compared = compared_with(case, reference, path)
     tolerance = noise = float(np.median(accuracy))
     if case.has_equal_steps:  # which are as accurate as they are, and without noise
@@ -140,7 +143,9 @@ def path_of(case: Case, solution: Solution) -> Path:
     scale = sizes_of_inputs(case, sizes[0])
     direction = np.cos(np.arange(len(scale)))  # something of every input, no two alike
     _, tangents = case.solves.states(still, scale * direction, times)
-    return Path(times, ys, tangents, sizes, scale, direction)
+    of_arrays = [np.full(y.shape, np.max(y)) for y in split(sizes[-1], case.y0)]
+    units = np.fmax(sizes, SMALL * np.concatenate(of_arrays))
+    return Path(times, ys, tangents, sizes[-1], units, scale, direction)
 
 
 def sizes_of_inputs(case: Case, of_y0: np.ndarray) -> np.ndarray:
@@ -194,7 +199,7 @@ def recovered(case: Case, path: Path, solution: Solution) -> np.ndarray:
     y1 = np.zeros(len(path.scale))
     y1[case.of_state] = path.ys[-1] - path.ys[0]
     ys, _ = case.solves.states(y1, 0 * y1, path.times[::-1])
-    apart = mean_size((ys[::-1] - path.ys) / path.sizes)
+    apart = mean_size((ys[::-1] - path.ys) / path.units)
     return np.where(np.isfinite(apart), apart, np.inf)
 
 
@@ -205,6 +210,11 @@ def facts_of(case: Case, solution: Solution) -> Facts | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been said
         return diagnosis.facts_of(solution, case.y0, False, case.options)
+
+
+def split(vector: np.ndarray, like: PyTree) -> list[np.ndarray]:
+    """The parts of a vector that are of the arrays of a pytree."""
+    return np.split(vector, np.cumsum([len(flat(x)) for x in jax.tree.leaves(like)])[:-1])
 
 
 def leaves_of(case: Case) -> tuple[tuple[str, slice], ...]:
@@ -295,13 +305,13 @@ def reference_options(case: Case) -> dict:
 
 def at_tight_tolerances(case: Case, solves: Solves, path: Path) -> Reference:
     """The reference at the first of some tolerances with which it succeeds."""
-    sizes = unflat(path.sizes[-1], case.y0)
+    sizes = unflat(path.largest, case.y0)
     for factor in TIGHTER:
         finer = tight_tolerances(solves.tolerances, factor)
         for tight in (of_sizes(*finer, sizes), finer):
             here = solves._replace(tolerances=tight)
             value, solution = here.programs.value(here.numbers, tight)
-            accuracy = np.median(accuracy_of(tight, case.y0, path.sizes[-1]))
+            accuracy = np.median(accuracy_of(tight, case.y0, path.largest))
             reference = Reference(here, float(accuracy), float(value), solution)
             if succeeded(solution.status):
                 return reference
@@ -320,11 +330,15 @@ def times(factor: float, x: PyTree) -> PyTree:
 
 
 def of_sizes(rtol: PyTree, atol: PyTree, sizes: PyTree) -> tuple[PyTree, PyTree]:
-    """The same, but atol is not above rtol times the size of a component, so that none is lost below it."""
+    """The same, but atol is not above rtol times the size of a component, so that none is lost below it; nor
+    is it below roundings of the largest one of its array."""
 
     def leaf(rtol, atol, size):
         size = np.abs(size).astype(atol.dtype)
-        return np.where(size > 0, np.fmin(atol, rtol * size), atol)
+        least = 4 * np.finfo(atol.dtype).eps * np.max(size, initial=0.0)
+        return np.where(size > 0, np.fmin(atol, np.fmax(rtol * size, least)), atol).astype(
+            atol.dtype
+        )
 
     return rtol, jax.tree.map(leaf, rtol, atol, sizes)
 
@@ -412,7 +426,7 @@ def wrong_derivative(reference: Reference, path: Path, of_state: slice) -> float
         return jax.jvp(slope, (numbers,), (move,))
 
     program, found = on_host(derivative, solves.programs.wide), []
-    for time, y, size in zip(path.times, path.ys, path.sizes):
+    for time, y, size in zip(path.times, path.ys, path.units):
         here, move = flat(solves.numbers), path.move.copy()
         here[of_state] = y
         move[of_state] = size * path.direction[of_state]
@@ -433,7 +447,7 @@ def errors_of_remedies(e: Evidence, case: Case, path: Path) -> dict:
     rtol, atol = case.solves.tolerances
     tried = {}
     if np.max(e.accuracy) > UNEVEN * np.min(e.accuracy):
-        tried["scaled"] = of_sizes(rtol, atol, unflat(path.sizes[-1], case.y0))
+        tried["scaled"] = of_sizes(rtol, atol, unflat(path.largest, case.y0))
     tried |= {factor: (times(factor, rtol), times(factor, atol)) for factor in REMEDIES}
     errors = {}
     for name, tolerances in tried.items():

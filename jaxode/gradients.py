@@ -102,6 +102,8 @@ class GradientReport:
         yield f"The gradient of relative changes is of length {lengths}."
         slopes = (f"{in_words(name)} {slope:.6g}" for name, slope in self.slopes.items())
         yield f"Along one direction it is {', '.join(slopes)}."
+        if not np.any(np.isfinite(self.growth)):
+            return
         back = f"; a solve back from the end finds y0 to {self.recovered:.1g} of its size"
         at = self.times[int(np.nanargmax(self.growth))]
         yield (

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.integrate import solve
+from jaxode.solution import succeeded
 
 OF_OUTPUTS = ("save", "dense", "fold", "after_events")  # options that are not about states
 
@@ -155,7 +156,9 @@ class Solves(NamedTuple):
         return unflat(flat(self.numbers) + change, self.numbers)
 
     def loss(self, change: np.ndarray) -> float:
-        return float(self.programs.value(self.moved(change), self.tolerances)[0])
+        """The loss with changed inputs; NaN if the solve fails, whatever the loss makes of that."""
+        value, solution = self.programs.value(self.moved(change), self.tolerances)
+        return float(value) if succeeded(solution.status) else np.nan
 
     def states(self, change, move, times) -> tuple[np.ndarray, np.ndarray]:
         """The states at these times with changed inputs, and their tangent in a direction; a row for each."""
@@ -175,6 +178,7 @@ class Solves(NamedTuple):
         halves = width / np.array([1.0, 3.0, 9.0])
         slopes = np.array([(self.loss(h * move) - self.loss(-h * move)) / (2 * h) for h in halves])
         gaps = np.abs(np.diff(slopes))
-        gaps = np.where(np.isfinite(gaps), gaps, np.inf)
-        best = int(np.argmin(gaps))
+        if not np.any(np.isfinite(gaps)):
+            return Slope(np.nan, np.nan)
+        best = int(np.nanargmin(gaps))
         return Slope(float(slopes[best + 1]), float(gaps[best]))

@@ -226,7 +226,8 @@ def discontinuous(e: Evidence) -> Finding | None:
         shows = len(e.places) > 0
     else:
         unstable = not e.places and e.exploded(e.of_tight_steps)
-        shows = not (e.is_right or e.has_reference or e.rule > OFF) and (e.jumps or not unstable)
+        apart = np.isfinite(e.tight_difference.value) and not (e.is_right or e.has_reference)
+        shows = apart and e.rule <= OFF and (e.jumps or not unstable)
     if not shows:
         return None
     times = [time for time, _ in e.places[:4]]
@@ -365,6 +366,13 @@ def unresolved(e: Evidence) -> Finding | None:
             "unresolved",
             f"There is no solve at a tighter tolerance to compare with: {e.failure}",
             "see what jaxode.explain says of a solve at tolerances that are a tenth of these",
+        )
+    if np.isnan(e.tight_difference.value):
+        return Finding(
+            "unresolved",
+            "There are no differences to compare with: solves with slightly changed inputs fail",
+            "hold fixed what must not change by itself, such as repeated knots of a padded Signal: let func "
+            "close over it, and do not pass it in args",
         )
     return Finding(
         "unresolved",

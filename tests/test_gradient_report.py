@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import Event, Signal, gradient_report
+from jaxode import gradient_report
 
 
 def last(solution):
@@ -39,9 +39,16 @@ def stopped(y, t, k):
 
 ONES, SCALES = np.ones(3), {"big": 1e6, "small": np.array([1e-6, 0.0])}
 START = np.array([1.0, 0.0, 0.0])
+
+
+def positive(solution):
+    return jnp.sum(solution.ys > 0).astype(float)
+
+
 PROBLEMS = {
     "trusted": (lorenz, ONES, [0.0, 1.0], 28.0),
-    "chaotic": (lorenz, ONES, [0.0, 25.0], 28.0),
+    "chaotic": (lorenz, ONES, [0.0, 30.0], 28.0),
+    "zero": (lorenz, ONES, [0.0, 1.0], 28.0),
     "discontinuous": (switched, np.ones(1), [0.0, 2.0], 0.5, 0.7),
     "wrong rule": (stopped, np.ones(1), [0.0, 1.0], 0.5),
     "stability limit": (with_fast_mode, START, [0.0, 1.0]),
@@ -50,6 +57,7 @@ PROBLEMS = {
     "not finite": (lambda y, t, k: k * jnp.sqrt(y) + 1, np.zeros(1), [0.0, 1.0], 1.0),
 }
 OPTIONS = {
+    "zero": dict(loss=positive),
     "stability limit": dict(dt=0.01),
     "badly scaled": dict(loss=of_small, rtol=1e-6, atol=1e-6),
     "loose tolerance": dict(rtol=1e-3, atol=1e-3),
@@ -57,10 +65,11 @@ OPTIONS = {
 SAYS = {
     "trusted": "can be trusted",
     "chaotic": "multiple shooting",
+    "zero": "the loss does not depend on y0 or args",
     "discontinuous": "near t = 0.7: differences do not agree",
     "wrong rule": "stop_gradient",
     "stability limit": "pass a `dt` below 0.003",
-    "badly scaled": "y['small'][1] is so small beside its atol",
+    "badly scaled": "y['small'][0] is so small beside its atol",
     "loose tolerance": "tolerances 10",
     "not finite": "sqrt",
 }
@@ -91,32 +100,22 @@ def test_the_numbers_are_those_of_the_gradient():
 
 
 def test_backsolve_drifts_where_replay_is_right_and_the_time_is_told():
-    fast = lambda y, t, k: -k * (y - jnp.cos(t))
-    asked = fast, np.ones(1), [0.0, 2.0], 30.0
+    fast = lambda y, t, k: k * (jnp.cos(t) - y**3)
+    asked = fast, np.ones(1), [0.0, 2.0], 10.0
     beside = gradient_report(*asked, loss=last)
     assert beside.verdict == "trusted" and beside.findings[0].kind == "backsolve drifts"
-    assert beside.recovered > 1 and 0 < beside.findings[0].time < 2
+    assert beside.recovered > 0.03 and 0 < beside.findings[0].time < 2
     report = gradient_report(*asked, loss=last, adjoint="backsolve")
     assert report.verdict == "backsolve drifts" and "adjoint='replay'" in str(report)
 
 
 def test_a_float32_solve_is_compared_with_one_in_float64():
-    drive = Signal(np.array([0.0, 1.0, 3.0], np.float32), np.array([0.0, 1.0, -1.0], np.float32))
-    y0 = np.zeros(1, np.float32)
-    report = gradient_report(lambda y, t, u: u(t) - y, y0, [0.0, 4.0], drive, loss=last)
+    turns = lambda y, t, p: p["w"] * jnp.stack([y[1], -y[0]])
+    y0, p = np.array([1.0, 0.0], np.float32), {"w": np.float32(2.0)}
+    report = gradient_report(turns, y0, [0.0, 3.0], p, loss=lambda solution: solution.ys[-1, 0])
     assert report.verdict == "trusted" and report.tight_tolerance < 1e-9
-    assert report.gradient[2][0].us.dtype == np.float32
-
-
-def test_the_time_of_an_event_has_a_gradient_and_a_loss_may_have_none():
-    floor = Event(lambda y, t, g: y[0], direction="down", terminal=True)
-    falls = lambda y, t, g: jnp.stack([y[1], -g])
-    asked = falls, np.array([1.0, 0.0]), [0.0, 4.0], 9.81
-    report = gradient_report(*asked, loss=lambda s: s.events[0].times[0], events=[floor])
-    assert report.verdict == "trusted" and np.isnan(report.recovered)
-    np.testing.assert_allclose(report.gradient[2][0], -np.sqrt(2 / 9.81) / 2 / 9.81, rtol=1e-6)
-    report = gradient_report(*asked, loss=lambda s: jnp.sum(s.ys[0] > 0) * 1.0)
-    assert report.verdict == "zero" and "does not depend" in str(report)
+    np.testing.assert_allclose(report.tight_loss, np.cos(6.0), rtol=1e-9)
+    assert report.gradient[2][0]["w"].dtype == np.float32
 
 
 def test_a_solve_that_fails_has_no_gradient():
