@@ -77,8 +77,8 @@ class Path(NamedTuple):
         return self.scale * self.direction
 
     def growth(self, moved: np.ndarray) -> np.ndarray:
-        """How much larger a relative change of the inputs has become."""
-        return mean_size(moved / self.units) / mean_size(self.direction)
+        """How large the relative change of the state is, for relative changes of the inputs up to 1."""
+        return mean_size(moved / self.units)
 
 
 class Reference(NamedTuple):

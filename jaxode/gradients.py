@@ -47,8 +47,9 @@ class GradientReport:
         slopes: derivatives along one direction, by the names of `lengths`, and by central differences of the
             "solve" and of the "tight solve".
         uncertainties: of these two: how far differences of other widths are from them.
-        condition: the largest growth of a relative perturbation of all inputs, at one of `times`.
-        growth: the same at each of `times`.
+        condition: the largest relative change of the state for relative changes of the inputs up to 1.
+        growth: the same at each of `times`: a root mean square over the state, where each component is measured
+            by the largest value that it has had (by a thousandth of that of its array, if it has less).
         recovered: how far from y0 a solve back from the end arrives, in its size; NaN with events, which have
             no way back.
     """
@@ -107,8 +108,8 @@ class GradientReport:
         back = f"; a solve back from the end finds y0 to {self.recovered:.1g} of its size"
         at = self.times[int(np.nanargmax(self.growth))]
         yield (
-            f"A perturbation of the inputs is at most {self.condition:.2g} times as large as it was, at "
-            f"t = {at:.4g}{back if np.isfinite(self.recovered) else ''}."
+            f"A relative change of the inputs grows at most {self.condition:.2g}-fold, at t = {at:.4g}"
+            f"{back if np.isfinite(self.recovered) else ''}."
         )
 
 
@@ -153,7 +154,7 @@ def gradient_report(func: Callable, y0: PyTree, t, *args, loss: Callable | None 
     >>> report.verdict, round(report.condition, 2)
     ('trusted', 1.0)
     >>> print(report)
-    The loss is 0.6065...; at a tolerance of 1...e-12 it is 0.6065...
+    The loss is 0.6065...; at a tolerance of 3e-12 it is 0.6065...
     ...
     The gradient can be trusted: ...
     """

@@ -42,9 +42,9 @@ class Evidence:
         value, tight_value: of the loss.
         difference, tight_difference: the derivative along `direction` by central differences of the solve
             and of the reference.
-        times: at which states were compared; `growth` is there how much larger a perturbation of the inputs
-            has become in the problem, `of_steps` the same in the product of the derivatives of the
-            steps, and `of_tight_steps` in that of the reference.
+        times: at which states were compared; `growth` is there the relative change of the state for relative
+            changes of the inputs up to 1 in the problem, `of_steps` the same by the product of the derivatives
+            of the steps, and `of_tight_steps` by that of the reference.
         departure, tight_departure: how far that product has moved a perturbation from where differences
             of the reference see it.
         recovered: how far a solve back from the end is from the states that it had.
