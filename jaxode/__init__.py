@@ -5,6 +5,7 @@ from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid
 from jaxode.diagnosis import explain as explain
 from jaxode.events import Event as Event
+from jaxode.gradients import gradient_report as gradient_report
 from jaxode.integrate import odeint as odeint
 from jaxode.integrate import solve as solve
 from jaxode.signals import Signal as Signal

@@ -24,11 +24,13 @@ LIMITED = 0.3  # of the trial steps for something are much
 
 
 class Finding(NamedTuple):
-    """Something that holds a solve up: what kind (a word), what it is in words, and what to do about it."""
+    """Something that is wrong with a solve, or with its gradient: what kind (a word), what it is in words, what
+    to do about it; and the time at which it begins, if that is known."""
 
     kind: str
     text: str
     remedy: str
+    time: float | None = None
 
 
 class Probe(NamedTuple):

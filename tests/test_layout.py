@@ -20,6 +20,7 @@ ORDER = """
     adjoints.replay_in_lanes
     adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
     signals arguments events folds constraints stiffness dense resuming program integrate findings diagnosis
+    perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits nn data train experiments
 """.split()
