@@ -20,7 +20,7 @@ ORDER = """
     adjoints.replay adjoints.stretches adjoints.backsolve adjoints.direct adjoints.names signals arguments
     events folds constraints stiffness dense resuming program integrate findings diagnosis
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
-    problems.circuits nn data train experiments
+    problems.circuits nn data run_folder train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {
