@@ -1,5 +1,7 @@
 """jaxode: differential equations inside JAX models."""
 
+__version__ = "0.1.0"
+
 from jaxode.constraints import consistent as consistent
 from jaxode.controllers import Controller as Controller
 from jaxode.controllers import pid as pid

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxode
 from jaxode.experiments import classification, command_line, digits
-from jaxode.experiments.experiment import carry_out, option
+from jaxode.experiments.experiment import Results, carry_out, option
 from jaxode.nn import MLPField, NeuralODE
 
 SMALL = digits.Settings.at("quick")
@@ -139,6 +140,40 @@ def test_a_bad_option_gets_one_line_and_exit_code_2(arguments, words, capsys, tm
     assert command_line.main([*arguments, *out]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
+
+
+def test_a_file_as_out_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert command_line.main(["digits", "--quick", "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert command_line.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxode {jaxode.__version__}\n"
+
+
+def test_a_quick_run_says_that_it_is_a_smoke_test(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(digits, "run", lambda *_: Results([{"network": "none"}], {}))
+    assert command_line.main(["digits", "--quick", "--out", str(tmp_path)]) == 0
+    assert "smoke test" in capsys.readouterr().out
+    assert command_line.main(["digits", "--out", str(tmp_path), "--fresh"]) == 0
+    assert "smoke test" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        ('{"experiment": "resnet_limit"}', "a run of `jaxode resnet-limit`: .*--fresh"),
+        ('{"experiment": "digits", "seed": 0, "old": 1}', "old = 1, now not there"),
+        ('{"seed": 0, "ep', "damaged: remove it.*--out"),
+        ("[1, 2]", "damaged"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_in_the_users_words(tmp_path, written, message):
+    (tmp_path / "settings.json").write_text(written)
+    with pytest.raises(ValueError, match=message):
+        carry_out(digits, SMALL, tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("name", list(command_line.EXPERIMENTS))

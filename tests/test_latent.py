@@ -94,6 +94,45 @@ def test_gradients_of_the_bound_are_finite_for_rows_of_one_point():
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
+@ENCODERS
+def test_single_components_may_be_missing(encoder):
+    model = LatentODE.make(2, encoder=encoder, dtype=jnp.float64, key=KEY)
+    points = series()
+    both = jnp.broadcast_to(points.mask[..., None], points.values.shape)
+    np.testing.assert_array_equal(
+        model.encode(points)[0], model.encode(points._replace(mask=both))[0]
+    )
+    some = points._replace(mask=both & jax.random.bernoulli(KEY, 0.6, both.shape))
+    hidden = some._replace(values=jnp.where(some.mask, some.values, jnp.nan))
+    bound, _ = model.elbo(hidden, key=KEY, consistency=1.0)
+    np.testing.assert_array_equal(bound, model.elbo(some, key=KEY, consistency=1.0)[0])
+    z0, kl = model.encode(hidden, jax.random.split(KEY)[0])
+    from scipy.stats import norm
+
+    mean = np.asarray(model.decoder(model.paths(z0, hidden.times).ys))
+    terms = norm.logpdf(np.asarray(some.values), mean, model.noise)
+    expected = np.sum(terms, axis=(1, 2), where=np.asarray(some.mask)) - kl
+    np.testing.assert_allclose(model.elbo(hidden, key=KEY)[0], expected, rtol=1e-9)
+
+
+def test_the_error_of_an_rnn_is_that_of_the_components_that_there_are():
+    model, batch = RNN(2, dtype=jnp.float64, key=KEY), series()
+    first = jnp.stack([batch.mask, jnp.zeros_like(batch.mask)], axis=-1)
+    hidden = batch._replace(values=jnp.where(first, batch.values, jnp.nan), mask=first)
+    _, means = model.read(batch._replace(values=jnp.where(first, batch.values, 0)))
+    misses = np.asarray(means[:, :-1, 0] - batch.values[:, 1:, 0]) ** 2
+    expected = np.mean(misses, axis=1, where=np.asarray(batch.mask)[:, 1:])
+    np.testing.assert_allclose(model.squared_error(hidden), expected, rtol=1e-12)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    batch = series()
+    with pytest.raises(
+        ValueError, match=r"\(4, 6\), or that of its values, \(4, 6, 2\); got \(4, 2\)"
+    ):
+        RNN(2, key=KEY).squared_error(batch._replace(mask=batch.mask[:, :2]))
+
+
 def test_a_gru_keeps_its_state_when_its_gate_says_so():
     cell = GRUCell(2, 3, dtype=jnp.float64, key=KEY)
     h = jax.random.normal(KEY, (4, 3), jnp.float64)

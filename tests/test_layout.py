@@ -22,7 +22,7 @@ ORDER = """
     signals arguments events folds constraints stiffness dense resuming program integrate findings diagnosis
     perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
-    problems.circuits nn data train experiments
+    problems.circuits nn data run_folder train experiments
 """.split()
 # Where JAX's interfaces for those who extend it are used, and why:
 EXTENDS = {

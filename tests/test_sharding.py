@@ -83,7 +83,13 @@ np.testing.assert_allclose(fit(6, folder=folder), alone, rtol=1e-5)  # goes on, 
 
 step = train.train_step(loss, optimiser, mesh, spec)
 state = train.placed(mesh, P(), beginning())
-print(step.lower(state, train.placed(mesh, spec, batches(0))).compile().compiled.as_text())
+step = step.lower(state, train.placed(mesh, spec, batches(0))).compile()
+print(step.compiled.as_text())
+x, ts = batches(0)
+for value, skipped in ((0.5, False), (np.nan, True)):  # of one number, on one device
+    after, metrics = step(state, train.placed(mesh, spec, (x.at[3, 0].set(value), ts)))
+    kept = jax.tree.map(np.array_equal, (after.model, after.optimiser), (state.model, state.optimiser))
+    assert bool(metrics["skipped"]) == all(jax.tree.leaves(kept)) == skipped
 
 try:
     train.fit(loss, optimiser, beginning(), lambda n: batches(n)[0][:9], 1, mesh=mesh, progress=False)

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from jaxode import __version__
+
 EXPERIMENTS = {  # module: what --help says of it; a module is imported when its command runs
     "digits": "MLP, ResNet, RK-Net and ODE-Net on scikit-learn's digits (table 1): the main job.",
     "mnist": "The same on MNIST or Fashion-MNIST, with figure 3.",
@@ -14,11 +16,18 @@ EXPERIMENTS = {  # module: what --help says of it; a module is imported when its
     "physics": "Hamiltonian and divergence-free fields, symplectic methods, forcing, real dynamics.",
     "resnet-limit": "A ResNet is Euler's method: the same weights at more and more steps.",
 }
+SMOKE_TEST = (
+    "This was --quick, a smoke test: everything runs, but hardly anything is trained. Leave it out for "
+    "numbers that mean something."
+)
 EXTRAS = "jaxode's command needs {}: pip install 'jaxode[experiments]'"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code: 0, 1 (a package is missing), 2 (bad option), 130 (Ctrl-C)."""
+    """Run the command; the exit code.
+
+    0, 1 (a package is missing), 2 (a bad option, or a run that cannot go on), 130 (Ctrl-C).
+    """
     try:
         import click
 
@@ -66,12 +75,13 @@ def commands():
                 ctx.fail(f"No experiment {args[0]!r}; there are {', '.join(EXPERIMENTS)}.")
             return super().resolve_command(ctx, args)
 
-    return Experiments(
+    group = Experiments(
         help="Experiments of jaxode: differential equations inside JAX models. Each trains, prints "
         "a table, and writes results.json, metrics and figures into a folder; interrupted, it goes "
         "on when it is called again. `jaxode EXPERIMENT --help` explains its options.",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    return click.version_option(__version__, message="%(prog)s %(version)s")(group)
 
 
 def command(name: str):
@@ -95,10 +105,12 @@ def command(name: str):
             settings = module.Settings.at(scale, **given)
             bar = sys.stderr.isatty()
             results = carry_out(module, settings, out, fresh=fresh, progress=bar)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             raise click.ClickException(str(error)) from error
         click.echo(str(results))
         click.echo(f"results.json, metrics and figures are in {out}")
+        if quick:
+            click.echo(SMOKE_TEST)
 
     fields = [click_option(field) for field in dataclasses.fields(module.Settings)]
     general = [
@@ -107,7 +119,8 @@ def command(name: str):
             help="Folder of checkpoints and figures.",
         ),
         click.Option(
-            ["--quick"], is_flag=True, help="Under a minute: does everything work?",
+            ["--quick"], is_flag=True,
+            help="A smoke test of about a minute: does everything run? Hardly anything is trained.",
         ),
         click.Option(["--full"], is_flag=True, help="The published size."),
         click.Option(

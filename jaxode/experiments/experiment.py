@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jaxode import train
+from jaxode import run_folder, train
 
 STYLE: Any = {
     "font.size": 13,
@@ -109,33 +109,63 @@ def carry_out(experiment, settings, folder: str | Path, *, fresh=False, progress
     """Run an experiment in a folder; what is done there already is not done again.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds another experiment, or one with other settings; it is in use, or
+            cannot be made.
     """
     began, folder = time.perf_counter(), Path(folder)
-    prepare(folder, settings, fresh)
-    with plt.rc_context(STYLE):
-        results = experiment.run(settings, folder, progress)
-    results = dataclasses.replace(results, seconds=time.perf_counter() - began)
-    written = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(results)}
-    (folder / "results.json").write_text(json.dumps(written, indent=2, default=float) + "\n")
+    with run_folder.held(folder):
+        prepare(folder, experiment.__name__.rpartition(".")[-1], settings, fresh)
+        with plt.rc_context(STYLE):
+            results = experiment.run(settings, folder, progress)
+        results = dataclasses.replace(results, seconds=time.perf_counter() - began)
+        written = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(results)}
+        put_json(folder / "results.json", written)
     return results
 
 
-def prepare(folder: Path, settings, fresh: bool) -> None:
-    """Make the folder, or see that it holds a run with these settings."""
-    path, wanted = folder / "settings.json", dataclasses.asdict(settings)
+def put_json(path: Path, content: dict) -> None:
+    """Write a file of JSON, all at once."""
+    run_folder.put(path, (json.dumps(content, indent=2, default=float) + "\n").encode())
+
+
+def prepare(folder: Path, experiment: str, settings, fresh: bool) -> None:
+    """See that the folder is empty, or holds a run of this experiment with these settings."""
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps({"experiment": experiment, **dataclasses.asdict(settings)}))
     if fresh and path.exists():
-        shutil.rmtree(folder)
-    elif path.exists() and (found := json.loads(path.read_text())) != json.loads(
-        json.dumps(wanted)
-    ):
-        other = ", ".join(f"{k} = {found.get(k)}" for k in wanted if found.get(k) != wanted[k])
+        for child in folder.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child.name != run_folder.LOCK:
+                child.unlink()
+    elif path.exists():
+        check_settings(path, wanted)
+    put_json(path, wanted)
+
+
+def check_settings(path: Path, wanted: dict) -> None:
+    """See that the settings in a file are those that are wanted.
+
+    Raises:
+        ValueError: they are not, or the file is damaged.
+    """
+    remedy = "choose another --out, or start over with --fresh."
+    try:
+        found = {"experiment": wanted["experiment"], **json.loads(path.read_text())}
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder} holds a run with other settings ({other}): choose another --out, or start "
-            "over with --fresh."
+            f"{path} is damaged: remove it, if {path.parent} is of the same settings as now, to go on "
+            f"with what is there; or {remedy}"
+        ) from error
+    if found["experiment"] != wanted["experiment"]:
+        raise ValueError(
+            f"{path.parent} holds a run of `jaxode {found['experiment'].replace('_', '-')}`: {remedy}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    if found != wanted:
+        names = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
+        value = lambda settings, k: settings.get(k, "not there")
+        other = ", ".join(f"{k} = {value(found, k)}, now {value(wanted, k)}" for k in names)
+        raise ValueError(f"{path.parent} holds a run with other settings ({other}): {remedy}")
 
 
 def fitted(

@@ -1,8 +1,13 @@
 """Latent ODEs for irregular time series (Chen et al. 2018, section 5; Rubanova et al. 2019).
 
 A batch of ragged series is three arrays: times (n, T), increasing in each row; values (n, T, d);
-mask (n, T), False where a row has ended or a value is missing. What the mask hides is never looked
-at; times there may be anything finite that keeps the row from decreasing (repeat the last one).
+mask (n, T), False where a row has ended or a value is missing, or (n, T, d) where single components
+are. What the mask hides is never looked at; times there may be anything finite that keeps the row from
+decreasing (repeat the last one).
+
+A likelihood is that of the components that are there. A network that reads a series reads a component
+that is missing as 0, which is the mean of one that was standardised; at a point with none it does not
+look at all.
 """
 
 from collections.abc import Callable
@@ -22,7 +27,24 @@ class Series(NamedTuple):
 
     times: Float[Array, "n T"]
     values: Float[Array, "n T d"]
-    mask: Bool[Array, "n T"]
+    mask: Bool[Array, "n T"] | Bool[Array, "n T d"]
+
+
+def components_seen(series: Series) -> Bool[Array, "n T d"]:
+    """Which components of which values there are."""
+    mask, values = series.mask, series.values
+    if jnp.shape(mask) not in (jnp.shape(values), jnp.shape(values)[:2]):
+        raise ValueError(
+            f"The mask of a series must have the shape of its times, {jnp.shape(values)[:2]}, or that of "
+            f"its values, {jnp.shape(values)}; got {jnp.shape(mask)}."
+        )
+    mask = jnp.asarray(mask)
+    return jnp.broadcast_to(mask if mask.ndim == 3 else mask[..., None], jnp.shape(values))
+
+
+def points_seen(series: Series) -> Bool[Array, "n T"]:
+    """At which times there is a value, of one component at least."""
+    return jnp.any(components_seen(series), axis=-1)
 
 
 class RNNCell(eqx.Module):
@@ -70,7 +92,7 @@ def read_backwards(cell, series: Series, inputs, between=None):
 
     hidden = jnp.zeros((len(series.times), width(cell)), series.values.dtype)
     along = lambda x: jnp.moveaxis(x, 1, 0)[::-1]
-    points = along(inputs), along(series.mask), along(gaps(series.times))
+    points = along(inputs), along(points_seen(series)), along(gaps(series.times))
     return jax.lax.scan(step, hidden, points)[0]
 
 
@@ -135,7 +157,7 @@ class ODERNN(eqx.Module):
 
 def clean(series: Series):
     """The values, 0 where the mask hides them."""
-    return jnp.where(series.mask[..., None], series.values, 0)
+    return jnp.where(components_seen(series), series.values, 0)
 
 
 def log_normal(error, noise: float):
@@ -207,7 +229,7 @@ class LatentODE(eqx.Module):
     def elbo(self, series: Series, *, key: PRNGKeyArray, consistency: float = 0.0):
         """A bound on log p(series), of each series, from one sample of z; and the statistics.
 
-        log p(x | z) - KL(q(z0 | x) || p(z0)), over observed values only. With `consistency` > 0, so
+        log p(x | z) - KL(q(z0 | x) || p(z0)), over observed components only. With `consistency` > 0, so
         many times log q(z(t) | what is seen from t on) is added, at a random t of the series: the
         path then goes through the states that the encoder itself gives to what is seen there. It
         is what lets a path be continued beyond what was seen (on spirals the error of that fell to
@@ -217,7 +239,7 @@ class LatentODE(eqx.Module):
         z0, kl = self.encode(series, key)
         solution = self.paths(z0, series.times)
         terms = log_normal(self.decoder(solution.ys) - clean(series), self.noise)
-        likelihood = jnp.sum(jnp.where(series.mask[..., None], terms, 0), axis=(1, 2))
+        likelihood = jnp.sum(jnp.where(components_seen(series), terms, 0), axis=(1, 2))
         if consistency:
             kl = kl - consistency * self.rejoined(series, solution.ys, split_key)
         return likelihood - kl, solution.stats
@@ -226,12 +248,14 @@ class LatentODE(eqx.Module):
         """log q(z(t) | what is seen from t on) at a time between the first and the last third."""
         length = series.times.shape[1]
         cut = jax.random.randint(key, (), length // 3, max(length // 3 + 1, 2 * length // 3))
-        mask = series.mask & (jnp.arange(length, dtype=cut.dtype) >= cut)[None]
-        first = jnp.argmax(mask, axis=1)[:, None, None]
+        after = (jnp.arange(length, dtype=cut.dtype) >= cut)[None, :, None]
+        later = series._replace(mask=components_seen(series) & after)
+        seen = points_seen(later)
+        first = jnp.argmax(seen, axis=1)[:, None, None]
         here = jnp.take_along_axis(path, first, axis=1)[:, 0]
-        mean, log_spread = self.encoder(series._replace(mask=mask))
+        mean, log_spread = self.encoder(later)
         density = -0.5 * ((here - mean) * jnp.exp(-log_spread)) ** 2 - log_spread
-        return jnp.where(jnp.any(mask, axis=1), jnp.sum(density, axis=-1), 0)
+        return jnp.where(jnp.any(seen, axis=1), jnp.sum(density, axis=-1), 0)
 
     def predict(self, series: Series, times: Float[Array, "n S"], *, key=None):
         """Values at other times, increasing in each row; before the first time of a series too."""
@@ -317,22 +341,28 @@ class RNN(eqx.Module):
         gap = jnp.roll(ahead, 1, axis=1).at[:, 0].set(0)
         hidden = jnp.zeros((len(series.times), width(self.cell)), series.values.dtype)
         h, means = jax.lax.scan(
-            step, hidden, tuple(map(along, (clean(series), series.mask, gap, ahead)))
+            step, hidden, tuple(map(along, (clean(series), points_seen(series), gap, ahead)))
         )
         return h, along(means)
 
     def squared_error(self, series: Series):
-        """Of each next value, a mean over those of the series. Here the mask may only end a row."""
+        """Of each next value, a mean over those of the series.
+
+        Here the mask may only end a row, or hide components of a value.
+        """
         _, means = self.read(series)
-        seen = series.mask[:, 1:]
-        error = jnp.sum((means[:, :-1] - clean(series)[:, 1:]) ** 2, axis=-1)
+        there = components_seen(series)[:, 1:]
+        seen = jnp.any(there, axis=-1)
+        misses = jnp.where(there, means[:, :-1] - clean(series)[:, 1:], 0)
+        error = jnp.sum(misses**2, axis=-1)
         count = jnp.maximum(jnp.sum(seen, axis=1, dtype=error.dtype), 1)
-        return jnp.sum(jnp.where(seen, error, 0), axis=1) / count
+        return jnp.sum(error, axis=1) / count
 
     def predict(self, series: Series, times: Float[Array, "n S"]):
         """Values at times after the last one, each prediction read as if it were a value."""
         h, _ = self.read(series)
-        last = jnp.max(jnp.where(series.mask, series.times, -jnp.inf), axis=1, keepdims=True)
+        seen = points_seen(series)
+        last = jnp.max(jnp.where(seen, series.times, -jnp.inf), axis=1, keepdims=True)
 
         def step(h, gap):
             x = self.next(h, gap)
