@@ -12,9 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bad_input_cases import AT_RUN_TIME, AT_THE_DOOR, OF_DECISIONS, STEPS, UNUSUAL
-
-from bad_input_cases import Given, field, times_w  # isort: skip
+from bad_input_cases import (
+    AT_RUN_TIME,
+    AT_THE_DOOR,
+    OF_DECISIONS,
+    STEPS,
+    UNUSUAL,
+    Given,
+    field,
+    times_w,
+)
 
 from jaxode import Event, Signal, SolveError, Status, odeint, solve, train
 from jaxode.adjoints.names import adjoints
