@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.adjoints import names as adjoints
 from jaxode.controllers import Controller
+from jaxode.functions import FUNC, JAC, SAVE, Role, explained, in_order, no_vector
 from jaxode.kernels.traces import Trace
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
@@ -129,6 +130,8 @@ def takes(method: Method, name, func, mass, jac) -> None:
         raise ValueError(f"`jac` is for implicit methods such as 'rodas5p'; {name!r} takes none.")
     if jac is not None and not callable(jac):
         raise TypeError(f"`jac` must be a function jac(y, t, *args); got {type(jac).__name__}.")
+    if jac is not None:
+        in_order(JAC, jac)
 
 
 class Pair(eqx.Module):
@@ -149,8 +152,11 @@ def present(unknown, func, t) -> Callable:
     if t is None:
         raise TypeError("The output times `t` are missing: solve(func, y0, t, *args).")
     if callable(func):
+        in_order(FUNC, func)
         return func
     if isinstance(func, tuple | list) and len(func) == 2 and all(map(callable, func)):
+        for part in func:
+            in_order(FUNC, part)
         return Pair(*func)
     raise TypeError(
         "`func` must be callable, as func(y, t, *args), or a pair (stiff, nonstiff) of such functions; "
@@ -475,13 +481,14 @@ def budget_of(evaluations, name, method: Method, dt, kept, driven: bool, happeni
 
 def wants_heuristics(heuristics, adjoint, method: Method) -> bool:
     """Whether they are wanted; an error if they cannot be had."""
+    heuristics = flag("heuristics", heuristics)
     if heuristics and adjoint not in ("direct", adjoints.named["direct"]):
         raise ValueError(
             "`heuristics` are differentiated through the steps: pass adjoint='direct'."
         )
     if heuristics and not method.explains:
         raise ValueError("`heuristics` need a method such as 'tsit5' or 'dopri5'.")
-    return bool(heuristics)
+    return heuristics
 
 
 def for_solve_alone(options) -> None:
@@ -550,7 +557,8 @@ def saved_of(save, y0, t, func_time, args) -> tuple[Trace | None, list | None]:
         raise TypeError(
             f"`save` must be a function of the state, save(y, t, *args); got {type(save).__name__}."
         )
-    trace, leaves = trace_of(save, y0, t, func_time, args, lambda kept, _: as_rows(kept))
+    in_order(SAVE, save)
+    trace, leaves = trace_of(save, y0, t, func_time, args, lambda kept, _: as_rows(kept), SAVE)
     return trace.needed(leaves)
 
 
@@ -585,17 +593,18 @@ def named_adjoint(adjoint, method: Method) -> Callable:
         method.backwards()
     if callable(adjoint):
         return adjoint
-    if adjoint not in adjoints.named:
+    if not isinstance(adjoint, str) or adjoint not in adjoints.named:
         raise ValueError(
             f"`adjoint` must be one of {list(adjoints.named)} or a function; got {adjoint!r}."
         )
     return adjoints.named[adjoint]
 
 
-def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
+def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> tuple[Trace, list]:
     """func as a jaxpr; the arrays it depends on: what it closes over, its own, those of args.
 
-    `checked(result, y)` is what func returned, if it may; by default a derivative of y.
+    `checked(result, y)` is what func returned, if it may; by default a derivative of y. `role` says what
+    func is for, in messages.
     """
     checked = checked or like_state
     of_numbers = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
@@ -604,7 +613,9 @@ def trace_of(func, y0, t, func_time, args, checked=None) -> tuple[Trace, list]:
 
     def derivative(arrays, y, t):
         func, args = eqx.combine(arrays, static)
-        return checked(func(y, t, *args), y)
+        with explained(role, y):
+            result = func(y, t, *args)
+        return checked(result, y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
@@ -625,7 +636,7 @@ def like_state(k, y):
     if jax.tree.structure(k) != jax.tree.structure(y):
         raise TypeError(
             f"func must return a derivative like y0: y0 is {jax.tree.structure(y)}, func returned "
-            f"{jax.tree.structure(k)}. Its arguments are (y, t, *args), in this order."
+            f"{jax.tree.structure(k)}. Its arguments are (y, t, *args), in this order.{no_vector(y)}"
         )
     return jax.tree_util.tree_map_with_path(like_leaf, k, y)
 

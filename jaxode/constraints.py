@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments, tree
+from jaxode.functions import JAC
 from jaxode.kernels.traces import Trace
 from jaxode.methods.implicit import vectors
 from jaxode.methods.linear import DENSE, Dense, Linear, numpy_or_jax
@@ -338,7 +339,8 @@ def told(func, given, method, name, mass, jac):
         _, pack, unpack = vectors(func, y0)
         of_vector = OfVector(jac, unpack, None if rows is None else jnp.asarray(rows))
         x0 = jax.eval_shape(pack, y0)
-        of_jac, leaves = arguments.trace_of(of_vector, x0, t, func_time, args, lambda out, _: out)
+        checked = lambda out, _: out
+        of_jac, leaves = arguments.trace_of(of_vector, x0, t, func_time, args, checked, JAC)
     return func, Beside(jax.tree.map(jnp.asarray, mass), algebraic, leaves), of_jac
 
 
@@ -399,7 +401,7 @@ def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear | Non
     >>> print(consistent(divider, jnp.array([6.0, 0.0]), 0.0, mass=jnp.array([1.0, 0.0])))
     [6. 2.]
     """
-    y0 = arguments.as_state(y0)
+    func, y0 = arguments.present((), func, t0), arguments.as_state(y0)
     t, _, func_time = arguments.as_times([t0] if np.ndim(t0) == 0 and known(t0) else t0[None], y0)
     given, method = (
         (y0, t, func_time, args),

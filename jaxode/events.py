@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments
+from jaxode.functions import CHANGE, CHANGE_BY, CONDITION, in_order
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
 
@@ -179,19 +180,12 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
     of_change: list = []
     real = jnp.asarray(t).dtype
 
-    def trace(name, func, checked, given=y0):
-        try:
-            return arguments.trace_of(func, given, t, func_time, args, checked)
-        except TypeError as error:
-            if "positional argument" not in str(error):
-                raise
-            more = ", value" if name == "change" and values is not None else ""
-            raise TypeError(
-                f"The {name} of an Event is called as {name}(y, t{more}, *args): {error}"
-            ) from error
+    def trace(role, func, checked, given=y0):
+        return arguments.trace_of(func, given, t, func_time, args, checked, role)
 
     if event.condition is not None:
-        condition, of_condition = trace("condition", event.condition, as_condition)
+        in_order(CONDITION, event.condition)
+        condition, of_condition = trace(CONDITION, event.condition, as_condition)
         keep = event.keep or (event.count if event.terminal else KEEP)
     else:
         times = known_times(event.times, t, real)
@@ -208,8 +202,11 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
         keep = event.keep or max(rows, 1)
     if event.change is not None:
         given = y0 if values is None else (y0, jax.tree.map(lambda v: v[0], values))
-        func = event.change if values is None else WithValue(event.change)
-        change, of_change = trace("change", func, lambda k, given: as_change(k, y0), given)
+        role, func = (
+            (CHANGE, event.change) if values is None else (CHANGE_BY, WithValue(event.change))
+        )
+        in_order(role, event.change)
+        change, of_change = trace(role, func, lambda k, given: as_change(k, y0), given)
     return Watched(
         condition=condition, change=change, direction=DIRECTIONS[event.direction],
         terminal=event.count if event.terminal else 0, keep=keep, of_condition=of_condition,

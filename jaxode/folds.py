@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments, tree
+from jaxode.functions import FOLD, in_order
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Around, Step
 from jaxode.stepping.field import AroundField, Field, unravelled
@@ -68,14 +69,8 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
         )
     checked = lambda value, given: like_start(value, given[0])
     given = (start, y0), t, func_time, args
-    try:
-        trace, leaves = arguments.trace_of(OfPair(fold[1]), *given, checked)
-    except TypeError as error:
-        if "positional argument" not in str(error):
-            raise
-        raise TypeError(
-            f"the function of a `fold` is called as function(value, y, t, *args): {error}"
-        ) from error
+    in_order(FOLD, fold[1])
+    trace, leaves = arguments.trace_of(OfPair(fold[1]), *given, checked, FOLD)
     arguments.check_resolution(exact, func_time, trace)
     trace, leaves = trace.needed(leaves)
     return Fold(trace, (start, leaves))

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxode import arguments, constraints, outputs, stiffness
-from jaxode.adjoints.names import having
 from jaxode.controllers import Controller
 from jaxode.events import look_for
 from jaxode.folds import fold_of
@@ -98,7 +97,9 @@ def solve(
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
-            a vector). Any callable, an equinox module too. Traced once. Or a pair (stiff, nonstiff) of
+            a vector). The state comes first: a function whose first parameters are named t and y is refused.
+            Any callable, an equinox module too. Traced once: it can choose by `jnp.where` and
+            `jax.lax.cond`, but not by Python's `if`. Or a pair (stiff, nonstiff) of
             such functions whose sum it is, for "kencarp3", "kencarp4" and "kencarp5" (IMEX): the first is
             solved implicitly, so that its fast modes do not limit the steps, and `linear` and `jac` are
             about it alone; the second is only evaluated, once a stage. What drives a fast mode, as a
@@ -111,7 +112,8 @@ def solve(
         t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
             first is that of y0. In the unit of time of func; float32 or wider. Large ones that float32
             cannot tell apart (seconds since 1970) are subtracted in float64, if they are known and
-            func does not use them; else refused.
+            func does not use them; else refused. Derivatives with respect to t take func to be continuous in
+            t: where it jumps, let a signal, or the `change` of an event, do that.
         args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
             differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
             reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,
@@ -122,7 +124,10 @@ def solve(
             to 8 machine epsilons of y0 where that is more (float32 9.5e-7, float16 7.8e-3, bfloat16
             6.3e-2). May be traced: other values do not compile again.
         mxstep: the most steps tried between two outputs (of `jax.experimental.ode`). May be traced.
-        hmax: the largest step, in units of t. May be traced.
+        hmax: the largest step, in units of t. May be traced. func is asked at the stages of steps, and nowhere
+            else: where nothing happens at first, so that the first step is long, it may go straight over a
+            pulse, without an error. A pulse that is no shorter than `hmax` is not missed; nor is one that a
+            `jaxode.Signal` makes, or with an `Event` at the known time when it begins: there a step ends.
         method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
             stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
@@ -217,6 +222,7 @@ def solve(
     (0, (2,))
     """
     func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
+    throw = None if throw is None else arguments.flag("throw", throw)
     t, exact, func_time = arguments.as_times(t, y0)
     name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
     rtol, atol = arguments.tolerances(rtol, atol, y0, method)
@@ -260,7 +266,7 @@ def solve(
 
 def answer(program, static, given, times, limits, extras, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
-    solution = run(program, static, *given, *times, *limits, extras)
+    solution = program(static, *given, *times, *limits, extras)
     if static.resumable:
         of = static, given, times[0], limits, extras, throw
         solution = solution._replace(resuming=Resuming.of(solution.resuming, go_on, *of))
@@ -274,7 +280,7 @@ def answer(program, static, given, times, limits, extras, throw: bool | None) ->
         return checked(solution, end, throw)
     slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
     unsaved = extras._replace(saved=None, before=None)
-    again = lambda *times: run(program, plain, *given, *times, *limits, unsaved)
+    again = lambda *times: program(plain, *given, *times, *limits, unsaved)
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
     hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
     return checked(solution, end, throw, hint)
@@ -283,19 +289,6 @@ def answer(program, static, given, times, limits, extras, throw: bool | None) ->
 def go_on(*of) -> Solution:
     """The solution of a solve that goes on from the state in its extras."""
     return answer(compiled, *of)
-
-
-def run(program: Callable, *args) -> Solution:
-    """The solution, with JAX's own error for forward mode put in our words."""
-    try:
-        return program(*args)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "can't apply forward-mode differentiation (jvp) to a solve with this `adjoint`: pass "
-            f"{having(forward=True)}."
-        ) from error
 
 
 def no_times(y0, t, folded) -> Solution:

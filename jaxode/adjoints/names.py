@@ -80,15 +80,3 @@ def table() -> str:
         mark = " (default)" if name == default else ""
         lines.append(f'| `"{name}"`{mark} | {a.gradient} | {a.memory} | {a.modes} |')
     return "\n".join(lines)
-
-
-def having(**wanted: bool) -> str:
-    """The names of the adjoints that can do this, for an error message.
-
-    >>> having(forward=True)
-    "adjoint='direct' or adjoint='forward'"
-    """
-    able = [
-        name for name, a in adjoints.items() if all(getattr(a, k) == v for k, v in wanted.items())
-    ]
-    return " or ".join(f"adjoint='{name}'" for name in able)

@@ -119,6 +119,7 @@ class Part:
             return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
+        xs_dot = reversible.bind(*xs_dot, *xs)
         outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
         still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
         zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
@@ -155,6 +156,30 @@ class Part:
                 x.reshape(more, size, *x.shape[1:]) if mine else x for x, mine in zip(outs, own)
             ]
         return outs, [0 if mine else None for mine in own]
+
+
+# Where tangents go into a part that has derivatives in reverse mode alone. JAX would say so when a program is
+# lowered, in words that know of no adjoint. This comes first; of it nothing is left when the tangents are
+# transposed. Its operands are (tangents, primals): the latter have tangents too in a jvp of a jvp.
+
+NO_JVP = (
+    "can't apply forward-mode differentiation (jvp) to a solve with this `adjoint`: pass adjoint='direct' or "
+    "adjoint='forward'."
+)
+
+
+def refuse(*_, **__):
+    raise TypeError(NO_JVP)
+
+
+reversible = Primitive("reversible")
+reversible.multiple_results = True
+reversible.def_impl(refuse)
+reversible.def_abstract_eval(lambda *avals: avals[: len(avals) // 2])
+mlir.register_lowering(reversible, refuse)
+batching.primitive_batchers[reversible] = refuse
+ad.primitive_jvps[reversible] = refuse
+ad.primitive_transposes[reversible] = lambda bars, *_: [*bars, *[None] * len(bars)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

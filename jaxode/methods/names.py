@@ -24,20 +24,28 @@ def by_name(meanings: dict[str, str]) -> dict[str, str]:
 # What those of other libraries are called here.
 STIFF = "it is for stiff problems, and so are 'rodas5p' and 'rodas4' here"
 ELSEWHERE = by_name({
-    "rk45": "'dopri5' is the same method, 'tsit5' a better one",
+    "rk45 ode45": "'dopri5' is the same method, 'tsit5' a better one",
     "dp5": "'dopri5' is the same method",
-    "rk23": "'bosh3' is the same method",
+    "rk23 ode23 bs3": "'bosh3' is the same method",
     "dp8": "'dop853' is the same method",
-    "dopri8": "'dop853' is the method of that order",
-    "adams": "'dop853' suits the same problems",
-    "leapfrogmidpoint semiimpliciteuler": "'leapfrog' is symplectic, for y0 = (q, p)",
-    "bdf radau radauiia5 rodas5 rosenbrock23 vode cvode zvode": STIFF,
-    "lsoda autotsit5": "'auto' finds out by itself whether a problem is stiff, as it does",
-    "kvaerno4": STIFF,
-    "impliciteuler": "it is 'implicit_euler' here",
-    "implicitmidpoint": "it is 'implicit_midpoint' here",
+    "vern6 vern7 vern8 vern9": "'dop853' is the method of a high order",
+    "rkf45": "'fehlberg45' is the same method",
+    "fehlberg2": "'bosh3' is the pair of a low order",
+    "adaptiveheun": "'heun' is the same method",
+    "adams explicitadams implicitadams fixedadams vcabm": "'dop853' suits the same problems",
+    "leapfrogmidpoint semiimpliciteuler symplecticeuler velocityverlet verlet":
+        "'leapfrog' is symplectic, for y0 = (q, p)",
+    "bdf radau radau5 radauiia5 rodas5 rosenbrock23 vode cvode cvodebdf zvode qndf fbdf ode15s ode23s kvaerno4":
+        STIFF,
+    "ida": "with `mass=`, 'rodas5p' solves differential-algebraic equations",
+    "lsoda lsodes autotsit5": "'auto' finds out by itself whether a problem is stiff, as it does",
     "gausslegendre gausslegendre4 gl4 irk": "'gauss4' is Gauss's method of order 4",
 })  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A name without capitals and marks: "Implicit-Euler" and "ImplicitEuler" are 'impliciteuler'."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def named(method: str | Method) -> Method:
@@ -52,9 +60,9 @@ def named(method: str | Method) -> Method:
     is_name = isinstance(method, str)
     if is_name and method in methods:
         return methods[method]
-    name = method if is_name else type(method).__name__
-    here = f"it is '{name.lower()}' here" if name.lower() in methods else None
-    if remedy := ELSEWHERE.get(name.lower(), here):
+    name = method if is_name else (method if isinstance(method, type) else type(method)).__name__
+    here = next((f"it is '{ours}' here" for ours in methods if plain(ours) == plain(name)), None)
+    if remedy := ELSEWHERE.get(plain(name), here):
         raise (ValueError if is_name else TypeError)(f"There is no method '{name}': {remedy}.")
     if not is_name:
         raise TypeError(
