@@ -63,7 +63,7 @@ def right(rng) -> Outcome:
     from random_programs import Program, random_structure
 
     structure = tried(random_structure(rng))
-    program, wrong, batches = Program(structure), [], 5
+    program, wrong, batches = Program(structure), [], 20
     for _ in range(batches):
         wrong += program.failures(program.draw(rng))
     return Outcome(batches * structure.batch, str(structure), wrong)
@@ -82,7 +82,7 @@ def breaks(rng) -> Outcome:
     from random_symmetries import Breaks, random_breaking
 
     structure = tried(random_breaking(rng))
-    program, wrong, batches = Breaks(structure), [], 2
+    program, wrong, batches = Breaks(structure), [], 8
     for _ in range(batches):
         wrong += program.failures(program.draw(rng))
     return Outcome(batches * structure.batch, str(structure), wrong)
