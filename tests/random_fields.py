@@ -157,6 +157,82 @@ ONE = {
         vmap_method="expand_dims",
     ),
 }  # fmt: skip
+# Of one array too, but only among operations of which some are in no call.
+MORE = {
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "leaky relu": jax.nn.leaky_relu,
+    "hard tanh": jax.nn.hard_tanh,
+    "log softmax": lambda x: jnp.tanh(jax.nn.log_softmax(x.reshape(-1))),
+    "standardize": lambda x: jax.nn.standardize(fit(x, (4,)) + jnp.arange(4, dtype=x.dtype)),
+    "one hot": lambda x: jax.nn.one_hot(jnp.argmax(x), 3, dtype=x.dtype) * x.reshape(-1)[0],
+    "digamma": lambda x: jnp.tanh(jax.scipy.special.digamma(2 + x * x)),
+    "bessel": lambda x: jax.scipy.special.i0e(x) - jax.scipy.special.i1e(x),
+    "erfinv": lambda x: jax.scipy.special.erfinv(jnp.tanh(x) / 2),
+    "ndtri": lambda x: jax.scipy.special.ndtri(0.1 + 0.8 * jax.nn.sigmoid(x)),
+    "betainc": lambda x: jax.scipy.special.betainc(1.5, 2.5, jax.nn.sigmoid(x)).astype(x.dtype),
+    "gammainc": lambda x: jax.scipy.special.gammainc(2.5, 1 + x * x).astype(x.dtype),
+    "xlogy": lambda x: jax.scipy.special.xlogy(x, 1 + x * x),
+    "sinc": lambda x: jnp.sinc(x),
+    "segment sum": lambda x: jnp.tanh(
+        jax.ops.segment_sum(x.reshape(-1), jnp.arange(x.size) % 2, 2)
+    ),
+    "triangular": lambda x: jax.scipy.linalg.solve_triangular(
+        square(jnp.tanh(x), 3) + 3 * jnp.eye(3, dtype=x.dtype), fit(x, (3,)), lower=True
+    ),
+    "log of determinant": lambda x: jnp.linalg.slogdet(
+        square(jnp.tanh(x), 2) + 3 * jnp.eye(2, dtype=x.dtype)
+    )[1],
+    "exponential": lambda x: jnp.tanh(jax.scipy.linalg.expm(square(jnp.tanh(x), 2) / 4)),
+    "kron": lambda x: jnp.kron(fit(x, (2, 2)), jnp.ones((1, 2), x.dtype)),
+    "channels": lambda x: jnp.tanh(
+        lax.conv_general_dilated(fit(x, (1, 2, 6)), fit(jnp.cos(x), (3, 2, 3)), (1,), "SAME")
+    ),
+    "average pool": lambda x: lax.reduce_window(
+        fit(x, (6,)), np.zeros((), x.dtype), lax.add, (2,), (2,), "VALID"
+    ),
+    "max pool": lambda x: lax.reduce_window(
+        fit(x, (6,)), np.asarray(-np.inf, x.dtype), lax.max, (3,), (1,), "SAME"
+    ),
+    "there and back": lambda x: jnp.fft.irfft(jnp.fft.rfft(fit(x, (6,))) ** 2, 6).astype(x.dtype) / 6,
+    "spectrum": lambda x: jnp.tanh(jnp.abs(jnp.fft.fft(x.reshape(-1))) ** 2).astype(x.dtype),
+    "complex product": lambda x: jnp.tanh(jnp.abs(square(x + 1j, 2) @ square(1 - 1j * x, 2)) ** 2).astype(
+        x.dtype
+    ),
+    "angle": lambda x: jnp.angle(2 + jnp.tanh(x) + 1j * x).astype(x.dtype),
+    "searched": lambda x: (
+        jnp.searchsorted(jnp.array([-0.4321, 0.1234, 0.6543], x.dtype), x.reshape(-1)) * 0.1 * x.reshape(-1)
+    ),
+    "order": lambda x: x.reshape(-1)[jnp.argsort(x.reshape(-1))],
+    "take along": lambda x: jnp.take_along_axis(fit(x, (2, 3)), jnp.array([[0, 2], [1, 1]]), 1),
+    "outside": lambda x: x.reshape(-1).at[jnp.array([0, 99])].get(mode="fill", fill_value=0.5),
+    "dropped": lambda x: x.reshape(-1).at[jnp.array([0, 99])].add(0.5, mode="drop"),
+    "repeat": lambda x: jnp.repeat(x.reshape(-1), 2),
+    "median": lambda x: jnp.median(x),
+    "diff": lambda x: jnp.diff(fit(x, (5,))),
+    "slopes": lambda x: jnp.gradient(fit(x, (5,))),
+    "trapezoid": lambda x: jnp.trapezoid(fit(x, (5,))),
+    "variance": lambda x: jnp.tanh(jnp.var(x)),
+    "select": lambda x: jnp.select([x > 0.4321, x > -0.2345], [x, 2 * x], 0.1),
+    "polynomial": lambda x: jnp.polyval(jnp.array([0.1, -0.3, 0.2], x.dtype), jnp.tanh(x)),
+    "cumulative log sum": lambda x: lax.cumlogsumexp(x.reshape(-1)),
+    "random bits": lambda x: x * (jax.random.bits(jax.random.key(5), (), jnp.uint8) % 7).astype(x.dtype) / 7,
+    "coin": lambda x: x * jax.random.bernoulli(jax.random.key(3), 0.5, x.shape).astype(x.dtype),
+    "noise of its own": lambda x: x
+    + 0.1 * jax.random.uniform(
+        jax.random.fold_in(jax.random.key(1), jnp.floor(4 * jnp.sum(x) + 0.1234).astype(jnp.int32)), (), x.dtype
+    ),
+    "scan in a cond": lambda x: lax.cond(
+        jnp.sum(x) > 0.3456,
+        lambda x: lax.scan(lambda c, x: (jnp.tanh(c + x), None), x[0], x)[0],
+        lambda x: lax.fori_loop(0, 2, lambda _, c: jnp.sin(c), x[-1]),
+        x.reshape(-1),
+    ),
+    "remat in a scan": lambda x: lax.scan(
+        jax.checkpoint(lambda c, x: (jnp.sin(c * x) + x, c)), jnp.ones((), x.dtype), x.reshape(-1)
+    )[1],
+}  # fmt: skip
 TWO = {
     "add": lambda x, y: x + y,
     "multiply": lambda x, y: jnp.tanh(x) * y,
@@ -185,21 +261,35 @@ TWO = {
     ),
     "read at": lambda x, y: lax.dynamic_slice(x.reshape(-1), (jnp.argmax(y),), (1,)),
     "cond": lambda x, y: lax.cond(jnp.sum(x) > 0.3456, lambda x, y: x, lambda x, y: x * 2, x, y),
+    "sorted by": lambda x, y: lax.sort((fit(x, (4,)), fit(y, (4,))), num_keys=1)[1],
+    "average": lambda x, y: jnp.average(fit(x, (4,)), weights=1 + fit(y, (4,)) ** 2),
 }
 
 
 # What no call holds, forwards or backwards.
-OUTSIDE = set(
-    """argsort cholesky determinant fourier inverse sort top_k gather set random callback checkpoint
-    popcount interp""".split()
-) | {"add at", "gather at", "read at", "write at", "larger matrices", "all products", "convolution"}
+OUTSIDE = (
+    set(
+        """argsort cholesky determinant fourier inverse sort top_k gather set random callback checkpoint
+    popcount interp average""".split()
+    )
+    | {"sorted by", *MORE}
+    | {
+        "add at",
+        "gather at",
+        "read at",
+        "write at",
+        "larger matrices",
+        "all products",
+        "convolution",
+    }
+)
 
 
 def random_field(seed, length, outside):
     """A field of so many operations, of one call or of any; y, t and args as they come."""
     kinds = [
         {name: fn for name, fn in table.items() if outside or name not in OUTSIDE}
-        for table in (ONE, TWO)
+        for table in (ONE | MORE, TWO)
     ]
 
     def func(y, t, *args):

@@ -93,6 +93,16 @@ def test_they_are_those_of_the_closed_form(dtype):
     np.testing.assert_allclose(of_k, -ts * ys, **error)
 
 
+def test_a_state_of_two_precisions_has_the_derivatives_of_both():
+    def total(k):
+        y0 = jnp.asarray(2.0, jnp.float32), jnp.asarray(3.0, jnp.float64)
+        func = lambda y, t, k: jax.tree.map(lambda y: -k.astype(y.dtype) * y, y)
+        ys = odeint(func, y0, jnp.array([0.0, 1.0]), k)
+        return sum(y[-1].astype(jnp.float64) for y in ys)
+
+    np.testing.assert_allclose(jax.grad(total)(0.7), -5 * np.exp(-0.7), rtol=1e-5)
+
+
 def test_a_field_whose_derivative_may_be_infinite_goes_back():
     drag = lambda y, t, p: p[0] - p[1] * jnp.sqrt(y)
     one = lambda p: odeint(drag, jnp.array(0.0), jnp.array([0.0, 2.0]), p)[-1]

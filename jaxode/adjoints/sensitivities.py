@@ -154,11 +154,12 @@ def pull(size, x, sensitivities: PyTree, ys_bar: PyTree, of_x):
 
 def paired(x, sensitivities: PyTree, ys_bar: PyTree):
     """The same of one solve. What no one asks for may have failed: 0 times NaN is 0 here."""
+    dtype = tree.widest(*map(tree.real_dtype, jax.tree.leaves(ys_bar)))
 
     def leaf(w, s):
         w = w[:, None]
         terms = jnp.real(jnp.where(w == 0, 0, s) * w)
-        return jnp.sum(terms, [i for i in range(terms.ndim) if i != 1], tree.real_dtype(w))
+        return jnp.sum(terms, [i for i in range(terms.ndim) if i != 1], dtype)
 
     found = sum(jax.tree.leaves(jax.tree.map(leaf, ys_bar, sensitivities)))
     leaves, structure = jax.tree.flatten(x)
