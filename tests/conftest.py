@@ -21,6 +21,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker that has no tests left takes half of those that the other still has to do.
+
+    By default they are given out in chunks, by count: one of long tests keeps a worker busy while the other
+    has nothing left.
+    """
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     return request.param

@@ -29,7 +29,7 @@ def counted(method, budget, t):
     return solution, len(calls)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dop853", "rodas5p"])
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])  # "dop853" below
 def test_the_error_grows_as_the_budget_shrinks_and_the_end_is_reached(method):
     t = [0.0, 8.0]
     exact = solve(pendulum, Y0, t, method="dop853", rtol=1e-12, atol=1e-12).ys[-1]

@@ -68,9 +68,9 @@ def test_dense_output_is_differentiated_in_the_time_the_start_and_the_arguments(
         options = dict(dense=True, adjoint=adjoint, max_steps=64, rtol=1e-9, atol=1e-9)
         return solve(decay, y0, jnp.array([0.0, 2.0]), rates, **options).dense(t)[1]
 
-    y0 = jnp.array([1.0, 2.0])
+    y0, slopes = jnp.array([1.0, 2.0]), jax.jit(jax.grad(value, (0, 1, 2)))
     for t in (0.7, 2.0):
-        y0_bar, rates_bar, t_bar = jax.jit(jax.grad(value, (0, 1, 2)))(y0, RATES, jnp.array(t))
+        y0_bar, rates_bar, t_bar = slopes(y0, RATES, jnp.array(t))
         y = exact(t, y0, RATES)[1]
         np.testing.assert_allclose(y0_bar[1], y / 2, rtol=1e-6)
         np.testing.assert_allclose(rates_bar[1], -t * y, rtol=1e-6)
@@ -162,7 +162,11 @@ def test_every_step_is_given_with_a_mask_and_differentiated(dtype):
     np.testing.assert_allclose(sol.ys[:count], exact(sol.ts[:count], y0, rates), rtol=1e-4)
     means = run(rates, save=lambda y, t, rates: jnp.mean(y)).ys
     np.testing.assert_allclose(means[:count], np.mean(sol.ys[:count], 1), rtol=1e-6)
-    total = lambda rates: jnp.sum(jnp.where(run(rates).mask[:, None], run(rates).ys, 0))
+
+    def total(rates):
+        sol = run(rates)
+        return jnp.sum(jnp.where(sol.mask[:, None], sol.ys, 0))
+
     expected = -np.sum(np.asarray(sol.ts)[:count, None] * np.asarray(sol.ys[:count]), 0)
     np.testing.assert_allclose(jax.jit(jax.grad(total))(rates), expected, rtol=1e-3)
 

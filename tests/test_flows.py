@@ -62,11 +62,10 @@ def test_hutchinsons_estimate_is_unbiased(name, gaussian):
 
 
 @fields
-def test_a_flow_and_its_inverse_undo_each_other(name, dtype):
-    flow = ContinuousFlow(loud(FIELDS[name](dtype)), Normal(2))
-    z = points(20, dtype)
-    tolerance = 1e-5 if dtype == "float32" else 1e-6
-    np.testing.assert_allclose(flow.inverse(flow.forward(z)), z, atol=tolerance)
+def test_a_flow_and_its_inverse_undo_each_other(name):
+    flow = ContinuousFlow(loud(FIELDS[name]("float32")), Normal(2))  # in float64 see below
+    z = points(20, "float32")
+    np.testing.assert_allclose(flow.inverse(flow.forward(z)), z, atol=1e-5)
 
 
 @fields

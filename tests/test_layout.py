@@ -85,6 +85,10 @@ def test_jaxs_interfaces_for_extensions_are_used_in_few_files_each_with_a_reason
         if any(name in path.read_text() for name in names)
     }
     assert using == set(EXTENDS)
+    other = re.compile(
+        r"from jax import core|import jax\.core|jax\.core import (?!Tracer$|ShapedArray$)", re.M
+    )
+    assert not [path for path in PACKAGE.rglob("*.py") if other.search(path.read_text())]
 
 
 def test_no_table_is_read_and_no_kind_of_method_is_asked_for_outside_of_methods_and_kernels():

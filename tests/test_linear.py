@@ -235,8 +235,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize(
+    "case, name", [*((case, "rodas4") for case in WRONG), ("band", "kvaerno3")]
+)
 def test_a_structure_without_entries_that_func_has_is_an_error_where_values_are_known(case, name):
     y0, options = jnp.linspace(0.0, 1.0, 36), dict(method=name, linear=WRONG[case], dt=0.1)
     for _ in range(2):

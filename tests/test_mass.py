@@ -32,8 +32,9 @@ def test_robertson_as_a_dae_is_robertson(name):
         error = np.abs(found.ys[-1] - p.answer()) / (1e-4 + np.abs(p.answer()))
         assert error.max() < 10 * rtol
         assert abs(found.ys[-1].sum() - 1) < 1e-12
-        plain = solve(p.f, p.y0, [0.0, p.t1], method=name, rtol=rtol, atol=1e-4 * rtol)
-        assert int(found.stats.accepted) < 1.3 * int(plain.stats.accepted) + 5
+        if name in ("rodas5p", "kvaerno5"):  # one of each family
+            plain = solve(p.f, p.y0, [0.0, p.t1], method=name, rtol=rtol, atol=1e-4 * rtol)
+            assert int(found.stats.accepted) < 1.3 * int(plain.stats.accepted) + 5
 
 
 # A capacitor C between two nodes, each with a resistor: R1 to a source U(t), R2 to earth. The matrix of
@@ -111,11 +112,11 @@ def difference(fn, x, direction, e=1e-6):
 @pytest.mark.parametrize("mass", [CONSERVED, FULL], ids=["diagonal", "full"])
 def test_derivatives_by_diagonally_implicit_methods_are_those_of_differences(mass):
     at = jnp.array([0.8, 0.1, 0.1]), MILD, mass
-    of = lambda *x: loss(*x, name="kvaerno3")
-    exact, run = jax.jit(jax.grad(of, (0, 1, 2)))(*at), jax.jit(of)
+    run = jax.jit(jax.value_and_grad(lambda *x: loss(*x, name="kvaerno3"), (0, 1, 2)))
+    _, exact = run(*at)
     for i, x in enumerate(at):
         v = np.random.default_rng(i).normal(size=x.shape) * (np.asarray(x) != 0)
-        along = lambda z, i=i: run(*at[:i], z, *at[i + 1 :])
+        along = lambda z, i=i: run(*at[:i], z, *at[i + 1 :])[0]
         np.testing.assert_allclose(jnp.sum(exact[i] * v), difference(along, x, v), rtol=1e-6)
 
 
@@ -136,27 +137,27 @@ def test_diagonally_implicit_daes_of_a_batch_that_end_at_different_steps_are_eac
 
 @pytest.mark.parametrize("mass", [CONSERVED, FULL], ids=["diagonal", "full"])
 def test_derivatives_with_respect_to_start_rates_and_mass_are_those_of_differences(mass):
-    y0 = jnp.array([0.8, 0.1, 0.1])
-    exact = jax.jit(jax.grad(loss, (0, 1, 2)))(y0, MILD, mass)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
-    for adjoint, d in {"direct": jax.grad, "forward": jax.jacfwd}.items():
-        other = jax.jit(d(lambda *x: loss(*x, adjoint=adjoint), (0, 1, 2)))(y0, MILD, mass)  # noqa: B023
-        jax.tree.map(close, other, exact)
-    run = jax.jit(loss)
+    at, run = (jnp.array([0.8, 0.1, 0.1]), MILD, mass), jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    _, exact = run(*at)
+    if mass is CONSERVED:  # adjoints differ in how they go through a solve, not through a matrix
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+        for adjoint, d in {"direct": jax.grad, "forward": jax.jacfwd}.items():
+            other = jax.jit(d(lambda *x: loss(*x, adjoint=adjoint), (0, 1, 2)))(*at)  # noqa: B023
+            jax.tree.map(close, other, exact)
     rng = np.random.default_rng(0)
     # What is 0 stays 0: another rank is another problem.
-    for i, x in enumerate((y0, MILD, mass)):
+    for i, x in enumerate(at):
         v = rng.normal(size=x.shape) * (1.0 if i < 2 else np.asarray(mass) != 0)
-        of = lambda z, i=i: run(*[z if j == i else x for j, x in enumerate((y0, MILD, mass))])
+        of = lambda z, i=i: run(*at[:i], z, *at[i + 1 :])[0]
         np.testing.assert_allclose(jnp.sum(exact[i] * v), difference(of, x, v), rtol=1e-6)
 
 
 def test_the_second_derivative_with_respect_to_the_mass_is_a_difference_of_the_first():
-    y0, slope = jnp.array([0.8, 0.1, 0.1]), jax.jit(jax.grad(loss, 2))
-    v = np.random.default_rng(1).normal(size=(3, 3))
-    second = jax.jit(lambda m: jax.jvp(lambda m: slope(y0, MILD, m), (m,), (v,))[1])(FULL)
-    expected = difference(lambda m: slope(y0, MILD, m), FULL, v)
-    np.testing.assert_allclose(second, expected, rtol=1e-5, atol=1e-8)
+    y0, v = jnp.array([0.8, 0.1, 0.1]), np.random.default_rng(1).normal(size=(3, 3))
+    slope = lambda m: jax.grad(loss, 2)(y0, MILD, m)
+    both = jax.jit(lambda m: jax.jvp(slope, (m,), (v,)))
+    expected = difference(lambda m: both(m)[0], FULL, v)
+    np.testing.assert_allclose(both(FULL)[1], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_the_gradient_of_a_singular_matrix_goes_along_its_rank():
@@ -166,8 +167,9 @@ def test_the_gradient_of_a_singular_matrix_goes_along_its_rank():
             circuit, jnp.zeros(2), [0.0, t], method="rodas5p", mass=mass, rtol=1e-9, atol=1e-9
         )[-1, 0]
 
-    found = jax.jit(jax.grad(charge))(C)
-    np.testing.assert_allclose(found, difference(charge, C, 1.0, 1e-4), rtol=1e-5)
+    run = jax.jit(jax.value_and_grad(charge))
+    expected = difference(lambda c: run(c)[0], C, 1.0, 1e-4)
+    np.testing.assert_allclose(run(C)[1], expected, rtol=1e-5)
 
 
 def test_a_regular_matrix_is_the_inverse_inside_of_func():
@@ -187,17 +189,18 @@ def test_a_batch_of_daes_is_each_of_them():
         max_steps=500,
     )  # fmt: skip
     masses = jnp.asarray(np.linspace(0.5, 2, 30)[:, None] * np.asarray(CONSERVED))
-    slope = jax.grad(lambda k, mass: one(k, mass)[-1, 0], (0, 1))
-    many, slopes = jax.jit(jax.vmap(one))(rates, masses), jax.jit(jax.vmap(slope))(rates, masses)
-    alone, slope = jax.jit(one), jax.jit(slope)
+    both = lambda k, mass: (lambda ys: (ys[-1, 0], ys))(one(k, mass))
+    run = jax.value_and_grad(both, (0, 1), has_aux=True)
+    ((_, many), slopes), alone = jax.jit(jax.vmap(run))(rates, masses), jax.jit(run)
     for i in (0, 13, 29):
-        np.testing.assert_allclose(many[i], alone(rates[i], masses[i]), rtol=1e-7)
-        for a, b in zip(slopes, slope(rates[i], masses[i])):
+        (_, ys), slope = alone(rates[i], masses[i])
+        np.testing.assert_allclose(many[i], ys, rtol=1e-7)
+        for a, b in zip(slopes, slope):
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-12)
     scaled = odeint(
         problems["robertson"].f, START, [0.0, 10.0 / 0.5], method="rodas5p", rtol=1e-9, atol=1e-13
     )
-    same = alone(jnp.asarray(RATES), 0.5 * CONSERVED)
+    (_, same), _ = alone(jnp.asarray(RATES), 0.5 * CONSERVED)
     np.testing.assert_allclose(same[1], scaled[-1], rtol=1e-4, atol=1e-9)
 
 
@@ -287,9 +290,8 @@ def pendulum(y, t):
     return jnp.stack([u, v, -force * x, -force * z - 9.81, x**2 + z**2 - 1])
 
 
-@pytest.mark.parametrize("name", ["rodas4", "rodas5p"])
-def test_an_index_above_1_is_an_error_and_a_status(name):
-    y0, mass = jnp.array([1.0, 0, 0, 0, 0]), jnp.array([1.0, 1, 1, 1, 0])
+def test_an_index_above_1_is_an_error_and_a_status():
+    name, y0, mass = "rodas4", jnp.array([1.0, 0, 0, 0, 0]), jnp.array([1.0, 1, 1, 1, 0])
     with pytest.raises(ValueError, match="index"):
         solve(pendulum, y0, [0.0, 1.0], method=name, mass=mass)
     with pytest.raises(ValueError, match="index"):

@@ -1,6 +1,6 @@
 """Every notebook runs from a clean kernel, top to bottom, and was saved with what it printed."""
 
-import os
+import itertools
 import re
 from pathlib import Path
 
@@ -8,21 +8,38 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from jaxode.experiments import command_line
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Every line runs, at a small size: training stops after three steps, and of a thousand things there are
+# twenty. What it comes to is tested with the experiments, and saved with the notebook.
+SMALLER = {r"\bfor _ in range\(\d+\)": "for _ in range(3)", r"\b1000\b": "20"}
+# Nothing of this is left in the kernel but the shorter `train.fit`.
+SHORT = """
+def shorten():
+    from jaxode import train
+
+    whole = train.fit
+    train.fit = lambda *args, **options: whole(*args[:4], min(args[4], 3), **options)
+
+
+shorten()
+del shorten
+"""
 
 
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own machinery
 @each
 def test_a_notebook_runs_from_a_clean_kernel(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    monkeypatch.setenv("XLA_FLAGS", "")  # as users have it: most of the time goes into training
     notebook = nbformat.read(path, 4)
+    for cell, (whole, part) in itertools.product(notebook.cells, SMALLER.items()):
+        cell.source = re.sub(whole, part, cell.source)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(SHORT))
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
-    errors = [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    assert not errors
 
 
 @each
@@ -41,4 +58,7 @@ def test_a_notebook_is_saved_with_its_outputs_and_opens_in_colab(path):
 
 
 def test_there_is_a_notebook_for_each_experiment():
-    assert len(NOTEBOOKS) == 12 and os.path.exists(FOLDER / "00_start.ipynb")
+    there = {path.stem.split("_", 1)[1] for path in NOTEBOOKS}
+    # MNIST is the work of the digits on larger images: their notebook says how to run it.
+    assert {name.replace("-", "_") for name in command_line.EXPERIMENTS} - {"mnist"} <= there
+    assert "jaxode mnist" in (FOLDER / "01_digits.ipynb").read_text()

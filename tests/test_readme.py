@@ -36,9 +36,17 @@ def test_the_table_of_speed_is_the_one_that_the_bench_wrote():
     results = README.parent / "bench" / "results.json"
     if not results.exists():
         pytest.skip("no bench results")
-    works = [row["work"] for row in json.loads(results.read_text())["results"]]
     table = README.read_text().split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
-    assert all(f"| {work} |" in table for work in works)
+    lines = (line.strip("| ").split(" | ") for line in table.splitlines())
+    cells = {work: shown for work, *shown in lines}
+    for row in json.loads(results.read_text())["results"]:
+        (found, *others), seconds = cells[row["work"]], row["seconds"]
+        scale, ours = {"ms": 1e3, "s": 1.0, "times": 1.0}[row["unit"]], seconds.pop("jaxode")
+        assert float(found.split()[0]) == pytest.approx(scale * ours, rel=0.01, abs=0.006)
+        seconds.pop("gradsolve, whole", None)  # told in words
+        ratios = [peer / ours for peer in seconds.values() if row["unit"] != "times"]
+        shown = [float(other[:-1]) for other in others if other.endswith("x")]
+        assert sorted(shown) == pytest.approx(sorted(ratios), rel=0.06)
 
 
 def test_the_table_of_adjoints_is_the_one_that_the_code_has():

@@ -39,10 +39,8 @@ def check(func, y0, ends, **options):
     return whole
 
 
-ADAPTIVE = "tsit5", "dop853", "bosh3", "rodas4", "rodas5p", "trbdf2", "kvaerno5", "kencarp4", "auto"
-
-
-@pytest.mark.parametrize("method", ADAPTIVE)
+# One of each family, which differ in what a step hands to the next.
+@pytest.mark.parametrize("method", ["tsit5", "dop853", "rodas5p", "kvaerno5", "auto"])
 def test_ten_parts_are_one_solve_bit_for_bit(method):
     y0, ends = jnp.array([2.0, 0.0]), [0.0, *np.cumsum(np.linspace(0.3, 1.3, 10))]
     whole = check(van_der_pol, y0, ends, method=method, rtol=1e-6, atol=1e-6)
@@ -50,7 +48,7 @@ def test_ten_parts_are_one_solve_bit_for_bit(method):
     np.testing.assert_allclose(whole.ys[-1], plain.ys[-1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["rk4", "euler", "gauss4", "implicit_midpoint", "leapfrog"])
+@pytest.mark.parametrize("method", ["rk4", "gauss4", "leapfrog"])
 def test_steps_of_one_size_go_on_in_that_size(method):
     func, y0 = (spring, jnp.array([1.0, 0.0]))
     if method == "leapfrog":

@@ -70,7 +70,7 @@ def test_they_are_what_going_back_finds_alone_and_in_batches(name, options, back
         jax.jit(jax.grad(loss, (0, 1)))(p, y0),
         jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(p, many),
         jax.jit(jax.grad(shared))(p),
-        jax.jit(jax.vmap(jax.grad(loss, 1), (None, 0)))(p, many),
+        jax.jit(jax.vmap(jax.grad(loss, 1), (None, 0)))(p, many) if not options else (),
     ]
     carried = grads()
     back()

@@ -16,6 +16,10 @@ def heat(y, t, k):
     return k * laplace(y) + jnp.sin(y + t)
 
 
+def decay(y, t, k):
+    return -k * y
+
+
 def layers(y, t, k):
     """Ten of them, of ten numbers each."""
     x = y.reshape(-1, 10)
@@ -56,22 +60,25 @@ def printing(y, t, k):
 ODD = {
     "sorts": lambda y, t, k: -k * jnp.sort(y),
     "scatters": lambda y, t, k: -k * y.at[jnp.array([0, 2])].add(y[1]),
-    "transforms": lambda y, t, k: -k * jnp.fft.irfft(jnp.fft.rfft(y) ** 2, 100),
+    "transforms": lambda y, t, k: -k * jnp.fft.irfft(jnp.fft.rfft(y) ** 2, 100) / 100,
     "solves": lambda y, t, k: -jnp.linalg.solve(jnp.eye(100, dtype=y.dtype) * (1 + k) + 0.1, y),
     "loops": lambda y, t, k: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) - k * y, y),
     "has a rule of its own": lambda y, t, k: -k * jax.nn.relu(y) + jax.nn.softplus(-y),
     "calls back": printing,
     "has numbers that are whole": lambda y, t, k: -k * y[jnp.arange(100)[::-1]],
 }
+HALVES = list(ODD)[::2], list(ODD)[1::2]  # a program has the solve once, whatever the field does
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_a_field_in_calls_has_the_derivatives_that_jax_finds(name):
-    field = lambda y, t, k: ODD[name](y, t, k) + 0 * jnp.sort(y)  # never one call
+@pytest.mark.parametrize("names", HALVES, ids=" and ".join)
+def test_a_field_in_calls_has_the_derivatives_that_jax_finds(names):
+    of_all = lambda y, t, k: sum(ODD[name](y, t, k) for name in names)
+    field = lambda y, t, k: of_all(y, t, k) + 0 * jnp.sort(y)  # never one call
 
     def loss(y0, k, t, adjoint):
         times = jnp.stack([jnp.zeros_like(t), t / 3, t])
-        ys = odeint(field, y0, times, k, dt=0.1, max_steps=10, adjoint=adjoint)
+        options = dict(method="bosh3", dt=0.1, max_steps=10, adjoint=adjoint)
+        ys = odeint(field, y0, times, k, **options)
         return jnp.sum(ys**2 * jnp.arange(1.0, 4.0)[:, None])
 
     of, given = jax.grad(loss, (0, 1, 2)), (jnp.sin(jnp.arange(100.0)), 0.5, 0.6)
@@ -82,9 +89,8 @@ def test_a_field_in_calls_has_the_derivatives_that_jax_finds(name):
 @pytest.mark.parametrize(
     ("method", "field", "count", "dtype"),
     [
-        ("tsit5", heat, 2, "float64"),
         ("tsit5", heat, 4, "float32"),
-        ("dop853", heat, 4, "float64"),
+        ("dop853", decay, 4, "float64"),
         ("rk4", heat, 2, "float64"),
         ("bosh3", layers, 4, "float32"),
     ],

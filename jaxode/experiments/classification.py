@@ -41,7 +41,7 @@ class Settings(Options):
     rate: float = option(1e-2, "Learning rate of the convolutional networks.", low=0.0)
     mlp_rate: float = option(1e-2, "That of the MLP.", low=0.0)
     samples: int = option(0, "Images to train on; 0: all.", quick=64, low=0)
-    tests: int = option(0, "Images to test on; 0: all.", quick=500, low=0)
+    tests: int = option(0, "Images to test on; 0: all.", quick=100, low=0)
     tightest: float = option(
         1e-5,
         "Of the tolerances that the trained ODE-Net is solved at.",

@@ -41,7 +41,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     )
     save(classification_figures.training(histories), folder / "training.png")
     save(classification_figures.tolerance(sweep), folder / "tolerance.png")
-    save(classification_figures.between(nets["ode-net"], images.test), folder / "between.png")
+    seen = classification.prepared(images, settings).test
+    save(classification_figures.between(nets["ode-net"], seen), folder / "between.png")
     ode_net, resnet = numbers["ode-net"], numbers["resnet"]
     claims = {
         "A tighter tolerance costs more evaluations and errs less": sweep[-1]["evaluations"]

@@ -34,7 +34,7 @@ class Settings(Options):
     """How long, how wide, and which."""
 
     kl_steps: int = option(600, "Steps of each fit by KL.", quick=30, full=10_000, low=1)
-    steps: int = option(1500, "Steps of each fit by likelihood.", quick=120, full=10_000, low=1)
+    steps: int = option(1500, "Steps of each fit by likelihood.", quick=30, full=10_000, low=1)
     table_steps: int = option(600, "Steps on the table.", quick=30, full=3000, low=1)
     batch: int = option(512, "Samples a step.", quick=256, low=2)
     sizes: str = option("2,8,32", "Widths M and depths K of the fits by KL.", quick="8", words=int)
@@ -46,7 +46,7 @@ class Settings(Options):
         full=",".join(CLOUDS),
         words=tuple(CLOUDS),
     )
-    width: int = option(64, "Width M of the flows fitted by likelihood.", low=1)
+    width: int = option(64, "Width M of the flows fitted by likelihood.", quick=8, low=1)
     tolerance: float = option(1e-3, "Of the solver, relative and absolute.", low=1e-7, high=1.0)
 
 

@@ -28,11 +28,11 @@ class Settings(Options):
     """How much data, and how long."""
 
     points: str = option("30,50,100", "Observations of each spiral.", quick="30", words=int)
-    series: int = option(1000, "Spirals to train on.", quick=500, low=2)
-    batch: int = option(200, "Series a step.", quick=100, low=1)
-    steps: int = option(1500, "Steps of the latent ODE.", quick=300, full=10_000, low=1)
-    rnn_steps: int = option(1500, "Steps of each recurrent network.", quick=300, full=10_000, low=1)
-    co2_steps: int = option(1500, "Steps on carbon dioxide.", quick=20, full=6000, low=1)
+    series: int = option(1000, "Spirals to train on.", quick=200, low=2)
+    batch: int = option(200, "Series a step.", quick=50, low=1)
+    steps: int = option(1500, "Steps of the latent ODE.", quick=150, full=10_000, low=1)
+    rnn_steps: int = option(1500, "Steps of each recurrent network.", quick=100, full=10_000, low=1)
+    co2_steps: int = option(1500, "Steps on carbon dioxide.", quick=4, full=6000, low=1)
     encoder: str = option("rnn", "Of the latent ODE.", choices=tuple(ENCODERS))
     noise: float = option(0.3, "Assumed standard deviation of the observations.", low=1e-3)
 

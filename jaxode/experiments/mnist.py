@@ -79,7 +79,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     save(classification_figures.training(histories), folder / "training.png")
     save(classification_figures.figure_3(sweep, histories["ode-net"]), folder / "figure_3.png")
     save(classification_figures.memory(memory), folder / "memory.png")
-    save(classification_figures.between(nets["ode-net"], images.test), folder / "between.png")
+    seen = classification.prepared(images, settings).test
+    save(classification_figures.between(nets["ode-net"], seen), folder / "between.png")
     rows = classification.rows_of(numbers)
     for row, name in zip(rows, LABELS):
         row["paper: error"], row["parameters "] = PUBLISHED[name]

@@ -23,11 +23,11 @@ from jaxode.nn import DivergenceFreeField, MLPField, SeparableHamiltonian
 class Settings(Options):
     """How long, and how noisy."""
 
-    steps: int = option(1500, "Steps of each field that is learnt.", quick=150, full=10_000, low=1)
+    steps: int = option(1500, "Steps of each field that is learnt.", quick=50, full=10_000, low=1)
     paths: int = option(50, "Pendulum paths to learn from.", low=2)
     noise: float = option(0.05, "Standard deviation of their noise.", low=0.0)
     horizon: float = option(
-        100.0, "Seconds for which the learnt pendulums are run.", quick=30.0, low=1.0
+        100.0, "Seconds for which the learnt pendulums are run.", quick=10.0, low=1.0
     )
     width: int = option(32, "Of the fields.", low=1)
 
