@@ -119,7 +119,7 @@ class Part:
             return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
-        xs_dot = reversible.bind(*xs_dot, *xs)
+        xs_dot = reverse_only.bind(*xs_dot, *xs)
         outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
         still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
         zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
@@ -172,14 +172,14 @@ def refuse(*_, **__):
     raise TypeError(NO_JVP)
 
 
-reversible = Primitive("reversible")
-reversible.multiple_results = True
-reversible.def_impl(refuse)
-reversible.def_abstract_eval(lambda *avals: avals[: len(avals) // 2])
-mlir.register_lowering(reversible, refuse)
-batching.primitive_batchers[reversible] = refuse
-ad.primitive_jvps[reversible] = refuse
-ad.primitive_transposes[reversible] = lambda bars, *_: [*bars, *[None] * len(bars)]
+reverse_only = Primitive("reverse_only")
+reverse_only.multiple_results = True
+reverse_only.def_impl(refuse)
+reverse_only.def_abstract_eval(lambda *avals: avals[: len(avals) // 2])
+mlir.register_lowering(reverse_only, refuse)
+batching.primitive_batchers[reverse_only] = refuse
+ad.primitive_jvps[reverse_only] = refuse
+ad.primitive_transposes[reverse_only] = lambda bars, *_: [*bars, *[None] * len(bars)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
