@@ -299,7 +299,7 @@ def output_rows():
 
 def memory_rows():
     y0, field = jnp.ones(2000), lambda y, t: jnp.tanh(y)
-    for adjoint in ("backsolve", "replay"):
+    for adjoint in ("backsolve", "reversible", "replay"):
         used = []
         for steps in (100, 10_000):
             loss = lambda y0, steps=steps, adjoint=adjoint: jaxode.odeint(

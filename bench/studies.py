@@ -1,7 +1,9 @@
-"""Slower questions, each with its figure: `python -m bench.studies [work-precision] [stiff] [scaling]`.
+"""Slower questions, each with its figure: `python -m bench.studies`, or with names of some: work-precision,
+stiff, adjoints, scaling.
 
 Work against precision over the problems of `jaxode.problems`, smooth and stiff; cost against the number of
-states, of lanes and of steps; memory of a gradient against steps. Figures and numbers go to bench/studies/.
+states, of lanes and of steps; memory of a gradient against steps; error, memory and time of every adjoint.
+Figures and numbers go to bench/studies/.
 """
 
 import json
@@ -19,6 +21,7 @@ from scipy.integrate import solve_ivp
 from tqdm import tqdm
 
 import jaxode
+from bench import adjoint_study
 from bench.stiff_study import draw_stiff, fastest, stiff_work_precision
 from bench.timing import time_in_turn
 from jaxode.problems import problems
@@ -207,6 +210,8 @@ def main(names):
         found = stiff_work_precision(FOLDER / "stiff.json")
         draw_stiff(found, FOLDER / "stiff.png")
         print(*fastest(found), sep="\n")
+    if not names or "adjoints" in names:
+        adjoint_study.study(FOLDER)
     if not names or "scaling" in names:
         found = scaling()
         draw_scaling(found)
