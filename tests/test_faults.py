@@ -49,12 +49,11 @@ def test_custom_rules_are_kept_in_a_batch(name):
 @pytest.mark.parametrize(
     "field",
     [
-        lambda y, t, p: p[0] - p[1] * jnp.sqrt(y),
         lambda y, t, p: p[0] - p[1] * y * jnp.abs(y),
         lambda y, t, p: p[0] - p[1] * jnp.cbrt(y),
         lambda y, t, p: p[0] - p[1] * y**0.9,
     ],
-    ids=["sqrt", "drag", "cbrt", "power"],
+    ids=["drag", "cbrt", "power"],  # of a root see test_sensitivities
 )
 def test_a_derivative_that_is_infinite_at_the_start_spoils_no_gradient_of_a_batch(field):
     one = lambda p: odeint(field, jnp.array(0.0), jnp.array([0.0, 2.0]), p)[-1]

@@ -45,14 +45,11 @@ def close(a, b, tolerance=1e-9):
     "times, options",
     [
         (T[[0, -1]], {"max_steps": 300, "mxstep": 200.0}),
-        (T[[0, -1]], {"method": "dop853"}),
-        (T, {}),
         (T, {"method": "dop853"}),
         (T, {"method": "rk4", "dt": 0.01}),
         (T[::-1], {"method": "bosh3"}),
-        (T[[0, -1]], {"adjoint": "backsolve"}),
-        (T, {"adjoint": "backsolve", "method": "dop853"}),
-        (T, {"adjoint": "backsolve", "method": "rk4", "dt": 0.01}),
+        (T, {"adjoint": "backsolve"}),
+        (T[[0, -1]], {"adjoint": "backsolve", "method": "rk4", "dt": 0.01}),
     ],
     ids=str,
 )
@@ -188,15 +185,16 @@ def test_nested_vmap_partial_vmap_scan_and_map_agree():
 
 def test_second_derivatives_and_cotangents_alone_can_be_batched():
     y0s, rhos = problem()
-    fn = lambda rho: loss(y0s[0], rho, jnp.asarray(T[[0, -1]]), 8 / 3, method="bosh3")
-    close(
-        jax.vmap(jax.hessian(fn))(rhos[:2]), jnp.stack([jax.hessian(fn)(r) for r in rhos[:2]]), 1e-7
-    )
-    path = lambda y0: odeint(lorenz, y0, T, 10.0, 2.0, rtol=1e-8, atol=1e-8)
-    forward = jax.jacfwd(
-        lambda y0: odeint(lorenz, y0, T, 10.0, 2.0, rtol=1e-8, atol=1e-8, adjoint="forward")
-    )
-    close(jax.jacrev(path)(y0s[0]), forward(y0s[0]), 1e-6)
+    # Equal steps: a difference does not see another choice of them.
+    fn = lambda rho: loss(y0s[0], rho, jnp.asarray(T[[0, -1]]), 8 / 3, method="rk4", dt=0.05)
+    slope, h = jax.jit(jax.grad(fn)), 1e-4
+    expected = jnp.stack([(slope(r + h) - slope(r - h)) / (2 * h) for r in rhos[:2]])
+    close(jax.jit(jax.vmap(jax.hessian(fn)))(rhos[:2]), expected, 1e-6)
+    options = dict(method="bosh3", rtol=1e-6, atol=1e-6)
+    path = lambda y0, adjoint: odeint(lorenz, y0, T, 10.0, 2.0, adjoint=adjoint, **options)
+    back = jax.jit(jax.jacrev(lambda y0: path(y0, "replay")))
+    forward = jax.jit(jax.jacfwd(lambda y0: path(y0, "forward")))
+    close(back(y0s[0]), forward(y0s[0]), 1e-6)
 
 
 @pytest.mark.parametrize("adjoint", ["replay", "backsolve"])

@@ -104,28 +104,34 @@ def test_a_method_from_outside_solves_alone_and_in_a_batch(name):
         np.testing.assert_allclose(rows, one(p), rtol=1e-12, atol=1e-12)
 
 
-@METHOD
-@pytest.mark.parametrize("adjoint", ["replay", "backsolve", "direct", "forward"])
+@pytest.mark.parametrize(
+    "name, adjoint",
+    [
+        ("step doubling", "replay"),
+        *(("exponential Euler", a) for a in ("replay", "backsolve", "direct", "forward")),
+    ],
+)
 def test_every_adjoint_differentiates_it(name, adjoint):
     def loss(y0, p, ts):
         # Steps of equal size: so that a difference does not see another choice of steps.
         ys = odeint(field, y0, ts, p, method=METHODS[name], dt=0.01, adjoint=adjoint)
-        return jnp.sum(ys * jnp.arange(1.0, 5.0)[:, None])
+        value = jnp.sum(ys * jnp.arange(1.0, 5.0)[:, None])
+        return value, value
 
     args = jnp.array([1.0, -1.0]), jnp.array(0.7), TS + jnp.array([0.0, 0.0, 0.0, -0.003])
     derivative = jax.jacfwd if adjoint == "forward" else jax.grad
-    found = derivative(loss, (0, 1, 2))(*args)
-    batch = jax.vmap(derivative(loss, (0, 1, 2)), (0, None, None))(
-        jnp.stack([args[0]] * 9), *args[1:]
-    )
+    derivative = derivative(loss, (0, 1, 2), has_aux=True)
+    run = jax.jit(derivative)
+    found, _ = run(*args)
+    batch, _ = jax.vmap(derivative, (0, None, None))(jnp.stack([args[0]] * 9), *args[1:])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[3], b, rtol=1e-9, atol=1e-11), batch, found
     )
     for i, x in enumerate(args):
         direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-        moved = [loss(*args[:i], x + e * direction, *args[i + 1 :]) for e in (1e-6, -1e-6)]
+        moved = [run(*args[:i], x + e * direction, *args[i + 1 :])[1] for e in (1e-6, -1e-6)]
         slope = jnp.vdot(found[i], direction)
-        tolerance = 2e-2 if adjoint == "backsolve" and name != "step doubling" else 1e-5
+        tolerance = 2e-2 if adjoint == "backsolve" else 1e-5
         np.testing.assert_allclose(
             slope, (moved[0] - moved[1]) / 2e-6, rtol=tolerance, atol=tolerance
         )

@@ -1,4 +1,4 @@
-"""Every notebook runs from a clean kernel, top to bottom, and was saved with what it printed."""
+"""Every notebook runs by itself, top to bottom, and was saved with what it printed."""
 
 import itertools
 import re
@@ -16,30 +16,47 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # Every line runs, at a small size: training stops after three steps, and of a thousand things there are
 # twenty. What it comes to is tested with the experiments, and saved with the notebook.
 SMALLER = {r"\bfor _ in range\(\d+\)": "for _ in range(3)", r"\b1000\b": "20"}
-# Nothing of this is left in the kernel but the shorter `train.fit`.
-SHORT = """
-def shorten():
+# What the kernel runs before a notebook: no name of another one is left, nor of this.
+CLEAN = """
+%reset -f
+def clean():
+    import os
+
+    import jax
+
     from jaxode import train
 
+    os.chdir({folder!r})
+    jax.config.update("jax_enable_x64", False)
     whole = train.fit
     train.fit = lambda *args, **options: whole(*args[:4], min(args[4], 3), **options)
 
 
-shorten()
-del shorten
+clean()
+del clean
 """
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Jupyter's own machinery
 
 
-@pytest.mark.filterwarnings("ignore")  # of Jupyter's own machinery
+@pytest.fixture(scope="module")
+def client():
+    """A kernel for all notebooks: its start takes as long as most of them."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=600, kernel_name="python3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        yield client
+    client.nb = nbformat.v4.new_notebook()
+    client.execute()  # and ends the kernel
+
+
 @each
-def test_a_notebook_runs_from_a_clean_kernel(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+def test_a_notebook_runs_from_a_clean_namespace(path, tmp_path, client):
     notebook = nbformat.read(path, 4)
     for cell, (whole, part) in itertools.product(notebook.cells, SMALLER.items()):
         cell.source = re.sub(whole, part, cell.source)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(SHORT))
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(CLEAN.format(folder=str(tmp_path))))
+    client.nb = notebook
+    client.execute(cleanup_kc=False)
 
 
 @each

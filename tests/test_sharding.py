@@ -44,7 +44,7 @@ def fit(steps, mesh=None, **options):
 
 def start(program, *args, devices=1):
     """A Python process with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-c", COMMON + program, *map(str, args)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
