@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the generators of cases are the tests'
 SHARES = {"right": 8, "symmetries": 3, "breaks": 2, "fields": 4, "options": 1}
 GROUP = 6  # pieces of work a process
-LONGEST = 900.0  # seconds that a process may take
+LONGEST = 3600.0  # seconds that a process may take
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

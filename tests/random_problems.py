@@ -269,7 +269,7 @@ def draw_numbers(rng, name: str, ranges: Ranges, time_dtype=np.float64, still: b
     farthest = min(1e6, ranges.offset * abs(span))
     start = {"none": 0.0, "near": min(1.0, ranges.offset) * span, "far": farthest}[offset]
     start = start * uniform(-1, 1)
-    inner = sorted(uniform(0, 1, TIMES - 2))
+    inner = sorted(uniform(0.01, 1, TIMES - 2))  # a solve over no time has no direction to go on in
     grid = rng.choice(["any"] * 3 + ["repeated", "at the ends"] + ["one point"] * still)
     if grid == "repeated":
         inner = [inner[0], inner[0], inner[-1]]
