@@ -365,7 +365,7 @@ def per_leaf(name, value, y0) -> PyTree:
             raise TypeError(f"`{name}` must hold real numbers, got {tolerance!r}.")
         array = np.asarray if known(tolerance) else jnp.asarray
         tolerance = array(tolerance, tree.real_dtype(y))
-        if np.broadcast_shapes(tolerance.shape, y.shape) != y.shape:
+        if not fits(tolerance.shape, y.shape):
             raise ValueError(
                 f"`{name}` has shape {tolerance.shape} where y0{jax.tree_util.keystr(path)} has "
                 f"shape {y.shape}."
@@ -375,6 +375,14 @@ def per_leaf(name, value, y0) -> PyTree:
         return tolerance.reshape((1,) * (y.ndim - tolerance.ndim) + tolerance.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, value, y0)
+
+
+def fits(shape: tuple[int, ...], like: tuple[int, ...]) -> bool:
+    """Whether an array of a shape can be broadcast to another."""
+    try:
+        return np.broadcast_shapes(shape, like) == like
+    except ValueError:
+        return False
 
 
 def valid_limits(rtol, atol, mxstep, hmax):

@@ -215,6 +215,8 @@ def random_stack(rng, adjoint: str, shared: bool = False) -> Stack:
         derivative = rng.choice(ABLE[adjoint])
         summed = derivative == "grad" and rng.random() < 0.5
     unable = {"direct": set(), "forward": FORWARD_ALONE}.get(adjoint, REVERSE_ALONE)
+    if derivative in ABLE["forward"][1:]:
+        unable = unable | {"custom_vjp"}
     if ORDER[derivative] == 2:
         unable = unable | {"custom_vjp"}  # JAX has no forward mode of its backward pass, in general
         # A scan that is differentiated twice loses the rules of `jax.custom_jvp` in what replay records.

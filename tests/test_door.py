@@ -192,3 +192,11 @@ def test_a_solve_error_can_be_pickled_and_copied(again):
     assert type(error) is SolveError and str(error) == str(caught.value)
     assert int(error.solution.status) == int(caught.value.solution.status)
     np.testing.assert_array_equal(error.solution.ys, caught.value.solution.ys)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 3), (2, 2)])
+def test_a_tolerance_of_another_shape_is_refused_by_its_name_and_that_of_the_state(shape):
+    with pytest.raises(
+        ValueError, match=r"`atol` has shape \(.*\) where y0\['x'\] has shape \(3,\)"
+    ):
+        solve(lambda y, t: y, {"x": jnp.ones(3)}, [0.0, 1.0], atol=np.ones(shape))
