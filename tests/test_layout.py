@@ -18,7 +18,7 @@ ORDER = """
     batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
-adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
+    adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
     signals functions arguments events folds constraints stiffness dense resuming program integrate findings
     diagnosis perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids

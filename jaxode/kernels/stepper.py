@@ -46,6 +46,10 @@ class Stepper(NamedTuple):
         """The field of one solve as a step is to see it."""
         return in_calls(f, mask) if self.kernel == CALLS and self.method.sums_slopes else f
 
+    def controlled(self, f):
+        """The field of what is controlled of a state, as a step is to see it."""
+        return self.field(getattr(f, "of_state", f))
+
     # Forwards.
 
     def start(self, own, y0: PyTree):
@@ -65,7 +69,7 @@ class Stepper(NamedTuple):
                 folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
-            state = stability.begin(integrator, self.field(f), state, slope)
+            state = stability.begin(integrator, self.controlled(f), state, slope)
             return state._replace(folded=folded), slope
 
         return self.problems.each(one)(own, y0)
@@ -107,7 +111,7 @@ class Stepper(NamedTuple):
         if not integrator.steady:
             return new
         slope = self.method.slope(f, new.s, new.y, new.memory)
-        return stability.kept(integrator, self.field(f), new, slope, old.y, step.y)
+        return stability.kept(integrator, self.controlled(f), new, slope, old.y, step.y)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""

@@ -52,7 +52,7 @@ def begin(integrator, f, state, slope):
 
 def kept(integrator, f, state, slope, *ys):
     """A solve between two trial steps, the next of which is inside the stability region; `ys` are the states
-    at the ends of the last one."""
+    at the ends of the last one, and f the field of what is controlled of them."""
     if not integrator.steady:
         return state
     due = (state.tried < FIRST) | (state.tried % EVERY == 0)
@@ -69,9 +69,9 @@ def turned(integrator, f, state, slope, ys, probe: Probe) -> Probe:
     A matrix that is not normal stretches a direction by more than any eigenvalue: one of position and
     velocity by 1 and by omega^2 in turn. So the rate is the geometric mean of two turns.
     """
-    plain, along = getattr(f, "of_state", f), probe.direction
+    along = probe.direction
     y, k = integrator.controlled(state.y), integrator.controlled(slope)
-    w = tree.difference(plain(jax.tree.map(lax.add, y, along), state.s), k)
+    w = tree.difference(f(jax.tree.map(lax.add, y, along), state.s), k)
     rate = tree.norm(w, units_of(integrator, *ys)).astype(probe.rate.dtype)
     usable = lax.is_finite(rate) & (rate > 0)
     inverse = 1 / jnp.where(usable, rate, 1)
