@@ -46,10 +46,6 @@ class Stepper(NamedTuple):
         """The field of one solve as a step is to see it."""
         return in_calls(f, mask) if self.kernel == CALLS and self.method.sums_slopes else f
 
-    def controlled(self, f):
-        """The field of what is controlled of a state, as a step is to see it."""
-        return self.field(getattr(f, "of_state", f))
-
     # Forwards.
 
     def start(self, own, y0: PyTree):
@@ -69,7 +65,7 @@ class Stepper(NamedTuple):
                 folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
-            state = stability.begin(integrator, self.controlled(f), state, slope)
+            state = stability.begin(integrator, controlled(self, f), state, slope)
             return state._replace(folded=folded), slope
 
         return self.problems.each(one)(own, y0)
@@ -111,7 +107,7 @@ class Stepper(NamedTuple):
         if not integrator.steady:
             return new
         slope = self.method.slope(f, new.s, new.y, new.memory)
-        return stability.kept(integrator, self.controlled(f), new, slope, old.y, step.y)
+        return stability.kept(integrator, controlled(self, f), new, slope, old.y, step.y)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -187,6 +183,11 @@ class Stepper(NamedTuple):
 
         fn = lambda problems, own, y0: problems.each(start)(own, y0)
         return pullback(self.problems, own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
+
+
+def controlled(steps: Stepper, f):
+    """The field of what is controlled of a state, as a step is to see it."""
+    return steps.field(getattr(f, "of_state", f))
 
 
 def expects_event(steps: Stepper, own, state):
