@@ -85,6 +85,7 @@ def units_of(integrator, *ys) -> PyTree:
     tolerated, rtol = integrator.tolerated(*ys), jax.tree.leaves(integrator.rtol)
     if len(rtol) == 1 and rtol[0].size == 1:
         return tolerated
-    most = tree.largest([jnp.max(r, initial=0) for r in rtol])
-    share = lambda t, r: t * jnp.where(r > 0, most / jnp.where(r > 0, r, 1), 1).astype(t.dtype)
-    return jax.tree.map(share, tolerated, integrator.rtol)
+    wide = tree.widest(*(r.dtype for r in rtol))
+    most = tree.largest([jnp.max(r, initial=0).astype(wide) for r in rtol])
+    share = lambda r: jnp.where(r > 0, most / jnp.where(r > 0, r, 1).astype(wide), 1)
+    return jax.tree.map(lambda t, r: t * share(r).astype(t.dtype), tolerated, integrator.rtol)
