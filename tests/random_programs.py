@@ -156,7 +156,9 @@ def field_of(s: Structure):
         if problem.sees_time or breaks:
             x = (rate.astype(t.dtype) * (t - start.astype(t.dtype))).astype(s.wide)
         if s.method in SYMPLECTIC:
-            return separated(s, *y, q, rate, scale)
+            slopes = separated(s, *y, q, rate, scale)
+            broken = lambda k: jnp.where(x > breaks[0], breaks[1], k) if breaks else k
+            return tuple(map(broken, slopes))
         k = problem.field(vector(y, s.wide) / scale, x, q)
         if breaks:
             at, value = breaks

@@ -121,8 +121,8 @@ class Symmetries:
 
     def of_two(self, cases, rows) -> list[str]:
         """The system beside itself: each is what it is alone, to roundings."""
-        if self.structure.problem == "impulse":
-            return []  # its events are not made for two
+        if self.structure.problem == "impulse" or self.structure.pair:
+            return []  # its events, or its two functions, are not made for two
         first, second = map(np.asarray, self.run_twice(stack(cases)))
         wrong = [f"case {i} has an unlike twin" for i in np.flatnonzero(different(first, second))]
         most = 1e5 * self.structure.eps * PROBLEMS[self.structure.problem].growth
