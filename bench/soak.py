@@ -32,10 +32,6 @@ sys.path.insert(0, str(ROOT / "tests"))  # the generators of cases are the tests
 SHARES = {"right": 8, "symmetries": 3, "breaks": 2, "fields": 4, "options": 1}
 GROUP = 6  # pieces of work a process
 LONGEST = 3600.0  # seconds that a process may take
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
@@ -59,14 +55,19 @@ def tried(structure):
 LAST: list[str] = []
 
 
-def right(rng) -> Outcome:
-    from random_programs import Program, random_structure
-
-    structure = tried(random_structure(rng))
-    program, wrong, batches = Program(structure), [], 20
+def in_batches(rng, kind, random_one, batches: int) -> Outcome:
+    """Some batches of cases of a random structure, through one program."""
+    structure = tried(random_one(rng))
+    program, wrong = kind(structure), []
     for _ in range(batches):
         wrong += program.failures(program.draw(rng))
     return Outcome(batches * structure.batch, str(structure), wrong)
+
+
+def right(rng) -> Outcome:
+    from random_programs import Program, random_structure
+
+    return in_batches(rng, Program, random_structure, 20)
 
 
 def symmetries(rng) -> Outcome:
@@ -81,11 +82,7 @@ def symmetries(rng) -> Outcome:
 def breaks(rng) -> Outcome:
     from random_symmetries import Breaks, random_breaking
 
-    structure = tried(random_breaking(rng))
-    program, wrong, batches = Breaks(structure), [], 8
-    for _ in range(batches):
-        wrong += program.failures(program.draw(rng))
-    return Outcome(batches * structure.batch, str(structure), wrong)
+    return in_batches(rng, Breaks, random_breaking, 8)
 
 
 def fields(rng) -> Outcome:
@@ -130,6 +127,8 @@ def done(item: str) -> Outcome:
 
 def child(items: list[str], quick: bool) -> None:
     """Do pieces of work; say when each starts, and what came of it."""
+    from compile_flags import QUICK
+
     os.environ["XLA_FLAGS"] = f"{QUICK if quick else ''} {TWO_DEVICES}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax

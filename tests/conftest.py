@@ -2,16 +2,14 @@
 
 import os
 
+from compile_flags import QUICK
+
 # One compilation cache for the whole run, shared by the workers of pytest-xdist.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join("/tmp", "jaxode-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests wait for the compiler, not for what it makes: with its optimisations off a program is there in a third
 # of the time. What depends on them, one native call, is tried in processes without this (test_one_call).
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 import jax
 import pytest

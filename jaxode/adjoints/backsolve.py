@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.adjoints import stretches
-from jaxode.adjoints.ends import from_the_end, of_the_field
+from jaxode.adjoints.ends import distance, from_the_end, of_the_field
 from jaxode.adjoints.inputs import is_asked, join, of_parts, only, present
 from jaxode.adjoints.replay import like_pull, like_solve, solve_part, spread_pull
 from jaxode.adjoints.replay_in_lanes import of_own_and_shared
@@ -25,7 +25,7 @@ from jaxode.batch import lanes, queue
 from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import to_lanes
 from jaxode.batch.plans import alone, plan
-from jaxode.batch.vmap_rules import Form, Part, spread, summed
+from jaxode.batch.vmap_rules import Form, Part, axes_of, spread, summed
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import Stepper, stepper
 from jaxode.outputs import Cotangents, Times, gather, passed
@@ -387,10 +387,9 @@ def drifted(integrator, given, y1, recovered):
     """
     _, y0, _ = given
     tolerated = integrator.tolerated(y0, y1)
-    off = tree.difference(recovered, y0)
-    ones = jax.tree.map(jnp.ones_like, tolerated)
-    size = jnp.maximum(tree.norm(y0, ones), tree.norm(y1, ones))
-    return (tree.norm(off, ones) > DRIFT * size) & (tree.norm(off, tolerated) > TOLERANCES)
+    off, size = distance(recovered, y0, y1)
+    too_far = tree.norm(tree.difference(recovered, y0), tolerated) > TOLERANCES
+    return (off > DRIFT * size) & too_far
 
 
 # Many solves.
@@ -399,14 +398,13 @@ def drifted(integrator, given, y1, recovered):
 def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars):
     """`pull_one` of many. Cotangents of what they share of f are sums over all of them."""
     of_x, (of_integrator, of_rest), of_recorded, of_bars = form.flags
+    in_axes = *axes_of(form.flags[:2]), 0, 0
     size, (integrator, given) = form.size, join(x, rest)
     of_given = eqx.combine(of_x, of_rest)
     form = form._replace(flags=(of_integrator, *of_given))
     how = plan(form, *first_of((integrator, *given), form.flags), copies=3)
     width = max(how.width, min(size, 32))
     bars, recorded = spread(size, bars, of_bars), spread(size, recorded, of_recorded)
-    axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
-    in_axes = axes(of_x), (axes(of_integrator), axes(of_rest)), 0, 0
     carry, rows_bar, starts = jax.vmap(from_the_end, in_axes)(x, rest, recorded, bars)
     asked = jax.vmap(is_asked)(bars)
     events = stretches.events_of(integrator, recorded, carry.folded)
@@ -453,13 +451,14 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
 def both_ways(tolerances, flags, integrator, given, who, start, meetings):
     """The forward and the backward problem of each solve `who`, as (problems, own), and where it starts."""
     (f, _, ss), (of_integrator, of_f, _, of_ss) = given, flags
-    axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
     own, shared = eqx.partition((integrator, f, ss), (of_integrator, of_f, of_ss))
     own, start = jax.tree.map(lambda x: x[who], (own, start))
     flags_back = reverse_flags(integrator, of_integrator, of_f, meetings)
     reversed_ = lambda own, *meetings: reverse(tolerances, *eqx.combine(own, shared), *meetings)
     in_stretches = () if meetings is None else (meetings,)
-    whole = jax.vmap(reversed_, out_axes=axes(flags_back), axis_size=len(who))(own, *in_stretches)
+    whole = jax.vmap(reversed_, out_axes=axes_of(flags_back), axis_size=len(who))(
+        own, *in_stretches
+    )
     own_back, shared_back = eqx.partition(whole, flags_back)
     return (Problems(shared, 0), own), (Problems(shared_back, 0), own_back), start
 

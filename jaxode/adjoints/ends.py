@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from jaxode import tree
 from jaxode.adjoints.inputs import join
 from jaxode.outputs import Cotangents, with_carried
 from jaxode.stepping.loop import Recorded
@@ -58,6 +59,14 @@ def of_the_field(problems: Problems, own, mask, y0, recorded: Recorded, bars):
 
     of_each = lambda problems, own: problems.each(finish)(own, y0, recorded._replace(tape=None))
     return pullback(problems, own, mask, of_each, ())[1](bars[0])[0]
+
+
+def distance(y, y0, y1):
+    """How far a state that was recovered at the start is from y0, and the size of y0 or, if that is larger, of
+    the end y1: root mean squares."""
+    ones = jax.tree.map(lambda x: jnp.ones((), tree.real_dtype(x)), y0)
+    norm = lambda x: tree.norm(x, ones)
+    return norm(tree.difference(y, y0)), jnp.maximum(norm(y0), norm(y1))
 
 
 def to_the_start(steps, own, mask, y0, carry: Cotangents, start_bars):

@@ -12,8 +12,8 @@ from jaxode.adjoints.reversible import reversible
 class Adjoint(NamedTuple):
     """A way to differentiate a solve: `differentiate(integrator, f, y0, ss) -> (ys, report)`.
 
-    `gradient`, `memory` and `modes` say in words what it is; `reverse`, `forward` and `folds` whether
-    it has these derivatives, and whether it differentiates a fold over the steps.
+    `gradient`, `memory` and `modes` say in words what it is; `reverse` and `forward` whether it
+    has these derivatives.
     """
 
     differentiate: Callable
@@ -22,7 +22,6 @@ class Adjoint(NamedTuple):
     modes: str
     reverse: bool
     forward: bool
-    folds: bool = False
 
 
 adjoints: dict[str, Adjoint] = {
@@ -57,7 +56,6 @@ adjoints: dict[str, Adjoint] = {
         "all, any order",
         reverse=True,
         forward=True,
-        folds=True,
     ),
     "forward": Adjoint(
         forward,

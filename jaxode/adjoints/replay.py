@@ -16,7 +16,7 @@ from jaxode.adjoints.inputs import flags_of, is_asked, join, only, present
 from jaxode.adjoints.second_order import Passes, twice_differentiable
 from jaxode.batch import lanes
 from jaxode.batch.plans import alone
-from jaxode.batch.vmap_rules import Form, Part
+from jaxode.batch.vmap_rules import Form, Part, axes_of
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import stepper
 from jaxode.outputs import gather, with_carried
@@ -118,8 +118,7 @@ def run_pull(form: Form, x, rest, recorded, bars):
     if form.size is not None:  # many cotangents of one solve, whose tape is there
         x, rest = (jax.tree.map(lambda x, flag: x[0] if flag else x, *of)
                    for of in ((x, form.flags[0]), (rest, form.flags[1])))  # fmt: skip
-        axes = jax.tree.map(lambda flag: 0 if flag else None, form.flags[2:])
-        return jax.vmap(partial(pull, x, rest), axes)(recorded, bars)
+        return jax.vmap(partial(pull, x, rest), axes_of(form.flags[2:]))(recorded, bars)
     return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
 
 

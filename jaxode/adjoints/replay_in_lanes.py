@@ -24,7 +24,7 @@ from jaxode.batch import lanes
 from jaxode.batch.lanes import first_of
 from jaxode.batch.layout import column, columns, from_lanes, put_column, put_columns, to_lanes
 from jaxode.batch.plans import Plan, plan
-from jaxode.batch.vmap_rules import Form, spread, summed
+from jaxode.batch.vmap_rules import Form, axes_of, spread, summed
 from jaxode.kernels.forms import ONE_CALL
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stepper import Stepper, stepper
@@ -106,8 +106,7 @@ def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars
     of_x, (of_integrator, of_rest) = flags
     integrator, axis, width = rest[0], how.axis, how.width
     chunks = -(-size // width)
-    in_axes = partial(jax.tree.map, lambda flag: 0 if flag else None)
-    axes = in_axes(of_x), (in_axes(of_integrator), in_axes(of_rest)), 0, 0
+    axes = *axes_of(flags), 0, 0
     carry, rows_bar, starts = jax.vmap(from_the_end, axes)(x, rest, recorded, bars)
     asked = jax.vmap(is_asked)(bars)
     # The solves of a chunk are about equally long. One that is left out may have failed: it is

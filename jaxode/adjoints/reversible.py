@@ -12,9 +12,10 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.adjoints import replay
+from jaxode.adjoints.ends import distance
 from jaxode.adjoints.inputs import join, of_parts
 from jaxode.batch.plans import alone
-from jaxode.batch.vmap_rules import Form, Part, summed
+from jaxode.batch.vmap_rules import Form, Part, axes_of, summed
 from jaxode.kernels.forms import PLAIN
 from jaxode.methods.reversible import Pair, made_reversible
 from jaxode.stepping import loop
@@ -133,15 +134,9 @@ def by_inversion(steps, own, y0, recorded: Recorded, visit, carry):
     joins = recorded.memory.joins.astype(jnp.int32)
     begin = tape.steps, joins, recorded.y, recorded.memory, carry
     _, _, y, _, carry = lax.while_loop(lambda state: state[0] > 0, back, begin)
-    return carry, (joins < len(tape.at)) & has_come_back(y, y0, recorded.y)
-
-
-def has_come_back(y, y0, y1):
-    """Whether y is y0, but for the cube root of a rounding of its size, or of that of y1."""
-    ones = jax.tree.map(lambda x: jnp.ones((), tree.real_dtype(x)), y0)
-    size = jnp.maximum(tree.norm(y0, ones), tree.norm(y1, ones))
-    eps = max((float(jnp.finfo(y.dtype).eps) for y in jax.tree.leaves(y0)), default=1.0)
-    return tree.norm(tree.difference(y, y0), ones) <= eps ** (1 / 3) * size
+    off, size = distance(y, y0, recorded.y)
+    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0)), default=1.0)
+    return carry, (joins < len(tape.at)) & (off <= eps ** (1 / 3) * size)
 
 
 def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
@@ -163,10 +158,6 @@ def run_pull(form: Form, x, rest, recorded, bars):
         back = jax.vmap(pull, axes_of(form.flags), axis_size=form.size)
         return summed(back(x, rest, recorded, bars), form.flags[0])
     return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
-
-
-def axes_of(flags):
-    return jax.tree.map(lambda flag: 0 if flag else None, flags)
 
 
 def like_record(keep: int, x, rest):

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.adjoints.inputs import join
-from jaxode.batch.vmap_rules import summed
+from jaxode.batch.vmap_rules import axes_of, summed
 from jaxode.kernels.forms import PRODUCTS, count, derivatives_are_finite
 from jaxode.outputs import Times
 
@@ -136,8 +136,7 @@ def extended(x, rest, flags):
 
     every = eqx.combine(of_y0, of_rest[1])
     many = any(jax.tree.leaves(every))
-    axes = jax.tree.map(lambda flag: 0 if flag else None, every)
-    ys0 = jax.vmap(start, (axes,))(y0) if many else start(y0)
+    ys0 = jax.vmap(start, (axes_of(every),))(y0) if many else start(y0)
     of_ys0 = jax.tree.map(lambda _: many, every)
     args = integrator, Variational(x[0], rest[1][0]), ys0, ss
     return args, (of_integrator, Variational(of_f, of_rest[0]), of_ys0, of_rest[2])

@@ -209,6 +209,11 @@ def spread(size: int, xs, flags):
     return jax.tree.map(lambda x, flag: widened(x, flag, True, size), xs, flags)
 
 
+def axes_of(flags):
+    """Of what has an axis of its own that axis, for `jax.vmap`."""
+    return jax.tree.map(lambda flag: 0 if flag else None, flags)
+
+
 def summed(xs_bar, flags):
     """Cotangents of all solves: of what has no axis of its own, the sum."""
     one = lambda x_bar, flag: x_bar if flag else jnp.sum(x_bar, axis=0)

@@ -20,18 +20,9 @@ from jaxode import tree
 from jaxode.kernels.calls import apart
 from jaxode.kernels.forms import CALLS, ONE_CALL
 from jaxode.kernels.one_call import REDUCED
-from jaxode.methods.explicit import Tableau
+from jaxode.methods.explicit import Tableau, matrix
 from jaxode.methods.method import Step
 from jaxode.stepping.problems import Problems
-
-
-def matrix(table: Tableau, extra: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A and c of a table; with the stages of dense output, if they are wanted."""
-    rows = (*table.a, *(table.extra_a if extra else ()))
-    a = np.zeros((len(rows), len(rows)))
-    for i, row in enumerate(rows):
-        a[i, : len(row)] = row
-    return a, np.array((*table.c, *(table.extra_c if extra else ())))
 
 
 def product(weights, ks, fused: bool):

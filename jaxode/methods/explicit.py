@@ -120,6 +120,15 @@ class Tableau(Method):
         )
 
 
+def matrix(table: Tableau, extra: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A and c of a table; with the stages of dense output, if they are wanted."""
+    rows = (*table.a, *(table.extra_a if extra else ()))
+    a = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        a[i, : len(row)] = row
+    return a, np.array((*table.c, *(table.extra_c if extra else ())))
+
+
 @functools.cache
 def radius(table: Tableau) -> float:
     """The largest r so that |R(z)| <= 1 for |z| <= r and Re z <= -0.3 |z|, R the stability function.
@@ -131,10 +140,8 @@ def radius(table: Tableau) -> float:
     >>> f"{radius(dopri5):.1f}"
     '3.2'
     """
-    a = np.zeros((len(table.a), len(table.a)))
-    for i, row in enumerate(table.a):
-        a[i, : len(row)] = row
-    powers = list(itertools.accumulate(table.c, lambda v, _: a @ v, initial=np.ones(len(a))))
+    a, c = matrix(table)
+    powers = list(itertools.accumulate(c, lambda v, _: a @ v, initial=np.ones(len(a))))
     coefficients = [1.0, *(np.array(table.b) @ v for v in powers)]
     r = np.arange(1, 2001) / 100
     z = r[:, None] * np.exp(1j * np.linspace(math.acos(-0.3), math.pi, 40))

@@ -90,7 +90,7 @@ class Reversible(Around):
         if there.errors:
             norms = (measured(norm, e, y1, error) for e in there.errors)
             error = jnp.maximum(error, combined(*norms))
-        memory1, stages = Pair(z1, slope, error, memory.joins + joins), (there, z, y1)
+        memory1, stages = Pair(z1, slope, error, memory.joins + joins), (there, z)
         return Step(
             y1, memory1, slope, there.errors, stages, evaluations=self.step_evaluations or 0
         )
@@ -119,7 +119,7 @@ class Reversible(Around):
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """Dense output of the step from z: what it adds, y gains."""
-        there, z, _ = step.stages
+        there, z = step.stages
         return self.method.inside(f, s, z, h, there)
 
 

@@ -53,8 +53,6 @@ def begin(integrator, f, state, slope):
 def kept(integrator, f, state, slope, *ys):
     """A solve between two trial steps, the next of which is inside the stability region; `ys` are the states
     at the ends of the last one, and f the field of what is controlled of them."""
-    if not integrator.steady:
-        return state
     due = (state.tried < FIRST) | (state.tried % EVERY == 0)
     turn = lambda probe: turned(integrator, f, state, slope, ys, probe)
     probe = lax.stop_gradient(tree.at_most_once(due, turn, state.probe))
