@@ -347,18 +347,22 @@ def draw(results) -> None:
     sides = [[r for r in compared if ("compile" in r["work"]) == side] for side in (False, True)]
     height = 0.26 * max(map(len, sides)) + 1.6
     figure, axes = plt.subplots(1, 2, figsize=(19, height), layout="constrained")
+    colors = plt.get_cmap("tab20").colors  # strong and pale ones in turn
+    colors = [*colors[::2], *colors[1::2]]
     for axis, rows in zip(axes, sides):
-        for marker, (name, label) in zip("osD^v<>PX*dhp", PEERS.items()):
+        for i, (marker, name) in enumerate(zip("osD^v<>PX*dhp8", PEERS, strict=True)):
             ratio = lambda r, name=name: r["seconds"][name] / r["seconds"]["jaxode"]
             points = [(ratio(r), y) for y, r in enumerate(rows) if name in r["seconds"]]
-            x, y = zip(*points) if points else ((), ())
-            axis.plot(x, y, marker, label=label.removesuffix(" takes"), ms=6)
+            if points:
+                label = PEERS[name].removesuffix(" takes")
+                axis.plot(*zip(*points), marker, color=colors[i], label=label, ms=6)
         axis.axvline(1, color="#444444", lw=1)
         axis.set(xscale="log", xlabel="times as long as jaxode (more is better)")
         axis.set_yticks(range(len(rows)), [r["work"] for r in rows])
+        axis.set_ylim(-1, len(rows))
         axis.grid(axis="y", color="#dddddd")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(PEERS))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.savefig(HERE / "results.png", dpi=100)
     plt.close(figure)
 
