@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from jaxode import tree
+from jaxode.kernels.rules import custom_jvp
 from jaxode.solution import Status
 
 
@@ -52,7 +53,7 @@ ad.primitive_transposes[poison] = transpose
 batching.primitive_batchers[poison] = batch
 
 
-@jax.custom_jvp
+@custom_jvp
 def poisoned(ys: PyTree, success, inputs) -> PyTree:
     """ys; but if the solve failed, its derivatives are NaN, with respect to every input."""
     return ys
@@ -72,7 +73,7 @@ def poisoned_jvp(primals, tangents):
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
 
-@jax.custom_jvp
+@custom_jvp
 def held(x: PyTree, failed):
     """x; but its derivatives are 0 if the solve that it goes into failed.
 
@@ -97,7 +98,7 @@ def held_by_status(fn: Callable, x, constants, status):
 
     The constants are arrays that are not differentiated.
     """
-    solve = jax.custom_jvp(fn)
+    solve = custom_jvp(fn)
 
     @solve.defjvp
     def solve_jvp(primals, tangents):

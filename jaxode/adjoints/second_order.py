@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxode import tree
 from jaxode.adjoints.inputs import join, no_tangent, with_vjp
+from jaxode.kernels.rules import custom_jvp
 from jaxode.stepping.stability import differentiated
 
 
@@ -37,11 +38,13 @@ def twice_differentiable(passes: Passes) -> Callable:
     `lax.custom_linear_solve` is how one says so to JAX.
     """
 
-    @jax.custom_jvp
-    def recorded(x, rest):
+    def record(x, rest):
         """The solve, with its residuals."""
         ys, report, residuals = passes.record(x, rest)
         return (ys, report.folded), (report._replace(folded=None), residuals)
+
+    # The residuals of many solves may be empty, and the same for all of them.
+    recorded = custom_jvp(record, still=lambda out: tuple(map(all_of, out, (False, True))))
 
     @recorded.defjvp
     def recorded_jvp(primals, tangents):
@@ -55,7 +58,7 @@ def twice_differentiable(passes: Passes) -> Callable:
         still = jax.tree.map(no_tangent, (report, residuals))
         return (out, (report, residuals)), (out_dot, still)
 
-    pulled = jax.custom_jvp(passes.pull)
+    pulled = custom_jvp(passes.pull)
 
     @pulled.defjvp
     def pulled_jvp(primals, tangents):
@@ -101,7 +104,11 @@ def symmetric(operator, v, x):
     )
 
 
-@jax.custom_jvp
+def all_of(tree_, flag: bool):
+    return jax.tree.map(lambda _: flag, tree_)
+
+
+@custom_jvp
 def once(x):
     """The number 1; it cannot be differentiated, so that no third derivative is silently wrong."""
     return jnp.ones(())

@@ -68,7 +68,7 @@ MOVES = frozenset(
 )
 CALLS = frozenset(
     """while cond scan jit pjit closed_call core_call checkpoint remat2 custom_jvp_call custom_vjp_call
-    custom_linear_solve""".split()
+    custom_linear_solve ruled""".split()
 )
 # What one call can be made of, and when: found out by compiling each (tests/test_one_call.py does it
 # again). Anything else (sort, scatter, fft, linear algebra, callbacks) goes the plain way.

@@ -13,7 +13,7 @@ from jax.extend import core
 
 from jaxode.methods.method import Parts
 
-RULES = ("custom_jvp_call", "custom_vjp_call")
+RULES = ("custom_jvp_call", "custom_vjp_call", "ruled")
 REVERSE = ("custom_vjp_call", "solve", "solve_backsolve")  # no derivatives in forward mode
 ORDERS = 2  # of derivatives that are compared: as many as `replay` has
 
