@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxode import solve
 from jaxode.batch import plans
+from jaxode.kernels import rules
 from jaxode.tableaus import methods
 
 # One field for each rule of `kernels/one_call.py`.
@@ -182,6 +183,7 @@ CALLS = {
     "jit": lambda y: jax.jit(lambda y: 2 * y)(y),
     "custom_jvp_call": softened,
     "custom_vjp_call": halved,
+    "ruled": lambda y: rules.custom_jvp(lambda y: jnp.sin(2 * y))(y),
     "custom_linear_solve": lambda y: lax.custom_linear_solve(
         lambda x: 2 * x, y, lambda _, b: b / 2, lambda _, b: b / 2
     ),

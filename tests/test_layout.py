@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
-    tree solution methods.method methods.explicit methods.reversible methods.tables
+    tree solution kernels.rules methods.method methods.explicit methods.reversible methods.tables
     methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
@@ -29,6 +29,7 @@ EXTENDS = {
     "kernels/traces.py": "a jaxpr as a comparable value",
     "kernels/forms.py": "which form of a step suits a field: reads its jaxpr",
     "kernels/one_call.py": "which operations one call can hold: reads a jaxpr; the mark of the call",
+    "kernels/rules.py": "a derivative rule that JAX does not forget is a primitive's",
     "kernels/calls.py": "the mark of a call that stays one",
     "batch/vmap_rules.py": "the parts of a solve are primitives, with rules of their own",
     "batch/plans.py": "how many operations a field has: reads its jaxpr",

@@ -32,7 +32,8 @@ class Part:
     """A part of a solve as one operation: `run(form, *args)`, of one solve or of many.
 
     - `like(*args)`: zeros like the results of one solve, found without tracing it, and its effects.
-    - `derivative(form)`: the same as a function that JAX can differentiate, if there is one.
+    - `derivative(form)`: the same as a function that JAX can differentiate, if there is one. A part of a
+      derivative has none: what is differentiated twice has a rule around it (`jaxode.adjoints.second_order`).
     - `own(flags, results)`: which leaves of the results of many solves have an axis of their own;
       all by default.
     - `spread(flags)`: which leaves of the arguments get an axis of their own under `jax.vmap`.
@@ -54,8 +55,7 @@ class Part:
             lower = mlir.lower_fun(partial(self.run, platform or "other"), multiple_results=True)
             mlir.register_lowering(primitive, lower, platform=platform)
         batching.primitive_batchers[primitive] = self.batch
-        if self.derivative is not None:
-            ad.primitive_jvps[primitive] = self.jvp
+        ad.primitive_jvps[primitive] = refuse_again if self.derivative is None else self.jvp
 
     def __call__(self, *args):
         return self.of_many(None, jax.tree.map(lambda _: False, args), *args)
@@ -170,6 +170,13 @@ NO_JVP = (
 
 def refuse(*_, **__):
     raise TypeError(NO_JVP)
+
+
+def refuse_again(*_, **__):
+    raise NotImplementedError(
+        "A solve with this `adjoint` has first derivatives alone: for second ones pass adjoint='replay' or "
+        "adjoint='direct'."
+    )
 
 
 reverse_only = Primitive("reverse_only")

@@ -1,11 +1,11 @@
 """Functions with a derivative of their own, which they keep inside of any of JAX's transformations.
 
-`jax.custom_jvp` says the same of a function, but JAX forgets it where it splits a program in two: what is known
-already, and what has to wait for more ("we assume non-trivial partial evaluation is only performed to build
-linear functions", `jax.interpreters.partial_eval`). It splits the body of `lax.scan`, `lax.map`, `lax.cond`,
-`lax.while_loop` and `jax.checkpoint` whenever that is differentiated in reverse mode, and a second
-derivative, or one by another input, is then that of the operations, not that of the rule. A primitive is not taken
-apart. So a function here is a primitive that carries its jaxpr and its rule along.
+`jax.custom_jvp` says the same of a function, but JAX forgets it where it splits a program in two, into what is
+known already and what is not ("we assume non-trivial partial evaluation is only performed to build linear
+functions", `jax.interpreters.partial_eval`). It splits the body of `lax.scan`, and of other calls, when that is
+differentiated in reverse mode. A second derivative, or one by another input, is then that of the operations,
+not that of the rule. A primitive is not taken apart: so a function here is one, which carries its jaxpr and
+its rule along.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,44 @@ class custom_jvp:
         return jax.tree.unflatten(jax.tree.structure(like), outs)
 
 
+def custom_root(residual: Callable, guess, iterate: Callable, tangent: Callable):
+    """`lax.custom_root` of one array, with results that have no derivative; its rule stays, too.
+
+    `iterate(residual, guess) -> (x, more)`; `tangent(product, right)` solves product(x) = right, which is
+    linear. All three may close over traced values.
+    """
+
+    def linear(x, right):
+        return tangent(jax.linearize(residual, x)[1], right)
+
+    f, *of_f = hoisted(residual, guess)
+    find, *of_find = hoisted(lambda guess: iterate(residual, guess), guess)
+    undo, *of_undo = hoisted(linear, guess, guess)
+
+    def root(of_f, of_find, of_undo, guess):
+        x, *more = find(of_find, guess)
+        return x, more
+
+    found = custom_jvp(root, still=lambda out: (False, [True] * len(out[1])))
+
+    @found.defjvp
+    def found_jvp(primals, tangents):
+        (of_f, _, of_undo, _), (of_f_dot, *_) = primals, tangents
+        x, more = found(*primals)
+        (right,) = jax.jvp(lambda consts: f(consts, x), (of_f,), (of_f_dot,))[1]
+        (x_dot,) = undo(of_undo, x, right)
+        return (x, more), (-x_dot, [without_tangent(x) for x in more])
+
+    return found(of_f, of_find, of_undo, guess)
+
+
+def hoisted(fn: Callable, *examples):
+    """fn as a function of (constants, *args), which returns a list; and what it closes over."""
+    closed = jax.make_jaxpr(fn)(*examples)
+    call = lambda consts, *args: core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
+    return call, *closed.consts
+
+
 def is_inexact(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -112,7 +150,7 @@ def batch(axis, leaves, axes, *, call, rule, moving):
 
 
 def mapped(fn: Callable, axes, over: dict, moving) -> Callable:
-    """`fn(...) -> (outs, more)` by `jax.vmap`, and the axes of outs: None for what does not move and has none."""
+    """`fn(...) -> (outs, more)` by `jax.vmap`, and the axes of outs: None where it does not move and has none."""
 
     def many(*args):
         alone = []

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.kernels.rules import custom_root
 from jaxode.methods.linear import Linear
 
 # What is left is taken to be so many times the last change where these do not shrink; so many kappa
@@ -43,7 +44,7 @@ def solved(residual: Callable, guess: Array, iterate: Callable, linear: Linear, 
     `factors` are those of a matrix near theirs.
     """
     tangent = lambda product, right: linear.solution(product, right, factors)
-    return lax.custom_root(residual, guess, iterate, tangent, has_aux=True)
+    return custom_root(residual, guess, iterate, tangent)
 
 
 def simplified(solve, place, measure, kappa, iterations, factor, residual, k):

@@ -8,7 +8,6 @@ From that state the solve goes on with the whole step.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
