@@ -219,8 +219,6 @@ def random_stack(rng, adjoint: str, shared: bool = False) -> Stack:
         unable = unable | {"custom_vjp"}
     if ORDER[derivative] == 2:
         unable = unable | {"custom_vjp"}  # JAX has no forward mode of its backward pass, in general
-        # A scan that is differentiated twice loses the rules of `jax.custom_jvp` in what replay records.
-        unable = unable | ({"scan"} if adjoint == "replay" else set())
     names = [name for name in AROUND if name not in unable]
     some = lambda: tuple(rng.choice(names) for _ in range(rng.choice([0, 0, 1, 2])))
     over = rng.choice([*OVER, "vmap", "vmap"])

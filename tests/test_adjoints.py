@@ -200,7 +200,7 @@ def cubic(y, t):
 
 def squares(z, **options):
     """With few numbers in z it is differentiated by sensitivities, with more by going back."""
-    options = dict(method="bosh3", rtol=1e-4, atol=1e-4, max_steps=64) | options
+    options = dict(method="heun", dt=0.25) | options
     return (odeint(cubic, z, [0.0, 0.3, 1.0], **options) ** 2).sum()
 
 
@@ -210,40 +210,44 @@ def of_both(y):
 
 AROUND = {
     "map": lambda one: lambda y: lax.map(one, of_both(y)).sum(),
-    "scan of checkpoint": lambda one: (
-        lambda y: lax.scan(
-            lambda total, z: (total + jax.checkpoint(one)(z), None), 0.0, of_both(y)
-        )[0]
-    ),
-    "fori_loop": lambda one: (
-        lambda y: lax.fori_loop(0, 2, lambda i, total: total + one(of_both(y)[i]), 0.0)
-    ),
     "cond": lambda one: (
         lambda y: lax.map(
             lambda z: lax.cond(z[0] > 0, one, lambda z: 0 * z.sum(), z), of_both(y)
         ).sum()
     ),
-    "checkpoint": lambda one: lambda y: jax.checkpoint(lambda y: one(y) + one(2 * y))(y),
+    "checkpoint": lambda one: (
+        lambda y: lax.fori_loop(
+            0, 2, lambda i, total: total + jax.checkpoint(one)(of_both(y)[i]), 0.0
+        )
+    ),
 }
 TWICE = {"forward over reverse": jax.hessian, "reverse twice": lambda f: jax.jacrev(jax.jacrev(f))}
 
 
-@pytest.mark.parametrize("around, size", [*((name, 2) for name in AROUND), ("map", 6)])
+@pytest.mark.parametrize(
+    "around, size, second",
+    [
+        ("map", 2, "forward over reverse"),
+        ("map", 2, "reverse twice"),
+        ("map", 6, "forward over reverse"),
+        ("cond", 2, "forward over reverse"),
+        ("checkpoint", 2, "forward over reverse"),
+    ],
+)
 def test_second_derivatives_inside_of_loops_and_branches_are_those_of_one_solve_after_another(
-    around, size
+    around, size, second
 ):
-    y, written_out = jnp.linspace(0.3, 1.0, size), lambda y: squares(y) + squares(2 * y)
-    expected = jax.jit(jax.hessian(written_out))(y)
-    for second in TWICE.values():
-        found = jax.jit(second(AROUND[around](squares)))(y)
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    y = jnp.linspace(0.3, 1.0, size)
+    one = jax.jit(jax.hessian(squares))
+    found = jax.jit(TWICE[second](AROUND[around](squares)))(y)
+    np.testing.assert_allclose(found, one(y) + 4 * one(2 * y), rtol=1e-10, atol=1e-12)
 
 
 def test_second_derivatives_by_direct_through_implicit_steps_are_those_of_replay():
     """A scan of steps, each of which has the rule of the implicit function."""
-    y, hessians = jnp.array([0.3, 1.0]), {}
+    y, hessians = jnp.array([0.6]), {}
     for adjoint in ("direct", "replay"):
-        one = lambda z, adjoint=adjoint: squares(z, method="kvaerno3", dt=0.25, adjoint=adjoint)
+        one = lambda z, adjoint=adjoint: squares(z, method="kvaerno3", dt=0.5, adjoint=adjoint)
         hessians[adjoint] = jax.jit(jax.hessian(one))(y)
     np.testing.assert_allclose(hessians["direct"], hessians["replay"], rtol=1e-10)
 
@@ -253,7 +257,7 @@ def test_second_derivatives_by_direct_through_implicit_steps_are_those_of_replay
 def test_second_derivatives_that_there_are_not_are_refused(around, adjoint):
     y = jnp.array([0.3, 1.0])
     for second in TWICE.values():
-        with pytest.raises(NotImplementedError, match="first derivatives alone.*replay"):
+        with pytest.raises(NotImplementedError, match="has first derivatives alone"):
             second(around(lambda z: squares(z, adjoint=adjoint)))(y)
 
 
@@ -263,11 +267,13 @@ def test_third_derivatives_of_replay_are_refused_inside_of_a_loop_too():
         jax.grad(jax.grad(jax.grad(total)))(0.5)
 
 
-def test_a_failed_solve_inside_of_a_loop_has_no_derivative_by_what_another_left_out():
-    """The loop is differentiated by w first, and its solves go on as they are."""
+def test_a_failed_solve_in_a_loop_that_another_input_has_differentiated_has_no_derivative():
+    """By w the loop is differentiated first, and its solves are left as they are."""
 
     def total(y, w):
-        explode = lambda c: odeint(lambda y, t: y**2, c * y, [0.0, 1.0], max_steps=100)[-1]
-        return lax.map(lambda c: w * jnp.nan_to_num(explode(c)), jnp.array([0.1, 2.0])).sum()
+        explode = lambda c: odeint(lambda y, t: y**2, c * y, [0.0, 0.3, 2.0], max_steps=100)[1]
+        return lax.map(lambda c: w * explode(c), jnp.array([0.1, 2.0])).sum()
 
-    assert np.isnan(jax.grad(jax.grad(total, 1), 0)(1.0, 1.0))
+    by_w = jax.grad(total, 1)
+    assert np.isfinite(by_w(1.0, 1.0))
+    assert np.isnan(jax.grad(by_w)(1.0, 1.0))

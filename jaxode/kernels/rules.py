@@ -150,7 +150,7 @@ def batch(axis, leaves, axes, *, call, rule, moving):
 
 
 def mapped(fn: Callable, axes, over: dict, moving) -> Callable:
-    """`fn(...) -> (outs, more)` by `jax.vmap`, and the axes of outs: None where it does not move and has none."""
+    """`fn(...) -> (outs, more)` by `jax.vmap`, and the axes of outs: None where there is none to keep."""
 
     def many(*args):
         alone = []
