@@ -75,26 +75,29 @@ def custom_root(residual: Callable, guess, iterate: Callable, tangent: Callable)
     undo, *of_undo = hoisted(linear, guess, guess)
 
     def root(of_f, of_find, of_undo, guess):
-        x, *more = find(of_find, guess)
-        return x, more
+        return find(of_find, guess)
 
-    found = custom_jvp(root, still=lambda out: (False, [True] * len(out[1])))
+    fixed = lambda out: (False, jax.tree.map(lambda _: True, out[1]))
+    found = custom_jvp(root, still=fixed)
 
     @found.defjvp
     def found_jvp(primals, tangents):
         (of_f, _, of_undo, _), (of_f_dot, *_) = primals, tangents
         x, more = found(*primals)
-        (right,) = jax.jvp(lambda consts: f(consts, x), (of_f,), (of_f_dot,))[1]
-        (x_dot,) = undo(of_undo, x, right)
-        return (x, more), (-x_dot, [without_tangent(x) for x in more])
+        right = jax.jvp(lambda consts: f(consts, x), (of_f,), (of_f_dot,))[1]
+        return (x, more), (-undo(of_undo, x, right), jax.tree.map(without_tangent, more))
 
     return found(of_f, of_find, of_undo, guess)
 
 
 def hoisted(fn: Callable, *examples):
-    """fn as a function of (constants, *args), which returns a list; and what it closes over."""
-    closed = jax.make_jaxpr(fn)(*examples)
-    call = lambda consts, *args: core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
+    """fn of arrays as a function of (constants, *args); and what it closes over."""
+    closed, like = jax.make_jaxpr(fn, return_shape=True)(*examples)
+
+    def call(consts, *args):
+        outs = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
+        return jax.tree.unflatten(jax.tree.structure(like), outs)
+
     return call, *closed.consts
 
 
