@@ -1,5 +1,7 @@
 """Four ways to differentiate a solve, against differences, closed forms and each other."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +202,7 @@ def cubic(y, t):
 
 def squares(z, **options):
     """With few numbers in z it is differentiated by sensitivities, with more by going back."""
-    options = dict(method="heun", dt=0.25) | options
+    options: Any = dict(method="heun", dt=0.25) | options
     return (odeint(cubic, z, [0.0, 0.3, 1.0], **options) ** 2).sum()
 
 
