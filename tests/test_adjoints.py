@@ -202,8 +202,8 @@ def cubic(y, t):
 
 def squares(z, **options):
     """With few numbers in z it is differentiated by sensitivities, with more by going back."""
-    options: Any = dict(method="heun", dt=0.25) | options
-    return (odeint(cubic, z, [0.0, 0.3, 1.0], **options) ** 2).sum()
+    chosen: Any = dict(method="heun", dt=0.25) | options
+    return (odeint(cubic, z, [0.0, 0.3, 1.0], **chosen) ** 2).sum()
 
 
 def of_both(y):
