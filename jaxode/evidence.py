@@ -17,6 +17,7 @@ from jaxode.findings import Facts
 from jaxode.integrate import MAX_STEPS
 from jaxode.methods.method import Method
 from jaxode.perturbations import Slope, Solves, flat, on_host, unflat, widened
+from jaxode.signals import Signal
 from jaxode.solution import Solution, Status, succeeded
 from jaxode.stiffness import fastest_mode
 from jaxode.trust import UNEVEN, Evidence
@@ -141,7 +142,7 @@ def path_of(case: Case, solution: Solution) -> Path:
     first = np.where(largest[0] > 0, largest[0], largest[-1])
     sizes = np.fmax(largest, np.where(first > 0, first, 1.0))
     scale = sizes_of_inputs(case, sizes[0])
-    direction = np.cos(np.arange(len(scale)))  # something of every input, no two alike
+    direction = direction_of(case.solves.numbers)
     _, tangents = case.solves.states(still, scale * direction, times)
     of_arrays = [np.full(y.shape, np.max(y)) for y in split(sizes[-1], case.y0)]
     units = np.fmax(sizes, SMALL * np.concatenate(of_arrays))
@@ -215,6 +216,21 @@ def facts_of(case: Case, solution: Solution) -> Facts | None:
 def split(vector: np.ndarray, like: PyTree) -> list[np.ndarray]:
     """The parts of a vector that are of the arrays of a pytree."""
     return np.split(vector, np.cumsum([len(flat(x)) for x in jax.tree.leaves(like)])[:-1])
+
+
+def direction_of(numbers: PyTree) -> np.ndarray:
+    """Something of every input, no two alike; but knots of a signal that are equal stay equal, as they would
+    be out of order otherwise."""
+    signals, direction = lambda x: isinstance(x, Signal), np.cos(np.arange(len(flat(numbers))))
+
+    def together(new, old):
+        if not signals(new) or new.ts is None:
+            return new
+        places = np.searchsorted(old.ts, old.ts)
+        return eqx.tree_at(lambda signal: signal.ts, new, new.ts[places])
+
+    moves = unflat(direction, widened(numbers))
+    return flat(jax.tree.map(together, moves, numbers, is_leaf=signals))
 
 
 def leaves_of(case: Case) -> tuple[tuple[str, slice], ...]:

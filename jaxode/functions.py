@@ -117,6 +117,11 @@ def explained(role: Role, given: PyTree):
             raise TypeError(f"{role.name} is called as {role.call}: {said}") from error
         if no_vector(y) and any(word in said for word in ("list", "tuple", "sequence")):
             raise TypeError(f"{role.name} failed: {said}.{no_vector(y)}") from error
+        if type(y) is dict and "dict" in said:
+            raise TypeError(
+                f"{role.name} failed: {said}. y0 is a dict, and so y is a dict, which has no arithmetic: "
+                "take it apart (y[name]), or pass each array through jax.tree.map."
+            ) from error
         raise
 
 

@@ -25,7 +25,7 @@ from jaxode.stepping.budget import Budget
 from jaxode.stepping.field import Field, Observed, Ravelled, ravel, several
 from jaxode.stepping.integrator import Integrator, State
 from jaxode.stepping.observers import log_of
-from jaxode.stepping.resuming import OfEqualSize, resumable
+from jaxode.stepping.resuming import OfEqualSize, OfOwnUnit, resumable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def integrator_of(
     kind: Any = Integrator
     if static.resumable:
         t = t[:1]  # what comes later is not to be seen
-        kind = Integrator if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
+        kind = OfOwnUnit if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
     return kind(

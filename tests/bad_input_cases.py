@@ -359,6 +359,8 @@ OF_LISTS = {
     "a function": door(TypeError, VECTORS, lambda y, t: jnp.sin(y), y0=[1.0, 0.5]),
     "an attribute": door(TypeError, VECTORS, lambda y, t: y.sum() * y, y0=[1.0, 0.5]),
     "a slice": door(TypeError, VECTORS, lambda y, t: y[:, None], y0=[1.0, 0.5]),
+    "a dict": door(TypeError, "y0 is a dict.*take it apart", lambda y, t: -y, y0={"a": 1.0}),
+    "a product of a dict": door(TypeError, "y0 is a dict", lambda y, t: 2.0 * y, y0={"a": 1.0}),
     "a tuple": door(TypeError, r"y0 is a tuple", lambda y, t: -0.5 * y, y0=(1.0, 0.5)),
     "saved": door(
         TypeError, f"`save` .*{VECTORS}", lambda y, t: [y[1], -y[0]], y0=[1.0, 0.5],

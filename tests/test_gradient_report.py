@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import gradient_report
+from jaxode import Signal, gradient_report
 
 
 def last(solution):
@@ -144,3 +144,9 @@ def test_what_cannot_be_reported_is_refused():
         gradient_report(decay, np.zeros(0), t, 1.0)
     with pytest.raises(ValueError, match="from a first to a later one"):
         gradient_report(decay, 1.0, [0.0], 1.0)
+
+
+def test_a_padded_signal_keeps_its_equal_knots():
+    signal = Signal(np.array([0.0, 1.0, 2.0, 2.0]), np.array([0.0, 4.0, 2.0, 2.0]))
+    report = gradient_report(lambda y, t, u: u(t) - y, 0.0, [0.0, 2.0], signal, loss=last)
+    assert report.verdict == "trusted", str(report)

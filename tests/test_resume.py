@@ -71,6 +71,17 @@ def test_single_precision_and_a_singular_mass_go_on_too():
     check(dae, jnp.array([0.2, 0.8]), [0.0, 0.5, 2.0], **options)
 
 
+@pytest.mark.parametrize("span", [1e-12, 1e-20])
+def test_an_interval_may_be_short_in_the_unit_of_func(dtype, span):
+    decay = lambda y, t: -y / span
+    whole = check(decay, jnp.array(1.0, dtype), np.array([0.0, 0.3 * span, span], dtype))
+    np.testing.assert_allclose(whole.ys[-1], np.exp(-1), rtol=1e-5)
+    failed = solve(
+        lambda y, t: y * jnp.nan, jnp.array(1.0, dtype), [0.0, span], resumable=True, throw=False
+    )
+    assert Status(int(failed.status)) == Status.NON_FINITE_INITIAL
+
+
 def test_a_pair_of_functions_goes_on():
     pair = (lambda y, t: -50.0 * y), (lambda y, t: jnp.cos(t) * jnp.ones(2))
     check(pair, jnp.ones(2), [0.0, 0.5, 0.8, 2.0], method="kencarp4", rtol=1e-6, atol=1e-6)

@@ -20,6 +20,17 @@ from jaxode.stepping.integrator import Integrator, Report, State
 from jaxode.stepping.loop import advance, result
 from jaxode.stepping.problems import end_of, one
 
+SHORT = 1e-24  # a time in the unit of func, far below any interval; times a rounding no denormal in float32
+
+
+class OfOwnUnit(Integrator):
+    """Steps that the error estimate chooses, of time in the unit of func: it may be picoseconds."""
+
+    def least(self, s):
+        """The same. Near t0 there is no length to compare a step with, but this is below every one."""
+        eps = 16 * float(jnp.finfo(s.dtype).eps)
+        return jnp.maximum(self.hmin, eps * jnp.maximum(s, SHORT))
+
 
 class OfEqualSize(Integrator):
     """Steps of one size that is given, and not their number: only the last one may be shorter."""
