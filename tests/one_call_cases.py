@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxode import solve
 from jaxode.batch import plans
-from jaxode.tableaus import methods
+from jaxode.methods.tables import methods
 
 # One field for each rule of `kernels/one_call.py`.
 
