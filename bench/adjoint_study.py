@@ -11,7 +11,7 @@ from tqdm import tqdm
 import jaxode
 from bench.timing import time_in_turn
 from jaxode.methods.reversible import Reversible
-from jaxode.tableaus import rk4
+from jaxode.methods.tables import rk4
 
 SPAN, PENDULUMS = 20.0, 10
 STEPS = [100, 1000, 10_000, 100_000]

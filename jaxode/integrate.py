@@ -128,7 +128,7 @@ def solve(
             else: where nothing happens at first, so that the first step is long, it may go straight over a
             pulse, without an error. A pulse that is no shorter than `hmax` is not missed; nor is one that a
             `jaxode.Signal` makes, or with an `Event` at the known time when it begins: there a step ends.
-        method: the name of a table (`jaxode.tableaus.methods`) or a table; or, for a state (q, p) of
+        method: the name of a table (`jaxode.methods.methods`) or a table; or, for a state (q, p) of
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
             stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
             output: steps do not stop at output times.

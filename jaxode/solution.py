@@ -148,8 +148,8 @@ class Solution(NamedTuple):
         heuristics: `Heuristics`, if asked for.
         dense: the solution as a function of time, `jaxode.dense.Dense`, with `dense=True`.
         mask: which rows of ts and ys are real, with `save_steps=True`.
-        events: for each of `events` when it happened and the states right before (`times`, `states`,
-            `count`).
+        events: for each of `events` a record: `.times` when it happened, `.states` right before, and `.count`,
+            how often it did.
         folded: the last value of `fold`; NaN after a failure, and then integers in it mean nothing.
         log: `TrialSteps`, the last ones, with `log`.
         error: with `max_evaluations` the largest error of an accepted step over what is tolerated: above 1 if

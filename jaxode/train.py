@@ -23,6 +23,17 @@ from jaxtyping import PyTree
 from jaxode import run_folder
 from jaxode.run_folder import TrainState, described, is_key, resume, save
 
+__all__ = [  # noqa: RUF022 - in the order of their use
+    "start",
+    "fit",
+    "TrainState",
+    "NonFiniteError",
+    "train_step",
+    "save",
+    "resume",
+    "placed",
+]
+
 
 class NonFiniteError(FloatingPointError):
     """A step that would have spoiled the run: `state` is the run before it, `history` its metrics."""

@@ -18,7 +18,7 @@ from jax import lax
 from jaxode import solve
 from jaxode.batch import plans
 from jaxode.kernels import rules
-from jaxode.tableaus import methods
+from jaxode.methods.tables import methods
 
 # One field for each rule of `kernels/one_call.py`.
 

@@ -11,7 +11,7 @@ ORDER = """
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names
-    tableaus splittings controllers kernels.one_call kernels.calls kernels.forms kernels.traces
+    controllers kernels.one_call kernels.calls kernels.forms kernels.traces
     stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming
@@ -95,7 +95,7 @@ def test_jaxs_interfaces_for_extensions_are_used_in_few_files_each_with_a_reason
 def test_no_table_is_read_and_no_kind_of_method_is_asked_for_outside_of_methods_and_kernels():
     for path in PACKAGE.rglob("*.py"):
         place = place_of(path)
-        if place.startswith(("methods", "kernels", "tableaus", "splittings", "experiments")):
+        if place.startswith(("methods", "kernels", "experiments")):
             continue
         text = path.read_text()
         for name in ("Tableau", "Splitting", ".extra_c", "method.c,", "method.a,", "table.c"):

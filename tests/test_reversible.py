@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import adjoints, odeint, solve, tableaus
+from jaxode import adjoints, odeint, solve
+from jaxode.methods import tables
 from jaxode.methods.reversible import Reversible
 
 T = jnp.linspace(0.0, 10.0, 6)
@@ -33,7 +34,7 @@ gradient = jax.value_and_grad(loss, (0, 1, 2))
     ],
 )
 def test_it_is_the_gradient_of_its_own_steps(method, options):
-    table = getattr(tableaus, method)
+    table = getattr(tables, method)
     found = gradient(Y0, T, 1.1, method=method, adjoint="reversible", **options)
     same = gradient(Y0, T, 1.1, method=Reversible(table), adjoint="direct", **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, same)
@@ -73,7 +74,7 @@ def test_ten_thousand_steps():
         return jnp.sum(odeint(spring, y, t, dt=0.01, max_steps=10_000, **options)[-1] ** 3)
 
     found = jax.grad(last)(Y0, method="dopri5", adjoint="reversible")
-    same = jax.grad(last)(Y0, method=Reversible(tableaus.dopri5), adjoint="direct")
+    same = jax.grad(last)(Y0, method=Reversible(tables.dopri5), adjoint="direct")
     np.testing.assert_allclose(found, same, rtol=1e-8)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 import jaxode
 from jaxode import Status, odeint, pid, solve
-from jaxode.tableaus import methods, tableau
+from jaxode.methods import tableau
+from jaxode.methods.tables import methods
 
 
 def decay(y, t, rate=1.0):

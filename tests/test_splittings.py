@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxode import odeint, solve
+from jaxode.methods import Splitting, composed
+from jaxode.methods.symplectic import splittings
 from jaxode.problems import problems
-from jaxode.splittings import Splitting, composed, splittings
 
 METHODS = pytest.mark.parametrize("method", list(splittings))
 START = jnp.array([0.5, 0.0]), jnp.array([0.0, 3**0.5])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import odeint, solve, tableaus
+from jaxode import odeint, solve
+from jaxode.methods import tables
 from jaxode.methods.explicit import radius
 
 # dy/dt = k - y^3 settles at y = k^(1/3), where explicit steps grow until they are unstable.
@@ -99,10 +100,10 @@ def test_steps_that_accuracy_chooses_stay_as_they_are():
 
 def test_stability_regions():
     """On the negative axis (Hairer and Wanner 1996, fig. IV.2.1), and for an own table."""
-    assert 2.2 < radius(tableaus.bosh3) < 2.52
-    assert 3.1 < radius(tableaus.dopri5) < 3.31
-    assert 0.5 < radius(tableaus.euler) < 2.0
-    assert radius(tableaus.dop853) == tableaus.dop853.stability
+    assert 2.2 < radius(tables.bosh3) < 2.52
+    assert 3.1 < radius(tables.dopri5) < 3.31
+    assert 0.5 < radius(tables.euler) < 2.0
+    assert radius(tables.dop853) == tables.dop853.stability
 
 
 # Backsolve.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxode import tableaus
-from jaxode.tableaus import methods, named, tableau
+from jaxode.methods import named, tableau
+from jaxode.methods.tables import methods
 
 tables = pytest.mark.parametrize("table", methods.values(), ids=methods)
 embedded = pytest.mark.parametrize(

@@ -6,10 +6,18 @@ them); `ss` are the output times in [0, 1]. Whatever the adjoint returns is diff
 new one may live outside this library.
 """
 
-from jaxode.adjoints.backsolve import backsolve as backsolve
-from jaxode.adjoints.direct import direct as direct
-from jaxode.adjoints.direct import forward as forward
-from jaxode.adjoints.names import adjoints as adjoints
-from jaxode.adjoints.names import named as named
-from jaxode.adjoints.replay import replay as replay
-from jaxode.adjoints.reversible import reversible as reversible
+from jaxode.adjoints.backsolve import backsolve
+from jaxode.adjoints.direct import direct, forward
+from jaxode.adjoints.names import adjoints, named
+from jaxode.adjoints.replay import replay
+from jaxode.adjoints.reversible import reversible
+
+__all__ = [  # noqa: RUF022 - in reading order
+    "adjoints",
+    "named",
+    "replay",
+    "backsolve",
+    "reversible",
+    "direct",
+    "forward",
+]

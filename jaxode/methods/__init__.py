@@ -1,24 +1,49 @@
-"""Methods: one family a file, and every name."""
+"""Methods: one family a file, and every name.
 
-from jaxode.methods.auto import Auto as Auto
-from jaxode.methods.collocation import Collocation as Collocation
-from jaxode.methods.esdirk import Esdirk as Esdirk
-from jaxode.methods.explicit import Tableau as Tableau
-from jaxode.methods.explicit import tableau as tableau
-from jaxode.methods.krylov import Krylov as Krylov
-from jaxode.methods.linear import Dense as Dense
-from jaxode.methods.linear import Linear as Linear
-from jaxode.methods.method import Method as Method
-from jaxode.methods.method import Step as Step
-from jaxode.methods.names import methods as methods
-from jaxode.methods.names import named as named
-from jaxode.methods.rosenbrock import Rosenbrock as Rosenbrock
-from jaxode.methods.rosenbrock import rodas4 as rodas4
-from jaxode.methods.rosenbrock import rodas4p as rodas4p
-from jaxode.methods.rosenbrock import rodas5p as rodas5p
-from jaxode.methods.sparse import Sparse as Sparse
-from jaxode.methods.structures import Banded as Banded
-from jaxode.methods.structures import BlockDiagonal as BlockDiagonal
-from jaxode.methods.structures import Diagonal as Diagonal
-from jaxode.methods.symplectic import Splitting as Splitting
-from jaxode.methods.symplectic import composed as composed
+| for | use |
+|---|---|
+| every method by its name, as a value | `methods`, `named` |
+| an explicit Runge-Kutta method of one's own | `tableau`, `Tableau` |
+| a symplectic one | `composed`, `Splitting` |
+| implicit methods, and a choice between both kinds | `Rosenbrock`, `Esdirk`, `Collocation`, `Auto` |
+| `linear=`, the structure of df/dy | `Dense`, `Banded`, `BlockDiagonal`, `Diagonal`, `Sparse`, `Krylov` |
+| a method, or a structure, of another kind | `Method`, `Step`, `Linear` |
+"""
+
+from jaxode.methods.auto import Auto
+from jaxode.methods.collocation import Collocation
+from jaxode.methods.esdirk import Esdirk
+from jaxode.methods.explicit import Tableau, tableau
+from jaxode.methods.krylov import Krylov
+from jaxode.methods.linear import Dense, Linear
+from jaxode.methods.method import Method, Step
+from jaxode.methods.names import methods, named
+from jaxode.methods.rosenbrock import Rosenbrock, rodas4, rodas4p, rodas5p
+from jaxode.methods.sparse import Sparse
+from jaxode.methods.structures import Banded, BlockDiagonal, Diagonal
+from jaxode.methods.symplectic import Splitting, composed
+
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "methods",
+    "named",
+    "tableau",
+    "Tableau",
+    "composed",
+    "Splitting",
+    "Rosenbrock",
+    "rodas4",
+    "rodas4p",
+    "rodas5p",
+    "Esdirk",
+    "Collocation",
+    "Auto",
+    "Dense",
+    "Banded",
+    "BlockDiagonal",
+    "Diagonal",
+    "Sparse",
+    "Krylov",
+    "Method",
+    "Step",
+    "Linear",
+]

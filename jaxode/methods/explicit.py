@@ -136,7 +136,7 @@ def radius(table: Tableau) -> float:
     R(z) = 1 + z b^T (1 + z A + z^2 A^2 + ...) 1 (Hairer and Wanner 1996, eq. IV.2.11). Closer to the
     imaginary axis modes hardly decay, and a step that resolves them is far shorter.
 
-    >>> from jaxode.tableaus import dopri5
+    >>> from jaxode.methods.tables import dopri5
     >>> f"{radius(dopri5):.1f}"
     '3.2'
     """

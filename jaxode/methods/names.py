@@ -66,7 +66,7 @@ def named(method: str | Method) -> Method:
         raise (ValueError if is_name else TypeError)(f"There is no method '{name}': {remedy}.")
     if not is_name:
         raise TypeError(
-            "`method` must be a name or a Tableau (see jaxode.tableaus.tableau), or another "
+            "`method` must be a name or a Tableau (see jaxode.methods.tableau), or another "
             f"jaxode.methods.Method; got {name}."
         )
     close = difflib.get_close_matches(name.lower(), methods, 1)

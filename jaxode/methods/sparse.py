@@ -117,6 +117,7 @@ class Sparse(Linear):
         return zeros.at[j // b - i // b + 1, i // b, i % b, j % b].set(entries)
 
     def solved(self, found, b):
+        """x of A x = b, from the factors of A's blocks."""
         inverses, lower, upper = found
         count, size, _ = inverses.shape
         right = jnp.pad(b[self.order], (0, count * size - self.n)).reshape(count, size)

@@ -162,6 +162,7 @@ class Banded(Linear):
         return block(-1), block(0), block(1)
 
     def solved_by_blocks(self, found, b):
+        """x of A x = b, from the factors of A's blocks."""
         return blocks.flat(blocks.solved(found, blocks.laid_out(b, self.size)), len(b))
 
 
@@ -185,6 +186,7 @@ class BlockDiagonal(Linear):
         return BlockDiagonal(count * self.size)
 
     def count(self, n: int) -> int:
+        """How many blocks a state of n numbers has."""
         if n % self.size:
             raise ValueError(f"{self} is not of a state of {n} numbers: they are no whole blocks.")
         return n // self.size
@@ -221,6 +223,7 @@ class BlockDiagonal(Linear):
         return jax.vmap(DENSE.substitute, -1, -1)(factors, self.columns(b)).T.reshape(-1)
 
     def columns(self, x):
+        """A column for each block, of its part of x."""
         return x.reshape(-1, self.size).T
 
 

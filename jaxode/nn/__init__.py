@@ -1,39 +1,60 @@
-"""Dynamics networks and models as equinox modules, one concept a file."""
+"""Dynamics networks and models as equinox modules, one concept a file.
 
-from jaxode.nn.augmented import Augmented as Augmented
-from jaxode.nn.classifiers import (
-    Classifier as Classifier,
-)
-from jaxode.nn.classifiers import (
-    MLPClassifier as MLPClassifier,
-)
-from jaxode.nn.classifiers import (
-    classifier as classifier,
-)
-from jaxode.nn.fields import ConvField as ConvField
-from jaxode.nn.fields import MLPField as MLPField
-from jaxode.nn.flows import ConcatSquash as ConcatSquash
-from jaxode.nn.flows import ContinuousFlow as ContinuousFlow
-from jaxode.nn.flows import Normal as Normal
-from jaxode.nn.flows import PlanarField as PlanarField
-from jaxode.nn.flows import PlanarFlow as PlanarFlow
-from jaxode.nn.hamiltonian import DivergenceFreeField as DivergenceFreeField
-from jaxode.nn.hamiltonian import HamiltonianField as HamiltonianField
-from jaxode.nn.hamiltonian import SeparableHamiltonian as SeparableHamiltonian
-from jaxode.nn.integrals import Hutchinson as Hutchinson
-from jaxode.nn.integrals import JacobianNorm as JacobianNorm
-from jaxode.nn.integrals import WithIntegrals as WithIntegrals
-from jaxode.nn.integrals import divergence as divergence
-from jaxode.nn.integrals import kinetic_energy as kinetic_energy
-from jaxode.nn.latent import ODERNN as ODERNN
-from jaxode.nn.latent import RNN as RNN
-from jaxode.nn.latent import LatentODE as LatentODE
-from jaxode.nn.latent import RecognitionRNN as RecognitionRNN
-from jaxode.nn.latent import Series as Series
-from jaxode.nn.layers import Conv as Conv
-from jaxode.nn.layers import GroupNorm as GroupNorm
-from jaxode.nn.neural_ode import NeuralODE as NeuralODE
-from jaxode.nn.point_process import JointModel as JointModel
-from jaxode.nn.point_process import PointProcess as PointProcess
-from jaxode.nn.resnet import ResidualBlock as ResidualBlock
-from jaxode.nn.resnet import ResidualBlocks as ResidualBlocks
+| for | use |
+|---|---|
+| a field dy/dt = f(y, t) | `MLPField`, `ConvField`, `ConcatSquash`, `PlanarField` |
+| one that keeps energy, or volume | `HamiltonianField`, `SeparableHamiltonian`, `DivergenceFreeField` |
+| a solve as a layer | `NeuralODE`, with more dimensions than its input `Augmented` |
+| integrals beside a solve | `WithIntegrals`, `kinetic_energy`, `JacobianNorm`, `divergence`, `Hutchinson` |
+| classifiers | `classifier`, `Classifier`, `MLPClassifier`, `ResidualBlock`, `ResidualBlocks` |
+| densities and samples | `ContinuousFlow`, `PlanarFlow`, `Normal` |
+| irregular series | `LatentODE`, `RecognitionRNN`, `RNN`, `ODERNN`, `Series` |
+| events in time | `PointProcess`, `JointModel` |
+| layers of these | `Conv`, `GroupNorm` |
+"""
+
+from jaxode.nn.augmented import Augmented
+from jaxode.nn.classifiers import Classifier, MLPClassifier, classifier
+from jaxode.nn.fields import ConvField, MLPField
+from jaxode.nn.flows import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
+from jaxode.nn.hamiltonian import DivergenceFreeField, HamiltonianField, SeparableHamiltonian
+from jaxode.nn.integrals import Hutchinson, JacobianNorm, WithIntegrals, divergence, kinetic_energy
+from jaxode.nn.latent import ODERNN, RNN, LatentODE, RecognitionRNN, Series
+from jaxode.nn.layers import Conv, GroupNorm
+from jaxode.nn.neural_ode import NeuralODE
+from jaxode.nn.point_process import JointModel, PointProcess
+from jaxode.nn.resnet import ResidualBlock, ResidualBlocks
+
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "MLPField",
+    "ConvField",
+    "ConcatSquash",
+    "PlanarField",
+    "HamiltonianField",
+    "SeparableHamiltonian",
+    "DivergenceFreeField",
+    "NeuralODE",
+    "Augmented",
+    "WithIntegrals",
+    "kinetic_energy",
+    "JacobianNorm",
+    "divergence",
+    "Hutchinson",
+    "classifier",
+    "Classifier",
+    "MLPClassifier",
+    "ResidualBlock",
+    "ResidualBlocks",
+    "ContinuousFlow",
+    "PlanarFlow",
+    "Normal",
+    "LatentODE",
+    "RecognitionRNN",
+    "RNN",
+    "ODERNN",
+    "Series",
+    "PointProcess",
+    "JointModel",
+    "Conv",
+    "GroupNorm",
+]

@@ -22,10 +22,12 @@ class Normal(eqx.Module):
     scale: float = eqx.field(static=True, default=1.0)
 
     def log_prob(self, z: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """The logarithm of the density at each of n points."""
         constant = self.size * (0.5 * jnp.log(2 * jnp.pi) + jnp.log(self.scale))
         return -0.5 * jnp.sum((z / self.scale) ** 2, axis=-1) - constant.astype(z.dtype)
 
     def sample(self, key: PRNGKeyArray, n: int, dtype=None) -> Float[Array, "n d"]:
+        """n samples."""
         return self.scale * jax.random.normal(key, (n, self.size), dtype or jnp.result_type(float))
 
 
@@ -119,6 +121,7 @@ class ContinuousFlow(eqx.Module):
         return z, integrals, solution
 
     def noise(self, key, z):
+        """Random vectors like z, of mean 0 and covariance 1, for an estimate of the trace."""
         draw = jax.random.normal if self.gaussian else jax.random.rademacher
         return draw(key, z.shape, z.dtype)
 

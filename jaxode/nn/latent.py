@@ -326,6 +326,7 @@ class RNN(eqx.Module):
         return self.decoder(self.timed(h, gap))
 
     def timed(self, x, gap):
+        """The input of the cell: with the time since the last value, if the network has `time_gaps`."""
         return jnp.concatenate([x, gap[:, None]], axis=-1) if self.time_gaps else x
 
     def read(self, series: Series):

@@ -59,6 +59,7 @@ class PointProcess(eqx.Module):
         )
 
     def log_intensity(self, z):
+        """log lambda(z), for a state or many."""
         return self.rate(z)[..., 0]
 
     def along(self, times: Float[Array, " n"], z0=None):

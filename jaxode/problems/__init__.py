@@ -12,7 +12,6 @@ True
 Their equations are functions here, too: `smooth`, `stiff`, `detest`, `grids` and `circuits` hold them.
 """
 
-# ruff: noqa: F401
 from jaxode.problems import circuits, detest, grids, smooth, stiff
 from jaxode.problems.circuits import ring_modulator, transistor_amplifier
 from jaxode.problems.grids import (
@@ -65,3 +64,45 @@ problems: dict[str, Problem] = {
     **grids.problems,
     **circuits.problems,
 }
+
+__all__ = [  # noqa: RUF022 - the table, what it is made of, and the equations
+    "problems",
+    "Problem",
+    "ring_modulator",
+    "transistor_amplifier",
+    "brusselator_line",
+    "brusselator_square",
+    "brusselator_square_start",
+    "brusselator_start",
+    "cusp",
+    "cusp_start",
+    "medical_akzo",
+    "ARENSTORF",
+    "PLEIADES",
+    "arenstorf",
+    "brusselator",
+    "decay",
+    "forced",
+    "kepler",
+    "kepler_exact",
+    "kepler_invariants",
+    "logistic",
+    "lorenz",
+    "lotka_volterra",
+    "lotka_volterra_invariant",
+    "oscillator",
+    "pendulum",
+    "pendulum_invariant",
+    "pleiades",
+    "product",
+    "van_der_pol",
+    "e5",
+    "hires",
+    "kaps",
+    "oregonator",
+    "pharmacology",
+    "pollution",
+    "robertson",
+    "robertson_dae",
+    "van_der_pol_scaled",
+]

@@ -21,6 +21,7 @@ def brusselator_line(y, t, diffusion):
 
 
 def brusselator_start(points):
+    """u = 1 + sin(2 pi x) and v = 3 inside of the unit interval, in turn: a vector of 2 points numbers."""
     x = np.arange(1, points + 1) / (points + 1)
     return np.stack([1 + np.sin(2 * np.pi * x), np.full(points, 3.0)], 1).reshape(-1)
 
@@ -46,6 +47,7 @@ def brusselator_square(y, t, diffusion):
 
 
 def brusselator_square_start(n):
+    """u = 22 y (1 - y)^1.5 and then v = 27 x (1 - x)^1.5 on n x n points, as one vector."""
     x, y = np.meshgrid(np.arange(n) / n, np.arange(n) / n, indexing="ij")
     u, v = 22 * y * (1 - y) ** 1.5, 27 * x * (1 - x) ** 1.5
     return np.concatenate([u.reshape(-1), v.reshape(-1)])
@@ -64,6 +66,7 @@ def cusp(y, t):
 
 
 def cusp_start(points):
+    """y = 0, a = -2 cos and b = 2 sin of the angle on the ring, in turn: a vector of 3 points numbers."""
     angle = 2 * np.pi * np.arange(1, points + 1) / points
     return np.stack([0 * angle, -2 * np.cos(angle), 2 * np.sin(angle)], 1).reshape(-1)
 

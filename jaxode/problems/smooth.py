@@ -7,15 +7,18 @@ from jaxode.problems.problem import Problem
 
 
 def decay(y, t, rate):
+    """dy/dt = -rate y, for a y of any shape: y0 exp(-rate t)."""
     return -rate * jnp.asarray(y)
 
 
 def oscillator(y, t, frequency):
+    """A harmonic oscillator, y = (x, dx/dt): d2x/dt2 = -frequency^2 x."""
     position, velocity = y
     return jnp.stack([velocity, -(frequency**2) * position])
 
 
 def logistic(y, t, rate):
+    """Growth that saturates, for a y of any shape: dy/dt = rate y (1 - y)."""
     return rate * jnp.asarray(y) * (1 - jnp.asarray(y))
 
 
@@ -31,6 +34,7 @@ def product(y, t):
 
 
 def kepler(y, t):
+    """A planet in the plane around a sun of mass 1, y = (q1, q2, p1, p2): dq/dt = p, dp/dt = -q / |q|^3."""
     q, p = jnp.asarray(y[:2]), jnp.asarray(y[2:])
     return jnp.concatenate([p, -q / jnp.sum(q**2) ** 1.5])
 
@@ -51,35 +55,42 @@ def kepler_invariants(y):
 
 
 def lotka_volterra(y, t, a, b, c, d):
+    """Prey x and predators z, y = (x, z): dx/dt = a x - b x z, dz/dt = d x z - c z."""
     prey, predators = y
     return jnp.stack([a * prey - b * prey * predators, d * prey * predators - c * predators])
 
 
 def lotka_volterra_invariant(y, a=1.5, b=1.0, c=3.0, d=1.0):
+    """What prey and predators keep: d x - c log x + b z - a log z."""
     prey, predators = y
     return np.array([d * prey - c * np.log(prey) + b * predators - a * np.log(predators)])
 
 
 def pendulum(y, t, gravity):
+    """A pendulum of length 1, y = (angle, velocity): d2x/dt2 = -gravity sin x."""
     angle, velocity = y
     return jnp.stack([velocity, -gravity * jnp.sin(angle)])
 
 
 def pendulum_invariant(y, gravity=9.8):
+    """The energy of a pendulum of length and mass 1."""
     return np.array([y[1] ** 2 / 2 - gravity * np.cos(y[0])])
 
 
 def lorenz(y, t, sigma, rho, beta):
+    """Lorenz's (1963) system, y = (x, y, z), chaotic at sigma = 10, rho = 28, beta = 8 / 3."""
     x, y, z = y
     return jnp.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z])
 
 
 def van_der_pol(y, t, mu):
+    """Van der Pol's oscillator, y = (x, dx/dt): d2x/dt2 = mu (1 - x^2) dx/dt - x; stiff at large mu."""
     x, v = y
     return jnp.stack([v, mu * (1 - x**2) * v - x])
 
 
 def brusselator(y, t):
+    """The Brusselator (HNW eq. I.16.12), y = (u, v): du/dt = 1 + u^2 v - 4 u, dv/dt = 3 u - u^2 v."""
     u, v = y
     return jnp.stack([1 + u**2 * v - 4 * u, 3 * u - u**2 * v])
 
