@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.kernels.rules import custom_jvp
 from jaxode.solution import Status
 from jaxode.stepping.integrator import trial_step
 from jaxode.stepping.problems import pullback
@@ -109,6 +110,13 @@ class Times:
         rows = self.room(integrator, f, y0, ss)
         return rows if self.save is None else (rows, y0)
 
+    def ends(self, ss, report) -> tuple[Array, Array]:
+        """Which rows are the state at the start, and which of the others that at the end."""
+        end = ss[-1]
+        if self.after:  # as for a time inside: that where the solve stopped is at its end
+            return jnp.zeros_like(ss, bool), ss >= from_here(report.reached * end)
+        return ss <= 0, ss >= end
+
     def finish(self, f, ss, at, y0, slope0, y1, slope1, rows, report) -> PyTree:
         """All rows: the start and the end as they are, NaN where the solve did not come.
 
@@ -121,9 +129,7 @@ class Times:
         """
         constant = ss if at is None else at
         end = constant[-1]
-        at_start, at_end = constant <= 0, constant >= end
-        if self.after:  # as for a time inside: that where the solve stopped is at its end
-            at_start, at_end = jnp.zeros_like(at_start), constant >= from_here(report.reached * end)
+        at_start, at_end = self.ends(constant, report)
         started = report.status != Status.NON_FINITE_INITIAL.value
         known = (at_start | (constant <= report.reached * end)) & started
 
@@ -161,6 +167,83 @@ class Times:
 
         found = jax.tree.map(leaf, first, last, *(() if rows is None else (rows,)))
         return found if self.save is None else (found, y1)
+
+    def bend(self, method, f, ss, y0, y1, report) -> PyTree:
+        """The second derivative of each row in its time, where that is the start or the end; else 0.
+
+        Of a row r(y, s): d^2 r / ds^2 along dy/ds = k(y, s), k of the state there.
+        """
+        slope = lambda y, s: method.slope(f, s, y, method.start(f, s, y))
+        row = (lambda y, s: y) if self.save is None else partial(self.save, f)
+
+        def along(function, y, s):
+            return jax.jvp(function, (y, s), (slope(y, s), jnp.ones_like(s)))[1]
+
+        of_end = lambda y, s: along(partial(along, row), y, s)
+        at_start, at_end = self.ends(ss, report)
+
+        def leaf(first, last):
+            fit = lambda x: x.reshape(len(ss), *[1] * first.ndim)
+            x = jnp.where(fit(at_start), first, jnp.where(fit(at_end), last, 0))
+            return jnp.where(jnp.isfinite(x), x, 0)
+
+        return jax.tree.map(leaf, of_end(y0, 0 * ss[-1]), of_end(y1, ss[-1]))
+
+
+def bent(method, output, f, ss, y0, y1, report, rows: PyTree) -> PyTree:
+    """Rows whose second derivatives in times that are the start or the end are right, too.
+
+    `Times.finish` moves them along the slopes there, a line. What is added is 0, and so is its derivative
+    (s - at) d^2 r / ds^2; that of the second derivative is found when it is asked for, and not before.
+    """
+
+    if not isinstance(output, Times):
+        return rows
+
+    @custom_jvp
+    def parabola(given):
+        return jax.tree.map(jnp.zeros_like, given[-1])
+
+    @parabola.defjvp
+    def parabola_jvp(primals, tangents):
+        (given,), (given_dot,) = primals, tangents
+        f, ss, y0, y1, report, rows = given
+        move = (ss - lax.stop_gradient(ss)) * given_dot[1]
+        found = output.bend(method, f, ss, y0, y1, report)
+        return parabola(given), jax.tree.map(lambda x: rowwise(move, x), found)
+
+    value, *rest = (rows,) if output.save is None else rows
+    more = parabola((f, ss, y0, y1, report, value))
+    value = jax.tree.map(jnp.add, value, more)
+    return value if output.save is None else (value, *rest)
+
+
+def bent_back(method, output, f, ss, y0, y1, report, bars: PyTree, ss_bar) -> Array:
+    """The same of the cotangents of the times: bars are those of the rows."""
+    if not isinstance(output, Times):
+        return ss_bar
+    bars = bars if output.save is None else bars[0]
+
+    @custom_jvp
+    def curvature(given):
+        return jnp.zeros_like(given[1])
+
+    @curvature.defjvp
+    def curvature_jvp(primals, tangents):
+        (given,), (given_dot,) = primals, tangents
+        f, ss, y0, y1, report, bars = given
+        found = output.bend(method, f, ss, y0, y1, report)
+        dot = lambda x, y: jnp.sum((x * y).reshape(len(ss), -1), 1).real.astype(ss.dtype)
+        total = sum(jax.tree.leaves(jax.tree.map(dot, bars, found)))
+        return curvature(given), total * given_dot[1]
+
+    return ss_bar + curvature((f, ss, y0, y1, report, bars))
+
+
+def rowwise(factors, rows: Array) -> Array:
+    """Each row times its factor."""
+    factors = lax.convert_element_type(factors, rows.dtype)
+    return factors.reshape(-1, *[1] * (rows.ndim - 1)) * rows
 
 
 class Steps(NamedTuple):

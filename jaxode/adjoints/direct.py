@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxode.adjoints.failed import held, held_by_status
-from jaxode.outputs import with_carried
+from jaxode.outputs import bent, with_carried
 from jaxode.stepping import checkpoints, loop
 from jaxode.stepping.events import Eventful
 from jaxode.stepping.integrator import trial_step
@@ -83,6 +83,7 @@ def taken_again(integrator, f, y0, ss, at, grid, n, report, due):
     rows = rows_of(integrator, f, ss, at, grid, n, kept["inside"]) if inside else None
     slope1 = method.slope(f, end, y1, memory1)
     ys = output.finish(f, ss, at, y0, slope0, y1, slope1, rows, report)
+    ys = bent(method, output, f, ss, y0, y1, report, ys)
     return with_carried(method, ys, memory1), report
 
 

@@ -3,10 +3,11 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxode import tree
 from jaxode.adjoints.inputs import join
-from jaxode.outputs import Cotangents, with_carried
+from jaxode.outputs import Cotangents, bent_back, with_carried
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems, pullback
 
@@ -29,17 +30,22 @@ def from_the_end(x, rest, recorded: Recorded, bars):
     The transpose of `Output.finish`: of one solve, but for the leaves of the field.
     """
     integrator, (f, y0, ss) = join(x, rest)
-    (ys_bar, folded_bar), output = bars, integrator.output
+    (ys_bar, folded_bar), output, method = bars, integrator.output, integrator.method
 
     def finish(y0, slope0, y1, memory1, ss, rows):
         return finished(integrator, f, at, y0, slope0, y1, memory1, ss, rows, recorded.report)
 
-    at, rows = ss, room_of(integrator, f, y0, ss)
+    at, rows = lax.stop_gradient(ss), room_of(integrator, f, y0, ss)
     args = y0, recorded.slope0, recorded.y, recorded.memory, ss, rows
     _, vjp = jax.vjp(finish, *args)
     y0_bar, slope0_bar, y1_bar, memory1_bar, ss_bar, rows_bar = vjp(ys_bar)
     row = jnp.asarray(output.last(ss, recorded.report), jnp.int32)
-    ss_bar = None if x[2] is None else ss_bar
+    if x[2] is None:
+        ss_bar = None
+    else:
+        of_rows = ys_bar[0] if method.carries else ys_bar
+        ends = y0, recorded.y, recorded.report
+        ss_bar = bent_back(method, output, f, ss, *ends, of_rows, ss_bar)
     carry = Cotangents(y1_bar, memory1_bar, None, row, ss_bar, folded_bar)
     return carry, rows_bar, (y0_bar, slope0_bar)
 

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.stepper import Stepper, expects_event, quiet_trial, stepper
-from jaxode.outputs import with_carried, write
+from jaxode.outputs import bent, with_carried, write
 from jaxode.stepping import checkpoints
 from jaxode.stepping.integrator import Integrator, Report, State
 from jaxode.stepping.problems import end_of, one
@@ -62,6 +62,8 @@ def result(integrator: Integrator, f, ss, at, y0, slope0, state: State, rows):
     slope1 = integrator.method.slope(f, state.s, state.y, state.memory)
     report = integrator.report(state, y0, slope0, end_of(ss))
     ys = integrator.output.finish(f, ss, at, y0, slope0, state.y, slope1, rows, report)
+    if at is not None:
+        ys = bent(integrator.method, integrator.output, f, ss, y0, state.y, report, ys)
     return with_carried(integrator.method, ys, state.memory), report
 
 
