@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.kernels.rules import custom_jvp
 from jaxode.solution import Status
+from jaxode.stepping.field import beyond_the_end
 from jaxode.stepping.integrator import trial_step
 from jaxode.stepping.problems import pullback
 
@@ -173,6 +174,7 @@ class Times:
 
         Of a row r(y, s): d^2 r / ds^2 along dy/ds = k(y, s), k of the state there.
         """
+        f = beyond_the_end(f)
         slope = lambda y, s: method.slope(f, s, y, method.start(f, s, y))
         row = (lambda y, s: y) if self.save is None else partial(self.save, f)
 

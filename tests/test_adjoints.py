@@ -279,3 +279,33 @@ def test_a_failed_solve_in_a_loop_that_another_input_has_differentiated_has_no_d
     by_w = jax.grad(total, 1)
     assert np.isfinite(by_w(1.0, 1.0))
     assert np.isnan(jax.grad(by_w)(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "times, adjoint, many",
+    [
+        ([0, 0, 1, 1], "replay", lambda fn: lambda z: jax.vmap(fn)(jnp.stack([z, z]))[1]),
+        ([1, 1, 0.2, 0.2], "replay", lambda fn: fn),
+        ([0, 0, 1, 1], "direct", lambda fn: fn),
+        ([0, 0, 0], "replay", lambda fn: fn),
+    ],
+    ids=["replay of many", "replay backwards", "direct", "replay over no time"],
+)
+def test_second_derivatives_in_times_that_are_the_start_or_the_end(times, adjoint, many):
+    """1/y = 1/y0 - (A(t) - A(t0)) for dy/dt = A'(t) y^2: a row at the start bends as the others do."""
+    times = jnp.array(times, jnp.float64)
+    area = lambda t, p: jnp.sin(p * t + 0.4) / p
+    weights = jnp.arange(1.0, len(times) + 1)
+
+    def found(z):
+        func = lambda y, t, p: jnp.cos(p * t + 0.4) * y**2
+        ys = odeint(func, z[0], times + z[2:], z[1], method="rk4", dt=0.01, adjoint=adjoint)
+        return weights @ ys
+
+    def exact(z):
+        y0, p, t = z[0], z[1], times + z[2:]
+        return weights @ (1 / (1 / y0 - (area(t, p) - area(t[0], p))))
+
+    z = jnp.concatenate([jnp.array([0.5, 1.3]), jnp.zeros(len(times))])
+    hessian = jax.jit(many(jax.jacrev(jax.grad(found))))(z)
+    np.testing.assert_allclose(hessian, jax.hessian(exact)(z), rtol=1e-7, atol=1e-7)

@@ -109,6 +109,16 @@ class System(AroundField):
     jac: Any = None  # of the vector and s; None to differentiate the field
 
 
+def beyond_the_end(field):
+    """The same field, whose time goes on where a rounding leads after t1: held at t1 it would be a constant,
+    and what func is there without its derivative in time."""
+    fields = dataclasses.fields(field) if isinstance(field, Field | AroundField) else ()
+    inner = {x.name: beyond_the_end(getattr(field, x.name)) for x in fields}
+    inner = {name: value for name, value in inner.items() if isinstance(value, Field | AroundField)}
+    more = dict(beyond=True) if isinstance(field, Field) else {}
+    return dataclasses.replace(field, **inner, **more) if inner or more else field
+
+
 def unravelled(field, y) -> PyTree:
     """The state as the user knows it, of a field that may be inside of others."""
     while not hasattr(field, "unravel") and hasattr(field, "field"):
