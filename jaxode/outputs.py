@@ -209,7 +209,7 @@ def bent(method, output, f, ss, y0, y1, report, rows: PyTree) -> PyTree:
     @parabola.defjvp
     def parabola_jvp(primals, tangents):
         (given,), (given_dot,) = primals, tangents
-        f, ss, y0, y1, report, rows = given
+        f, ss, y0, y1, report, _ = given
         move = (ss - lax.stop_gradient(ss)) * given_dot[1]
         found = output.bend(method, f, ss, y0, y1, report)
         return parabola(given), jax.tree.map(lambda x: rowwise(move, x), found)

@@ -209,11 +209,12 @@ def is_finite(x: Array) -> Array:
 
 def dot(x: PyTree, y: PyTree) -> Array:
     """Re sum x_i y_i, the real pairing under which JAX's cotangents act."""
-    parts = [
-        jnp.sum(lax.convert_element_type(jnp.real(a * b), real_dtype(a)))
-        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-    ]
-    return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
+    pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    if not pairs:
+        return jnp.zeros(())
+    wide = widest(*(real_dtype(a) for a, _ in pairs))
+    parts = [jnp.sum(jnp.real(a * b).astype(wide)) for a, b in pairs]
+    return jnp.sum(jnp.stack(parts))
 
 
 def between(t, low, high) -> Array:
