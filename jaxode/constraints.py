@@ -73,7 +73,7 @@ def of_systems(
         ys, report = adjoint(dataclasses.replace(integrator, hmax=hmax), f, y, ss)
         fine = found | ~integrator.finite(y0, f(y0, start))
         status = jnp.where(fine, report.status, Status.NOT_CONVERGED.value)
-        ys = jax.tree.map(lambda y: jnp.where(found, y, jnp.nan), ys)
+        ys = jax.tree.map(lambda y: tree.or_nan(found, y), ys)
         return ys, report._replace(status=status)
 
     return solve
@@ -413,4 +413,4 @@ def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear | Non
     y, found = initial(problem, leaves, beside, y0, jnp.asarray(t)[0])
     if known(found) and not found:
         raise ValueError(NOT_FOUND)
-    return jax.tree.map(lambda y: jnp.where(found, y, jnp.nan), y)
+    return jax.tree.map(lambda y: tree.or_nan(found, y), y)

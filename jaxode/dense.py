@@ -113,14 +113,14 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     if derivative:
         found = jax.vmap(slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
     else:
+        if dense.start is not None:  # which moves along the first step, as any other state does
+            y = jax.vmap(tree.where, (0, None, 0))(at <= 0, dense.start, y)
         found = jax.vmap(tree.polynomial)(y, theta, d)
-        if dense.start is not None:
-            found = jax.vmap(tree.where, (0, None, 0))(at <= 0, dense.start, found)
     low, high = jnp.minimum(dense.t0, dense.t1), jnp.maximum(dense.t0, dense.t1)
     there = (times >= low) & (times <= high) & (at <= dense.reached)
 
     def leaf(x):
-        x = jnp.where(there.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan)
+        x = tree.or_nan(there.reshape((-1,) + (1,) * (x.ndim - 1)), x)
         return x.reshape(*t.shape, *x.shape[1:])
 
     return jax.tree.map(leaf, found)

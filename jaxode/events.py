@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments
+from jaxode import arguments, tree
 from jaxode.functions import CHANGE, CHANGE_BY, CONDITION, in_order
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
@@ -306,7 +306,7 @@ def occurrences(given: Given, folded) -> tuple[Occurrences, ...]:
 
         def mine(x):
             x = x[start : start + event.keep]
-            return jnp.where(there.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan)
+            return tree.or_nan(there.reshape((-1,) + (1,) * (x.ndim - 1)), x)
 
         count = lax.stop_gradient(count).astype(jnp.int32)
         times, states = jax.tree.map(mine, rows)

@@ -164,7 +164,7 @@ class Times:
             fit = lambda x: x.reshape((len(ss),) + (1,) * (first.ndim - 1))
             inside = jnp.where(fit(at_end), last, *rows) if rows else last
             value = jnp.where(fit(at_start), first, inside)
-            return jnp.where(fit(known), value, jnp.nan)
+            return tree.or_nan(fit(known), value)
 
         found = jax.tree.map(leaf, first, last, *(() if rows is None else (rows,)))
         return found if self.save is None else (found, y1)
@@ -322,7 +322,7 @@ class EveryStep:
         if self.dense:
             return rows._replace(s=jnp.where(known, rows.s, jnp.inf))
         fit = lambda x: known.reshape((-1,) + (1,) * (x.ndim - 1))
-        return jax.tree.map(lambda x: jnp.where(fit(x), x, jnp.nan), rows)
+        return jax.tree.map(lambda x: tree.or_nan(fit(x), x), rows)
 
 
 @dataclasses.dataclass(frozen=True)

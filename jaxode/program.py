@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxode import arguments, constraints, outputs
+from jaxode import arguments, constraints, outputs, tree
 from jaxode.adjoints.failed import poisoned
 from jaxode.controllers import Controller
 from jaxode.dense import of_steps
@@ -205,7 +205,7 @@ def kept_of(output, rows, t, span, ss, report, unravel: Callable | None, start):
 
 def of_success(value: PyTree, fine):
     """What is known at the end alone: NaN, where it is a number, if that was not reached."""
-    nan = lambda x: jnp.where(fine, x, jnp.nan) if eqx.is_inexact_array(x) else x
+    nan = lambda x: tree.or_nan(fine, x) if eqx.is_inexact_array(x) else x
     return jax.tree.map(nan, value)
 
 

@@ -217,6 +217,12 @@ def dot(x: PyTree, y: PyTree) -> Array:
     return jnp.sum(jnp.stack(parts))
 
 
+def or_nan(fine, x) -> Array:
+    """x where that is fine, else NaN: of a complex number both parts."""
+    nan = complex(np.nan, np.nan) if jnp.iscomplexobj(x) else np.nan
+    return jnp.where(fine, x, np.asarray(nan).astype(x.dtype))
+
+
 def between(t, low, high) -> Array:
     """t, moved onto the ends where it is beyond them. `where`, not `clip`: at a tie its derivative is
     its own."""

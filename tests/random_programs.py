@@ -182,8 +182,8 @@ def mass_of(s: Structure):
     return jnp.linspace(0.5, 2.0, PROBLEMS[s.problem].size, dtype=s.wide)
 
 
-def events_of(s: Structure, t, q, rate, start):
-    """What pushes the state, when its clock says so."""
+def events_of(s: Structure, t, q, rate, clock):
+    """What pushes the state, when its clock, which begins with `clock`, says so."""
 
     def change(y, t, given):
         q, _, _, scale, _ = given
@@ -194,7 +194,7 @@ def events_of(s: Structure, t, q, rate, start):
 
     if s.event == "condition":
         return [Event(condition, change=change, direction="up")]
-    at = t[0] + (q["at"] / rate).astype(t.dtype)
+    at = t[0] + ((q["at"] - clock) / rate).astype(t.dtype)
     return [Event(times=jnp.stack([at]), change=change)]
 
 
@@ -219,7 +219,7 @@ def solved(s: Structure, z, case):
     y0, t = s.state(u0 * scale), m.t.astype(s.wide)
     options = options_of(s, case)
     if s.problem == "impulse":
-        options["events"] = events_of(s, t, q, rate, start)
+        options["events"] = events_of(s, t, q, rate, u0[3])
     given = (
         q,
         rate,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from jaxode import Signal, odeint, solve
+from jaxode import Event, Signal, odeint, solve
 
 RATES = jnp.array([0.5, 1.5])
 
@@ -201,3 +201,14 @@ def test_steps_are_kept_between_two_times_and_by_solve_alone():
         solve(decay, jnp.ones(2), [0.0, 1.0, 2.0], RATES, save_steps=True)
     with pytest.raises(TypeError, match="call `solve`"):
         odeint(decay, jnp.ones(2), [0.0, 1.0], RATES, dense=True)
+
+
+@pytest.mark.parametrize("kind", ["condition", "time"])
+def test_dense_output_at_the_start_moves_with_its_time_also_where_there_are_events(kind):
+    happens = dict(condition=lambda y, t: y - 0.5) if kind == "condition" else dict(times=[0.5])
+    event = Event(**happens, change=lambda y, t: 2 * y)
+
+    def there(t):
+        return solve(lambda y, t: -y, 1.0, [0.0, 1.0], events=[event], dense=True).dense(t)
+
+    assert jax.jit(jax.grad(there))(0.0) == pytest.approx(-1.0, rel=1e-6)

@@ -177,3 +177,13 @@ def test_a_failed_solve_that_a_loss_leaves_out_spoils_no_gradient(adjoint):
     # But what is asked of it has no derivative, whatever its cotangents add up to.
     difference = lambda w: (lambda ys: ys[1] - ys[0])(one(p[1], w).ys)
     assert np.isnan(jax.grad(difference)(1.0))
+
+
+def test_what_a_failed_solve_has_no_number_for_is_nan_in_both_parts_of_a_complex_one():
+    func = lambda z, t, rate: jnp.where(t > 1, jnp.nan, 1j * rate * z)
+    start = jnp.asarray(1 + 0j, jnp.complex128)
+    ends = lambda rate: solve(func, start, [0.0, 0.5, 2.0], rate, method="rk4", dt=0.1).ys
+    last = jax.jit(ends)(2.0)[-1]
+    assert jnp.isnan(last.real) and jnp.isnan(last.imag)
+    loss = lambda rate: ends(rate)[-1].imag
+    assert jnp.isnan(jax.jit(jax.grad(loss))(2.0)) and jnp.isnan(jax.jit(loss)(2.0))

@@ -369,7 +369,7 @@ def ending(x, rest, asked, own_back, start, slope, end, carry, starts):
         *join(x, rest), start[0], y
     )
     y0_bar = jax.tree.map(jnp.add, a, starts[0])
-    given = lambda x: jnp.where(asked, jnp.where(fine, x, jnp.nan), 0)
+    given = lambda x: jnp.where(asked, tree.or_nan(fine, x), 0)
     return jax.tree.map(given, (extra.f, only(x[1], y0_bar), extra.ss)), fine | ~asked
 
 
@@ -443,7 +443,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     own_back, _ = back.stretch(own_back, ends[1])
     args = x, rest, asked, own_back, start, slope, ends, carry, starts
     (f_bar, y0_bar, ss_bar), fine = jax.vmap(result, (*in_axes[:2], *[0] * 7))(*args)
-    total = jax.tree.map(lambda x: jnp.where(jnp.all(fine), x, jnp.nan), total)
+    total = jax.tree.map(lambda x: tree.or_nan(jnp.all(fine), x), total)
     y0_bar, ss_bar = summed((y0_bar, ss_bar), (of_x[1], of_x[2]))
     return eqx.combine(f_bar, total), y0_bar, ss_bar
 

@@ -21,7 +21,7 @@ from jaxode.solution import Status
 
 def values(x, failed):
     """NaN where a solve failed and x is not 0; else 0. `failed` is a scalar, or shaped like x."""
-    return jnp.where(failed & (x != 0), jnp.asarray(jnp.nan, x.dtype), jnp.zeros((), x.dtype))
+    return tree.or_nan(~failed | (x == 0), jnp.zeros((), x.dtype))
 
 
 def jvp(primals, tangents):

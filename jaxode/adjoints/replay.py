@@ -89,7 +89,7 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN, way_back=along_the_tap
     carry, fine = way_back(steps, own, y0, recorded._replace(tape=tape), visit, carry)
     found = to_the_start(steps, own, mask, y0, carry, starts)
     if fine is not None:
-        found = jax.tree.map(lambda x: jnp.where(fine, x, jnp.nan), found)
+        found = jax.tree.map(lambda x: tree.or_nan(fine, x), found)
     found = jax.tree.map(lambda x: jnp.where(asked, x, 0), found)
     return found[0], only(x[1], found[1]), found[2]
 
