@@ -170,6 +170,7 @@ def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states, st
         dense = Dense(*ends, states, start, output.after)
         return t, evaluate(dense, t, False), None, dense
     mask = jnp.isfinite(rows.s)
-    ts = tree.between(t[0] + span * rows.s, jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1]))
-    ts = jnp.where(rows.s >= 1, t[-1], ts)
+    s = jnp.where(mask, rows.s, 0)  # derivatives of a product with NaN would be NaN
+    ts = tree.between(t[0] + span * s, jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1]))
+    ts = tree.or_nan(mask, jnp.where(s >= 1, t[-1], ts))
     return ts, rows.y if output.save else of_states(rows.y), mask, None
