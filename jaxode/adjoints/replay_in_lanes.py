@@ -99,6 +99,7 @@ class Batch(NamedTuple):
     carry: Cotangents
     starts: PyTree
     who: PyTree
+    steps: PyTree  # how many there were, where each is an output
 
 
 def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars):
@@ -134,7 +135,8 @@ def pull_in_lanes(size: int, flags, how: Plan, x, rest, recorded: Recorded, bars
         at_ends, mine = of_own_and_shared(Problems(shared, 0), mask, who, real, *given)
         # One of which nothing is asked has the rows of another: none of them is met.
         carry = carry._replace(f=mine, row=jnp.where(real, carry.row, -1))
-    batch = Batch(picked(own), picked(y0), real, carry, bars_of[1], who)
+    counted = recorded.report.steps if integrator.output.each_step else None
+    batch = Batch(picked(own), picked(y0), real, carry, bars_of[1], who, picked(counted))
     batch = to_lanes(batch, axis)
     core = partial(chunk_by_chunk, how, chunks, mask)
     if how.fused:
@@ -235,20 +237,36 @@ class Back(NamedTuple):
 
             It is one program for both, so that both take the same steps, to the last bit.
             """
-            i, back, tape, marks, carry = state
+            i, back, tape, marks, carry, ended = state
             end, n, tape = self.recorded(own, tree.row(marks, i), tape)
+            ended = jnp.where(back, ended, end.steps)
             more = ~back & jnp.any(steps.unfinished(own, end))
             marks = tree.put(jnp.where(more, i + 1, len(marks.s) - 1), end, marks)
             visit = partial(self.visit, lanes, tape, rows_bar)
             _, carry = lax.while_loop(lambda st: st[0] > 0, visit, (jnp.where(more, 0, n), carry))
-            return jnp.where(more, i + 1, i - 1), ~more, tape, marks, carry
+            return jnp.where(more, i + 1, i - 1), ~more, tape, marks, carry, ended
 
         zero = jnp.zeros((), jnp.int32)
-        state = zero, jnp.array(False), tape, tree.put(zero, begin, marks), carry
-        *_, tape, marks, carry = lax.while_loop(lambda st: st[0] >= 0, stretch, state)
+        state = zero, jnp.array(False), tape, tree.put(zero, begin, marks), carry, begin.steps
+        *_, tape, marks, carry, ended = lax.while_loop(lambda st: st[0] >= 0, stretch, state)
         f_bar, y_bar, ss_bar = to_the_start(steps, own, self.mask, lanes.y0, carry, lanes.starts)
         total, mine = eqx.partition(f_bar, present_in(steps.problems.shared[1], self.mask))
-        return (tape, marks), (mine, y_bar, ss_bar), total
+        mine = mine, y_bar, ss_bar
+        return (tape, marks), *self.of_same_steps(lanes, ended, mine, total)
+
+    def of_same_steps(self, lanes: Batch, ended, mine, total):
+        """The cotangents; NaN where each step is an output, and the second solve took another number of them.
+
+        Two programs may round differently, so that one accepts a step that the other rejects: rows would be
+        taken for others. Outputs at times are right with either steps.
+        """
+        if lanes.steps is None:
+            return mine, total
+        same = (ended == lanes.steps) | ~lanes.asked
+        hidden = lambda same, tree_: jax.tree.map(partial(tree.or_nan, same), tree_)
+        of_each = lambda integrator, f, ss, same, mine: hidden(same, mine)
+        mine = self.steps.problems.each(of_each)(lanes.own, same, mine)
+        return mine, hidden(jnp.all(same), total)
 
     def recorded(self, own, state, tape: Tape):
         """Iterations until all lanes are done or the tape is full: the states, how many, the tape."""
