@@ -149,27 +149,6 @@ def test_what_it_does_not_serve_is_refused_with_the_remedy():
         odeint(f, 1.0, t, method="LSODA")
 
 
-@pytest.mark.parametrize("adjoint", ["replay", "forward"])
-def test_steps_that_are_kept_stable_for_a_derivative_look_stiff_too(adjoint):
-    """Of two fast modes the stages of such steps hold the slower one alone."""
-    speeds, phases = jnp.array([0.67677794, 2.35494524]), jnp.array([-0.55869998, -0.93117773])
-
-    def func(y, t, rates):
-        angle = speeds * t + phases
-        return rates * (jnp.cos(angle) - y) - speeds * jnp.sin(angle)
-
-    def end(rates):
-        options = dict(method="auto", rtol=4.1e-5, atol=1.5e-5, adjoint=adjoint, max_steps=2000)
-        solution = solve(func, jnp.array([1.241, -0.506]), [0.0, 1.0], rates, **options)
-        return solution.ys[-1], (solution.status, solution.stats)
-
-    rates = jnp.exp(jnp.array([8.68695285, 8.42074064]))
-    derivative = jax.jacfwd if adjoint == "forward" else jax.jacrev
-    slopes, (status, stats) = jax.jit(derivative(end, has_aux=True))(rates)
-    assert status == Status.SUCCESS and stats.accepted < 500
-    np.testing.assert_allclose(slopes, 0, atol=1e-6)  # the end does not depend on how fast they are
-
-
 def test_a_state_of_several_dtypes_is_one_of_auto():
     with jax.numpy_dtype_promotion("strict"):
         y0 = jnp.ones((), jnp.float32), jnp.ones(2, jnp.float64)

@@ -87,11 +87,6 @@ class Auto(Method):
     def stable_up_to(self, memory: Memory):
         return jnp.where(memory.seen >= PATIENCE, jnp.inf, self.stability)
 
-    def held_back(self, memory: Memory, is_held) -> Memory:
-        """A step that was held back looks stiff, though a mode that it does not excite is not in its stages."""
-        more = jnp.where(is_held & (memory.seen < PATIENCE), 2, 0)
-        return memory._replace(seen=memory.seen + more.astype(memory.seen.dtype))
-
     def start(self, f, s, y: PyTree) -> Memory:
         return Memory(f(y, s), jnp.zeros((), s.dtype))
 

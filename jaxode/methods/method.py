@@ -135,10 +135,6 @@ class Method:
         """The `stability` of the next step, of a method whose steps are of several kinds."""
         return self.stability
 
-    def held_back(self, memory: PyTree, is_held) -> PyTree:
-        """The memory where the next step `is_held` to what is stable, of a method that may turn to others."""
-        return memory
-
     def restarted(self, f, s, y: PyTree, memory: PyTree, seen) -> PyTree:
         """The memory where an event has made y of the state: by default that of a start.
 
@@ -180,9 +176,6 @@ class Around(Method):
 
     def stable_up_to(self, memory):
         return self.method.stable_up_to(memory.inner)
-
-    def held_back(self, memory: PyTree, is_held) -> PyTree:
-        return memory._replace(inner=self.method.held_back(memory.inner, is_held))
 
 
 def of_all(flag):

@@ -57,10 +57,8 @@ def kept(integrator, f, state, slope, *ys):
     turn = lambda probe: turned(integrator, f, state, slope, ys, probe)
     probe = lax.stop_gradient(tree.at_most_once(due, turn, state.probe))
     most = SAFETY * integrator.method.stable_up_to(state.memory)
-    is_held = state.h * probe.fastest > most
-    h = jnp.where(is_held, most / probe.fastest, state.h)
-    memory = integrator.method.held_back(state.memory, is_held)
-    return state._replace(h=lax.stop_gradient(h), memory=memory, probe=probe)
+    h = jnp.where(state.h * probe.fastest > most, most / probe.fastest, state.h)
+    return state._replace(h=lax.stop_gradient(h), probe=probe)
 
 
 def turned(integrator, f, state, slope, ys, probe: Probe) -> Probe:
