@@ -217,6 +217,11 @@ def dot(x: PyTree, y: PyTree) -> Array:
     return jnp.sum(jnp.stack(parts))
 
 
+def real_parts(x) -> list[Array]:
+    """The real and the imaginary part of a complex number, or a real one alone."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
 def or_nan(fine, x) -> Array:
     """x where that is fine, else NaN: of a complex number both parts."""
     nan = complex(np.nan, np.nan) if jnp.iscomplexobj(x) else np.nan

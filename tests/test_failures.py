@@ -187,3 +187,6 @@ def test_what_a_failed_solve_has_no_number_for_is_nan_in_both_parts_of_a_complex
     assert jnp.isnan(last.real) and jnp.isnan(last.imag)
     loss = lambda rate: ends(rate)[-1].imag
     assert jnp.isnan(jax.jit(jax.grad(loss))(2.0)) and jnp.isnan(jax.jit(loss)(2.0))
+    of_start = lambda z: solve(func, z, [0.0, 2.0], 2.0, method="rk4", dt=0.1).ys[-1].real
+    start_bar = jax.jit(jax.grad(of_start))(start)
+    assert jnp.isnan(start_bar.real) and jnp.isnan(start_bar.imag)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
@@ -64,11 +65,13 @@ def poisoned_jvp(primals, tangents):
     (ys, success, inputs), (ys_dot, _, inputs_dot) = primals, tangents
     dtype = tree.widest(*map(tree.real_dtype, inputs_dot))
     # At both ends, since what is not 0 may have a sum that is.
-    total = sum(jnp.sum(poison.bind(x.real.astype(dtype), ~success)) for x in inputs_dot)
+    parts = [part for x in inputs_dot for part in tree.real_parts(x)]
+    total = sum(jnp.sum(poison.bind(part.astype(dtype), ~success)) for part in parts)
 
     def spread(y_dot):
         everywhere = jnp.broadcast_to(total, y_dot.shape).astype(tree.real_dtype(y_dot))
-        return y_dot + poison.bind(everywhere, ~success).astype(y_dot.dtype)
+        more = poison.bind(everywhere, ~success)
+        return y_dot + (lax.complex(more, more) if jnp.iscomplexobj(y_dot) else more)
 
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
