@@ -1,0 +1,174 @@
+"""What is promised of many calls: what compiles again, that memory does not grow, that threads may solve at
+once."""
+
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import Controller, Event, Signal, SolveError, odeint, solve
+from jaxode.methods import Banded
+
+README = Path(__file__).parent.parent / "README.md"
+TS = np.linspace(0.0, 1.0, 4)
+TWO = np.array([1.0, 2.0])
+
+
+def decay(y, t, rate=1.0):
+    return -rate * y
+
+
+def power(y, t, n):
+    return -(y**n)
+
+
+def network(y, t, mlp):
+    return mlp(y)
+
+
+def closing_over(rate):
+    return lambda y, t: -rate * y
+
+
+def mlp(seed):
+    return eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(seed))
+
+
+def gradient(**options):
+    """The gradient of a sum over a solution, by a lambda that is new each time."""
+    return jax.grad(
+        lambda y0, a: odeint(lambda y, t, a: -a * y, y0, TS, a, **options).sum(), (0, 1)
+    )
+
+
+def end_of(func, y0, t, *args, **options):
+    """Whether a solve failed, and why."""
+    try:
+        return odeint(func, y0, t, *args, **options)
+    except SolveError as error:
+        return str(error)
+
+
+# What compiles again. Each case is a call that is made twice: `new` says that it is the second time.
+
+AGAIN = {
+    "other values of y0, t, args, tolerances, `hmax`, `mxstep`, `mass`, signals and events; the "
+    "direction of t": {
+        "y0 and args": lambda new: partial(odeint, decay, (1 + new) * TWO, TS, 1.0 + new),
+        "times": lambda new: partial(odeint, decay, TWO, (1 + new) * TS),
+        "direction": lambda new: partial(odeint, decay, TWO, TS[::-1] if new else TS),
+        "tolerances": lambda new: partial(odeint, decay, TWO, TS, rtol=(1 + new) * 1e-5, atol=1e-6),
+        "tolerances or none": lambda new: partial(odeint, decay, TWO, TS, **({"rtol": 1e-3} if new else {})),
+        "an array of tolerance": lambda new: partial(
+            odeint, decay, TWO, TS, rtol=jnp.asarray(1e-4) if new else 1e-3
+        ),
+        "hmax or none": lambda new: partial(odeint, decay, TWO, TS, hmax=0.1 if new else np.inf),
+        "mxstep": lambda new: partial(odeint, decay, TWO, TS, mxstep=500 + new),
+        "mass": lambda new: partial(odeint, decay, TWO, TS, method="rodas5p", mass=(1 + new) * TWO),
+        "as many steps": lambda new: partial(odeint, decay, TWO, (1 + new) * TS, dt=0.1 * (1 + new)),
+        "a signal": lambda new: partial(
+            odeint, lambda y, t, u: u(t) - y, TWO, TS, Signal([0.0, 0.5 + new], [0.0, 1.0 + new])
+        ),
+        "an event": lambda new: partial(
+            solve, decay, TWO, TS, events=[Event(times=[0.3 + new / 10], values=[1.0 + new],
+            change=lambda y, t, v: y + v)]
+        ),
+        "a batch": lambda new: partial(jax.vmap(lambda y: odeint(decay, y, TS)), np.ones((3, 2)) + new),
+    },
+    "arrays of NumPy for those of JAX, or lists": {
+        "y0": lambda new: partial(odeint, decay, TWO if new else jnp.asarray(TWO), TS),
+        "a number": lambda new: partial(odeint, decay, jnp.asarray(1.0) if new else 1.0, TS),
+        "times of JAX": lambda new: partial(odeint, decay, TWO, jnp.asarray(TS) if new else TS),
+        "a list of times": lambda new: partial(odeint, decay, TWO, TS.tolist() if new else TS),
+    },
+    "another function of the same operations, as a lambda in each call: with other arrays that it closes "
+    "over, holds (a module) or has from `functools.partial`": {
+        "a lambda": lambda new: partial(odeint, lambda y, t: -y * t, TWO, TS),
+        "an array": lambda new: partial(odeint, closing_over(jnp.asarray(1.5 + new)), TWO, TS),
+        "an array of NumPy": lambda new: partial(odeint, closing_over((1.5 + new) * TWO), TWO, TS),
+        "a module": lambda new: partial(odeint, network, TWO, TS, mlp(new)),
+        "a module closed over": lambda new: partial(odeint, partial(network, mlp=mlp(new)), TWO, TS),
+        "partial": lambda new: partial(odeint, partial(decay, rate=(1.5 + new) * TWO), TWO, TS),
+        "functions beside": lambda new: partial(
+            solve, decay, TWO, TS, save=lambda y, t: y[0], events=[Event(lambda y, t: y[0] - 0.5)],
+            fold=(0.0, lambda m, y, t: m + y[0]),
+        ),
+        "a controller": lambda new: partial(odeint, decay, TWO, TS, controller=Controller(0.3)),
+        "a structure": lambda new: partial(odeint, decay, TWO, TS, method="rodas5p", linear=Banded(0, 0)),
+        "a gradient": lambda new: partial(gradient(), TWO, 1.0 + new),
+        "a gradient of many": lambda new: partial(
+            jax.vmap(gradient(), (0, None)), np.ones((3, 2)), 1.0 + new
+        ),
+        "a failure": lambda new: partial(end_of, lambda y, t, a: a * y**2, TWO, 9 * TS, 1.0 + new),
+        "a stiff failure": lambda new: partial(
+            end_of, lambda y, t, a: -a * (y - jnp.cos(t)), TWO, TS, 1e6 + new, max_steps=100
+        ),
+        "a failed gradient": lambda new: partial(
+            jax.grad(lambda y: odeint(lambda y, t: y**2, y, 9 * TS).sum()), TWO + new
+        ),
+    },
+    "other shapes, dtypes or structures; another length of t": {
+        "length of t": lambda new: partial(odeint, decay, TWO, TS[new:]),
+        "shape": lambda new: partial(odeint, decay, np.ones(2 + new), TS),
+        "dtype": lambda new: partial(odeint, decay, TWO.astype("float32") if new else TWO, TS),
+        "size of a batch": lambda new: partial(
+            jax.vmap(lambda y: odeint(decay, y, TS)), np.ones((3 + new, 2))
+        ),
+    },
+    "another `method`, `adjoint`, `controller` or `max_steps`; a `dt` that makes another number of steps": {
+        "method": lambda new: partial(odeint, decay, TWO, TS, method="bosh3" if new else "tsit5"),
+        "adjoint": lambda new: partial(gradient(adjoint="direct" if new else "replay", max_steps=64), TWO, 1.0),
+        "controller": lambda new: partial(odeint, decay, TWO, TS, controller=Controller(0.3 + new / 10)),
+        "max_steps": lambda new: partial(odeint, decay, TWO, TS, max_steps=1000 + new),
+        "dt": lambda new: partial(odeint, decay, TWO, TS, dt=0.1 / (1 + new)),
+    },
+    "another Python number that func closes over or has from `functools.partial`, another int, bool or "
+    "string among the args": {
+        "closed over": lambda new: partial(odeint, closing_over(1.5 + new), TWO, TS),
+        "partial": lambda new: partial(odeint, partial(decay, rate=1.5 + new), TWO, TS),
+        "an int": lambda new: partial(odeint, power, TWO, TS, 1 + new),
+    },
+    "an array, or a number of NumPy, for a Python float among the args": {
+        "an array": lambda new: partial(odeint, decay, TWO, TS, jnp.ones(()) if new else 1.0),
+        "NumPy": lambda new: partial(odeint, decay, TWO, TS, np.float64(1.0) if new else 1.0),
+    },
+}  # fmt: skip
+CASES = [(row, name) for row, cases in AGAIN.items() for name in cases]
+CONVERSIONS = ("convert_element_type", "stage", "broadcast_in_dim")  # of inputs to arrays
+compiled: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations_are_noted():
+    def note(event, _, **of):
+        name = of.get("fun_name", "")
+        if "backend_compile" in event and not any(known in name for known in CONVERSIONS):
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
+def answers():
+    """What README says of each row of the table."""
+    table = README.read_text().split("<!-- compiles -->")[1].split("<!-- /compiles -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    return {what: answer for what, answer in rows}
+
+
+def test_the_table_of_what_compiles_again_is_the_one_that_is_tried():
+    assert list(answers()) == list(AGAIN)
+
+
+@pytest.mark.parametrize("row, name", CASES, ids=[name for _, name in CASES])
+def test_what_compiles_again_is_what_the_table_says(row, name):
+    jax.clear_caches()
+    case = AGAIN[row][name]
+    jax.block_until_ready(case(0)())
+    second = case(1)
+    compiled.clear()
+    jax.block_until_ready(second())
+    assert bool(compiled) == answers()[row].startswith("yes"), compiled
