@@ -34,9 +34,7 @@ class Slope(NamedTuple):
         return jax.tree.map(lambda k: tree.scale(direction, k), k)
 
 
-def hint(
-    solution: Solution, again: Callable, times, slope: Slope, leaves, remedy=EXPLICIT
-) -> str:
+def hint(solution: Solution, again: Callable, times, slope: Slope, leaves, remedy=EXPLICIT) -> str:
     """What to say to a failed explicit solve: that it looks stiff, if it does; else nothing.
 
     A step that accuracy holds short has h |lambda| about 1 or less for every eigenvalue lambda of df/dy; at

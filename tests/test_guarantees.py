@@ -1,6 +1,11 @@
 """What is promised of many calls: what compiles again, that memory does not grow, that threads may solve at
 once."""
 
+import gc
+import importlib
+import pkgutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxode
 from jaxode import Controller, Event, Signal, SolveError, odeint, solve
 from jaxode.methods import Banded
 
@@ -172,3 +178,142 @@ def test_what_compiles_again_is_what_the_table_says(row, name):
     compiled.clear()
     jax.block_until_ready(second())
     assert bool(compiled) == answers()[row].startswith("yes"), compiled
+
+
+# Memory.
+
+
+def a_call(i):
+    odeint(lambda y, t, a: -a * y, TWO, TS, 1.0 + i)
+
+
+def a_module(i):
+    odeint(network, TWO, TS, MLPS[i % 2])
+
+
+def a_closure(i):
+    odeint(closing_over(jnp.asarray(1.0 + i)), TWO, TS)
+
+
+def a_gradient(i):
+    jax.grad(lambda a: odeint(lambda y, t, a: -a * y, TWO, TS, a).sum())(1.0 + i)
+
+
+def a_batch(i):
+    jax.vmap(gradient(), (0, None))(np.ones((3, 2)), 1.0 + i)
+
+
+def a_failure(i):
+    with pytest.raises(SolveError, match="It looks stiff"):
+        odeint(lambda y, t, a: -a * (y - jnp.cos(t)), TWO, TS, 1e6 + i, max_steps=50)
+
+
+def a_refusal(i):
+    with pytest.raises(TypeError, match="shape"):
+        odeint(lambda y, t: y[:1], TWO + i, TS)
+
+
+def a_failed_gradient(i):
+    gradients = jax.grad(lambda y: odeint(lambda y, t: y**2, y, 9 * TS, max_steps=50).sum())
+    assert np.all(np.isnan(gradients(TWO + i)))
+
+
+def a_structure(i):
+    odeint(decay, TWO, TS, 1.0 + i, method="rodas5p", linear=Banded(0, 0))
+
+
+MLPS = [mlp(seed) for seed in range(2)]
+CALLS = [
+    a_call, a_module, a_closure, a_gradient, a_batch, a_failure, a_refusal, a_failed_gradient, a_structure,
+]  # fmt: skip
+# How many entries each cache of the library may have; programs that are compiled are in those of JAX.
+ONE_FOR_EACH_SET_OF_ARGUMENTS = None
+CACHES = {
+    "adjoints.backsolve.backsolve": ONE_FOR_EACH_SET_OF_ARGUMENTS,
+    "adjoints.reversible.reversible": ONE_FOR_EACH_SET_OF_ARGUMENTS,
+    "methods.explicit.radius": 128,
+    "methods.sparse.stages_of": 16,
+    "data.shuffled": 8,
+}
+
+
+def attributes():
+    """(module.name, value) of all that is at the top of a module of the library."""
+    for _, name, _ in pkgutil.walk_packages(jaxode.__path__, "jaxode."):
+        if not name.startswith("jaxode.experiments"):
+            for key, value in vars(importlib.import_module(name)).items():
+                if getattr(value, "__module__", name) == name and not key.startswith("__"):
+                    yield f"{name.removeprefix('jaxode.')}.{key}", value
+
+
+def sizes() -> dict[str, int]:
+    """How many entries each cache has, and each collection that can change."""
+    found = {}
+    for name, value in attributes():
+        if hasattr(value, "cache_info"):
+            found[name] = value.cache_info().currsize
+        elif hasattr(value, "_cache_size"):
+            found[name] = value._cache_size()
+        elif isinstance(value, dict | set | list):
+            found[name] = len(value)
+    return found
+
+
+def test_each_cache_of_the_library_has_its_bound():
+    found = {
+        name: value.cache_parameters()["maxsize"]
+        for name, value in attributes()
+        if hasattr(value, "cache_info")
+    }
+    assert found == CACHES
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_many_calls_keep_no_arrays_alive_and_fill_no_cache(call):
+    for i in range(3):
+        call(i)
+    gc.collect()
+    alive, full = len(jax.live_arrays()), sizes()
+    for i in range(100):
+        call(i)
+    assert len(jax.live_arrays()) <= alive
+    assert sizes() == full
+
+
+# Threads.
+
+
+def works(rate):
+    """Pieces of work by name: what is found, and what it should be."""
+    end, gradient = TWO * np.exp(-rate), -3 * np.exp(-rate)
+    scaled = lambda y, t, a: -a * y
+    last = lambda a, y0=TWO, **options: odeint(scaled, y0, TS, a, **options)[-1]
+    many = np.stack([TWO, 2 * TWO])
+    return {
+        "a solve": lambda: (last(rate), end),
+        "in a program": lambda: (jax.jit(last)(rate), end),
+        "a gradient": lambda: (jax.grad(lambda a: last(a).sum())(rate), gradient),
+        "a batch": lambda: (jax.vmap(last, (None, 0))(rate, many), np.stack([end, 2 * end])),
+        "a stiff solve": lambda: (last(rate, method="rodas5p", linear=Banded(0, 0)), end),
+        "a number closed over": lambda: (odeint(closing_over(rate), TWO, TS)[-1], end),
+    }
+
+
+def test_threads_solve_at_the_same_time_equal_and_different_problems():
+    jax.clear_caches()  # the first calls, too, come together
+    count = 4
+    barrier = threading.Barrier(count)
+
+    def thread(place):
+        """All of the work, of which each thread begins with another piece."""
+        barrier.wait()
+        names = list(works(1.0))
+        for _ in range(2):
+            for name in names[place:] + names[:place]:
+                for rate in (1.0, 1.0 + place / 10):
+                    found, right = works(rate)[name]()
+                    np.testing.assert_allclose(found, right, rtol=1e-6, err_msg=name)
+        return place
+
+    with ThreadPoolExecutor(count) as pool:
+        assert list(pool.map(thread, range(count))) == list(range(count))
