@@ -94,6 +94,8 @@ def solve(
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
     `jax.vmap` of it is a loop made for many solves at once (`jaxode.batch.lanes`), with the same results.
+    Matrix products of func have the precision that `jax.default_matmul_precision` asks for where `solve` is
+    called, forwards and backwards; those of the solver always have that of their dtype.
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for

@@ -140,7 +140,9 @@ class Times:
                 return jax.tree.map(lambda y: jnp.broadcast_to(y, (len(ss), *y.shape)), y)
             slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
             move = ss - at
-            times = lambda x, y: jnp.tensordot(lax.convert_element_type(x, y.dtype), y, 0)
+            times = lambda x, y: jnp.tensordot(
+                lax.convert_element_type(x, y.dtype), y, 0, precision=tree.EXACT
+            )
             both = lambda y, k: times(jnp.ones_like(move), y) + times(move, k)
             return jax.tree.map(both, y, slope)
 
@@ -207,7 +209,7 @@ def bent(method, output, f, ss, y0, y1, report, rows: PyTree) -> PyTree:
     @parabola.defjvp
     def parabola_jvp(primals, tangents):
         (given,), (given_dot,) = primals, tangents
-        f, ss, y0, y1, report, rows = given
+        f, ss, y0, y1, report, _ = given
         move = (ss - lax.stop_gradient(ss)) * given_dot[1]
         found = output.bend(method, f, ss, y0, y1, report)
         return parabola(given), jax.tree.map(lambda x: rowwise(move, x), found)

@@ -4,6 +4,7 @@ once."""
 import gc
 import importlib
 import pkgutil
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +18,7 @@ import pytest
 
 import jaxode
 from jaxode import Controller, Event, Signal, SolveError, odeint, solve
-from jaxode.methods import Banded
+from jaxode.methods import Banded, Krylov, Sparse
 
 README = Path(__file__).parent.parent / "README.md"
 TS = np.linspace(0.0, 1.0, 4)
@@ -274,7 +275,7 @@ def test_many_calls_keep_no_arrays_alive_and_fill_no_cache(call):
         call(i)
     gc.collect()
     alive, full = len(jax.live_arrays()), sizes()
-    for i in range(100):
+    for i in range(50):
         call(i)
     assert len(jax.live_arrays()) <= alive
     assert sizes() == full
@@ -317,3 +318,108 @@ def test_threads_solve_at_the_same_time_equal_and_different_problems():
 
     with ThreadPoolExecutor(count) as pool:
         assert list(pool.map(thread, range(count))) == list(range(count))
+
+
+# The precision of matrix products.
+
+
+def multiplied_precisely(fn, *args, precision=None):
+    """Each precision of a product in the program of a function for a TPU; it is lowered, and so its parts are
+    traced, after the block that asks for a precision."""
+    with jax.default_matmul_precision(precision):
+        traced = jax.jit(fn).trace(*args)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    found = re.findall(r"stablehlo\.(?:dot_general|convolution).*?precision = \[(\w+), ", text)
+    assert len(found) == text.count("stablehlo.dot_general") + text.count("stablehlo.convolution")
+    return set(found)
+
+
+@jax.custom_vjp
+def times(a, y):
+    return jnp.sin(a @ y)
+
+
+def times_back(given, k_bar):
+    a, y = given
+    x_bar = k_bar * jnp.cos(a @ y)
+    return jnp.outer(x_bar, y), a.T @ x_bar
+
+
+times.defvjp(lambda a, y: (times(a, y), (a, y)), times_back)
+
+
+@jax.custom_jvp
+def pushed_times(a, y):
+    return jnp.sin(a @ y)
+
+
+@pushed_times.defjvp
+def pushed_times_jvp(primals, tangents):
+    (a, y), (a_dot, y_dot) = primals, tangents
+    return pushed_times(a, y), jnp.cos(a @ y) * (a_dot @ y + a @ y_dot)
+
+
+ADJOINTS = ("replay", "backsolve", "reversible", "direct", "forward")
+METHODS = {
+    **{f"tsit5, {adjoint}": dict(adjoint=adjoint) for adjoint in ADJOINTS},
+    "rodas5p": dict(method="rodas5p"),
+    "kvaerno3": dict(method="kvaerno3"),
+    "kvaerno3, Krylov": dict(method="kvaerno3", linear=Krylov()),
+    "rodas4, blocks": dict(method="rodas4", linear=Sparse(np.tri(70, 70, 9) - np.tri(70, 70, -9) > 0)),
+    "gauss4": dict(method="gauss4", dt=0.1),
+}  # fmt: skip
+
+
+def gradient_of(func, adjoint="replay", batched=False, **options):
+    """The gradient in y0 and a, of one solve or of three."""
+    derivative = jax.jacfwd if adjoint == "forward" else jax.grad
+    given = dict(adjoint=adjoint, max_steps=16, **options)
+    of_one = derivative(lambda y, a: odeint(func, y, [0.0, 0.5, 1.0], a, **given)[1:].sum(), (0, 1))
+    return jax.vmap(of_one, (0, None)) if batched else of_one
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_products_of_the_library_are_exact_whatever_the_precision_of_products_is(name):
+    for batched in (False, True) if "replay" in name or "blocks" in name else (False,):
+        gradients = gradient_of(lambda y, t, a: -a * y, batched=batched, **METHODS[name])
+        y0 = np.ones((3, 70) if batched else 70, "float32")
+        assert multiplied_precisely(gradients, y0, np.float32(1)) <= {"HIGHEST"}
+
+
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        *((f"tsit5, {adjoint}", times) for adjoint in ADJOINTS[:4]),
+        ("tsit5, forward", pushed_times),
+        ("rodas5p", pushed_times),
+        ("tsit5, replay", jnp.matmul),
+    ],
+)
+def test_products_of_func_have_the_precision_that_is_asked_for_where_solve_is_called(
+    name, function
+):
+    gradients = gradient_of(lambda y, t, a: -function(a, y), **METHODS[name])
+    given = np.ones(70, "float32"), np.eye(70, dtype="float32")
+    found = multiplied_precisely(gradients, *given, precision="high")
+    assert "HIGH" in found
+    assert found <= {"HIGH", "HIGHEST"}
+
+
+def test_products_of_func_are_those_of_jax_by_default():
+    gradients = gradient_of(lambda y, t, a: -times(a, y))
+    given = np.ones(70, "float32"), np.eye(70, dtype="float32")
+    assert "DEFAULT" in multiplied_precisely(gradients, *given)
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve", "reversible"])
+def test_a_backward_pass_has_the_precision_of_its_forward_pass(adjoint):
+    def gradients(y0, a):
+        options = dict(adjoint=adjoint, max_steps=16)
+        with jax.default_matmul_precision("high"):
+            ys, pull = jax.vjp(
+                lambda *x: odeint(lambda y, t, a: -times(a, y), x[0], TS, x[1], **options), y0, a
+            )
+        return pull(ys)
+
+    given = np.ones(70, "float32"), np.eye(70, dtype="float32")
+    assert multiplied_precisely(gradients, *given) <= {"HIGH", "HIGHEST"}
