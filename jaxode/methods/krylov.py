@@ -154,7 +154,7 @@ class Krylov(Linear):
         operator = lx.FunctionLinearOperator(
             lambda z: product(precondition(z)), jax.ShapeDtypeStruct(b.shape, b.dtype)
         )
-        # Not by `lx.linear_solve`, an operation that is traced later. Products of func have their own precision.
+        # `lx.linear_solve` would be traced later. Products of func have their own precision.
         with jax.default_matmul_precision("highest"):
             found, *_ = solver.compute(solver.init(operator, {}), b, {})
         x = precondition(found)
