@@ -130,7 +130,8 @@ class Combined(eqx.Module):
 
     def __call__(self, y, t, *args):
         _, pack, unpack = vectors(self.func, y)
-        return unpack(self.rows @ pack(arguments.like_state(self.func(y, t, *args), y)))
+        k = pack(arguments.like_state(self.func(y, t, *args), y))
+        return unpack(tree.matmul(self.rows, k))
 
 
 def separated(mass, linear: Linear):
@@ -151,7 +152,7 @@ def separated(mass, linear: Linear):
         rows = jnp.linalg.svd(lax.stop_gradient(mass))[0].T if isinstance(linear, Dense) else None
     if rows is None:
         return None, mass, zero
-    mass = rows @ mass
+    mass = tree.matmul(rows, mass) if isinstance(mass, jax.Array) else rows @ mass
     size = abs(lax.stop_gradient(mass)).max(1)
     return rows, mass, size <= 8 * len(size) * float(jnp.finfo(mass.dtype).eps) * size.max()
 
@@ -166,7 +167,7 @@ class OfVector(eqx.Module):
     def __call__(self, x, t, *args):
         y = self.unpack(x)
         found = as_matrix(self.jac(y, t, *args), y, x)
-        return found if self.rows is None else self.rows @ found
+        return found if self.rows is None else tree.matmul(self.rows, found)
 
 
 def as_matrix(found, y: PyTree, x: Array) -> Array:

@@ -94,6 +94,8 @@ def solve(
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
 
     `jax.vmap` of it is a loop made for many solves at once (`jaxode.batch.lanes`), with the same results.
+    Matrix products of func have the precision that `jax.default_matmul_precision` asks for where `solve` is
+    called, forwards and backwards; those of the solver always have that of their dtype.
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
@@ -278,11 +280,11 @@ def answer(program, static, given, times, limits, extras, throw: bool | None) ->
     parts = static.trace.parts
     if (method.implicit and len(parts) == 1) or not chosen_steps:
         return checked(solution, end, throw)
-    slope = lambda y, t: parts[-1](given[0], y, t.astype(static.func_time))
+    slope = stiffness.Slope(parts[-1], static.func_time)
     unsaved = extras._replace(saved=None, before=None)
     again = lambda *times: program(plain, *given, *times, *limits, unsaved)
     remedy = stiffness.EXPLICIT if len(parts) == 1 else stiffness.OF_PAIR
-    hint = lambda: stiffness.hint(solution, again, times, slope, remedy)
+    hint = lambda: stiffness.hint(solution, again, times, slope, given[0], remedy)
     return checked(solution, end, throw, hint)
 
 

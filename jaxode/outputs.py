@@ -141,7 +141,9 @@ class Times:
                 return jax.tree.map(lambda y: jnp.broadcast_to(y, (len(ss), *y.shape)), y)
             slope = jax.tree.map(lambda k: jnp.where(started & jnp.isfinite(k), k, 0), slope)
             move = ss - at
-            times = lambda x, y: jnp.tensordot(lax.convert_element_type(x, y.dtype), y, 0)
+            times = lambda x, y: jnp.tensordot(
+                lax.convert_element_type(x, y.dtype), y, 0, precision=tree.EXACT
+            )
             both = lambda y, k: times(jnp.ones_like(move), y) + times(move, k)
             return jax.tree.map(both, y, slope)
 

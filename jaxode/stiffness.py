@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxode import tree
+from jaxode.kernels.traces import Trace
 from jaxode.solution import Solution, Status
 
 BOUND = 2.0  # h |lambda| where explicit methods begin to be unstable: 2 for Euler, 3.5 for tsit5
@@ -18,15 +20,29 @@ EXPLICIT = "Pass method='rodas5p' (or 'auto')."
 OF_PAIR = "Move what decays so fast to the first function of the pair, which is solved implicitly."
 
 
-def hint(solution: Solution, again: Callable, times, slope: Callable, remedy=EXPLICIT) -> str:
+class Slope(NamedTuple):
+    """dy/dt, or its opposite, of a traced function: equal to another one that does the same, so that a second
+    failure of a problem compiles nothing."""
+
+    trace: Trace
+    func_time: Any
+    forwards: bool = True
+
+    def __call__(self, y, t, leaves):
+        k = self.trace(leaves, y, t.astype(self.func_time))
+        direction = 1.0 if self.forwards else -1.0
+        return jax.tree.map(lambda k: tree.scale(direction, k), k)
+
+
+def hint(solution: Solution, again: Callable, times, slope: Slope, leaves, remedy=EXPLICIT) -> str:
     """What to say to a failed explicit solve: that it looks stiff, if it does; else nothing.
 
     A step that accuracy holds short has h |lambda| about 1 or less for every eigenvalue lambda of df/dy; at
     2 or more, with a negative real part, it is stability that does (Hairer and Wanner 1996, sec. IV.2).
 
-    `again(t, since)` is the same solve at other times than `times`, and `slope(y, t)` func, or what of it an
-    explicit table serves. The solve is
-    done again to have the state near its end: no solve that succeeds pays for this.
+    `again(t, since)` is the same solve at other times than `times`, and `slope(y, t, leaves)` func, or what of
+    it an explicit table serves. The solve is done again to have the state near its end: no solve that succeeds
+    pays for this.
     """
     ends = Status.MAX_STEPS, Status.DT_TOO_SMALL
     start, reached = float(np.asarray(solution.ts)[0]), float(solution.reached)
@@ -40,9 +56,7 @@ def hint(solution: Solution, again: Callable, times, slope: Callable, remedy=EXP
         return ""
     h = (1 - share) * abs(reached - start) / steps
     y = jax.tree.map(lambda y: y[-1], part.ys)
-    direction = 1.0 if reached > start else -1.0
-    forwards = lambda k: jax.tree.map(lambda k: tree.scale(direction, k), k)
-    rate, decays = fastest(lambda y: forwards(slope(y, part.ts[-1])), y)
+    rate, decays = fastest(slope._replace(forwards=reached > start), y, part.ts[-1], leaves)
     if not (decays and h * rate > BOUND):
         return ""
     return (
@@ -57,14 +71,20 @@ def until(t, since, end):
     return t[0] + cut(t - t[0]), None if since is None else cut(since)
 
 
-def fastest(f, y) -> tuple[float, bool]:
-    """The largest |lambda| of df/dy, and whether that mode decays."""
-    rate, decays = jax.jit(partial(fastest_mode, f))(y)
+def fastest(f, y, *given) -> tuple[float, bool]:
+    """The largest |lambda| of df/dy, and whether that mode decays; f(y, *given)."""
+    rate, decays = fastest_of(f, y, *given)
     return float(rate), bool(decays)
 
 
+@partial(jax.jit, static_argnums=0)
+def fastest_of(f, y, *given):
+    """The same as arrays."""
+    return fastest_mode(lambda y: f(y, *given), y)
+
+
 def fastest_mode(f, y):
-    """The same as arrays, by the power method."""
+    """The same of f(y), by the power method."""
     push = jax.linearize(f, y)[1]
     v, once = tree.any_direction(y), lambda v: (v, push(v))
     v, w = jax.lax.fori_loop(0, PRODUCTS, lambda _, vw: once(tree.unit(vw[1])), (v, v))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values
 
+from jaxode.batch.vmap_rules import matmul_precision
+
 
 def with_vjp(
     plain: Callable, forwards: Callable, backwards: Callable, prepared: Callable = lambda x: x
@@ -17,8 +19,10 @@ def with_vjp(
 
     `forwards(x, rest) -> (ys, report, residuals)` is given the inputs that are differentiated, and the
     others; `backwards(x, rest, residuals, bars)` returns cotangents of the former. `bars` are those of
-    ys and of `report.folded`. Both get the integrator as `prepared(integrator)`.
+    ys and of `report.folded`. Both get the integrator as `prepared(integrator)`. Products backwards have the
+    precision that was asked for forwards (`jax.default_matmul_precision`).
     """
+    precision = matmul_precision()
 
     @jax.custom_vjp
     def solved(integrator, f, y0, ss):
@@ -35,7 +39,8 @@ def with_vjp(
         zero = lambda x: isinstance(x, SymbolicZero)
         dense = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype) if zero(x) else x
         bars = jax.tree.map(dense, bars, is_leaf=zero)
-        return None, *backwards(*residuals, bars)
+        with jax.default_matmul_precision(precision):
+            return None, *backwards(*residuals, bars)
 
     solved.defvjp(forward_pass, backward_pass, symbolic_zeros=True)
     return solved

@@ -28,8 +28,16 @@ class Form(NamedTuple):
     flags: Any
 
 
+def matmul_precision() -> str | None:
+    """What `jax.default_matmul_precision` is set to, here and now."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
 class Part:
     """A part of a solve as one operation: `run(form, *args)`, of one solve or of many.
+
+    A part is traced when it is lowered, which may be outside of the user's `with
+    jax.default_matmul_precision(...)`: so it remembers the precision that was asked for where it was called.
 
     - `like(*args)`: zeros like the results of one solve, found without tracing it, and its effects.
     - `derivative(form)`: the same as a function that JAX can differentiate, if there is one. A part of a
@@ -64,7 +72,10 @@ class Part:
         """Of many solves; `flags` says which leaves of the arguments have an axis of that size."""
         leaves, structure = jax.tree.flatten(args)
         leaves = list(map(jnp.asarray, leaves))
-        of = dict(structure=structure, size=size, flags=tuple(jax.tree.leaves(flags)))
+        of: dict[str, Any] = dict(
+            structure=structure, size=size, flags=tuple(jax.tree.leaves(flags))
+        )
+        of["precision"] = matmul_precision()
         outs = self.primitive.bind(*leaves, **of)
         results = jax.eval_shape(lambda *leaves: self.results(leaves, **of)[0], *leaves)
         return jax.tree.unflatten(jax.tree.structure(results), outs)
@@ -75,14 +86,15 @@ class Part:
             return self.run("other", *leaves, **of)
         return compiled(self, tuple(of.items()), *leaves)
 
-    def run(self, platform, *leaves, structure, size, flags):
+    def run(self, platform, *leaves, structure, size, flags, precision):
         """What it is lowered to."""
         if size == 0:  # no solves at all
             return jax.tree.leaves(self.results(leaves, structure, size, flags)[0])
         form = Form(platform, size, jax.tree.unflatten(structure, flags))
-        return jax.tree.leaves(self.run_form(form, *jax.tree.unflatten(structure, leaves)))
+        with jax.default_matmul_precision(precision):
+            return jax.tree.leaves(self.run_form(form, *jax.tree.unflatten(structure, leaves)))
 
-    def results(self, leaves, structure, size, flags):
+    def results(self, leaves, structure, size, flags, precision=None):
         """Zeros like the results, and the effects."""
         one = [jnp.zeros(x.shape[1:], x.dtype) if flag else x for x, flag in zip(leaves, flags)]
         out, effects = self.like(*jax.tree.unflatten(structure, one))
@@ -107,10 +119,11 @@ class Part:
 
         return jax.make_jaxpr(zeros)(*avals).out_avals, effects
 
-    def jvp(self, primals, tangents, *, structure, size, flags):
+    def jvp(self, primals, tangents, *, structure, size, flags, precision):
         moving = [i for i, x_dot in enumerate(tangents) if not isinstance(x_dot, ad.Zero)]
         assert self.derivative is not None
-        fn = self.derivative(Form("other", size, jax.tree.unflatten(structure, flags)))
+        with jax.default_matmul_precision(precision):
+            fn = self.derivative(Form("other", size, jax.tree.unflatten(structure, flags)))
 
         def of_moving(*xs):
             leaves = list(primals)
@@ -120,22 +133,25 @@ class Part:
 
         xs, xs_dot = ([of[i] for i in moving] for of in (primals, tangents))
         xs_dot = reverse_only.bind(*xs_dot, *xs)
-        outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
+        with jax.default_matmul_precision(precision):
+            outs, outs_dot = jax.jvp(of_moving, xs, xs_dot)
         still = lambda x_dot: getattr(x_dot, "dtype", None) == jax.dtypes.float0
         zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
         return outs, [zero(x) if still(x_dot) else x_dot for x, x_dot in zip(outs, outs_dot)]
 
-    def batch(self, leaves, axes, *, structure, size, flags):
+    def batch(self, leaves, axes, *, structure, size, flags, precision):
         """One solve becomes many; many become more, their axes joined."""
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
         if more == 1:  # a batch of one is one solve
             leaves = [x[0] if flag else x for x, flag in zip(leaves, new)]
-            outs = self.primitive.bind(*leaves, structure=structure, size=size, flags=flags)
+            of = dict(structure=structure, size=size, flags=flags, precision=precision)
+            outs = self.primitive.bind(*leaves, **of)
             return [x[None] for x in outs], [0] * len(outs)
         if not self.able(size, jax.tree.unflatten(structure, flags)):
-            one = partial(self.run, "other", structure=structure, size=size, flags=flags)
+            of = dict(structure=structure, size=size, flags=flags, precision=precision)
+            one = partial(self.run, "other", **of)
             outs = jax.vmap(one, [0 if flag else None for flag in new], axis_size=more)(*leaves)
             return outs, [0] * len(outs)
         wanted = jax.tree.leaves(self.spread(jax.tree.unflatten(structure, new)))
@@ -146,7 +162,7 @@ class Part:
             both = tuple(a or b for a, b in zip(wanted, flags))
             leaves = [joined(x, a, b, more, size) for x, a, b in zip(leaves, wanted, flags)]
             of = dict(structure=structure, size=more * size, flags=both)
-        outs = self.primitive.bind(*leaves, **of)
+        outs = self.primitive.bind(*leaves, precision=precision, **of)
         zeros = jax.eval_shape(
             lambda *leaves: self.results(leaves, structure, 0, of["flags"])[0], *leaves
         )

@@ -40,7 +40,7 @@ def product(weights, ks, fused: bool):
             return functools.reduce(lax.add, terms)
         if fused:
             return jnp.sum(lax.mul(k, lax.broadcast_in_dim(w, k.shape, (0,))), 0)
-        return jnp.tensordot(w, k, 1, precision=lax.Precision.HIGHEST)
+        return jnp.tensordot(w, k, 1, precision=tree.EXACT)
 
     return jax.tree.map(leaf, ks)
 

@@ -135,7 +135,8 @@ class Esdirk(Implicit):
             y1 = unpack(begins[-1] + tree.scale(width, kss[0][-1]))
             memory1 = unpack(kss[0][-1])
         e = np.asarray(self.e[1:], y0.dtype)
-        weighed = [tree.scale(self.e[0], k0) + jnp.tensordot(e, ks, 1) for k0, ks in zip(k0s, kss)]
+        weigh = partial(jnp.tensordot, axes=1, precision=tree.EXACT)
+        weighed = [tree.scale(self.e[0], k0) + weigh(e, ks) for k0, ks in zip(k0s, kss)]
         error = unpack(filtered(tree.scale(h, functools.reduce(jnp.add, weighed))))
         # The inverse of an infinite matrix is 0: Newton's method would stop where it began.
         converged = (good > 0) & tree.all_finite(jacobian)

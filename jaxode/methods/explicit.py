@@ -129,7 +129,7 @@ def matrix(table: Tableau, extra: bool = False) -> tuple[np.ndarray, np.ndarray]
     return a, np.array((*table.c, *(table.extra_c if extra else ())))
 
 
-@functools.cache
+@functools.lru_cache(128)
 def radius(table: Tableau) -> float:
     """The largest r so that |R(z)| <= 1 for |z| <= r and Re z <= -0.3 |z|, R the stability function.
 

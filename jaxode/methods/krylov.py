@@ -154,7 +154,10 @@ class Krylov(Linear):
         operator = lx.FunctionLinearOperator(
             lambda z: product(precondition(z)), jax.ShapeDtypeStruct(b.shape, b.dtype)
         )
-        x = precondition(lx.linear_solve(operator, b, solver, throw=False).value)
+        # `lx.linear_solve` would be traced later. Products of func have their own precision.
+        with jax.default_matmul_precision("highest"):
+            found, *_ = solver.compute(solver.init(operator, {}), b, {})
+        x = precondition(found)
         off = jnp.max(lax.abs(product(x) - b), initial=0)
         return jnp.where(off <= 10 * least, tree.scale(size, x), jnp.nan)
 

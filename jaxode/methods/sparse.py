@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxode.methods.linear import Linear, by_rows, numpy_or_jax
 from jaxode.methods.structures import Banded, derivatives, is_accurate, outside
+from jaxode.tree import matmul
 
 NARROW = 4  # entries beside the diagonal up to which a band is solved with by `Banded`
 
@@ -124,12 +125,12 @@ class Sparse(Linear):
 
         def forwards(g, given):
             inverse, low, b = given
-            g = inverse @ (b - low @ g)
+            g = matmul(inverse, b - matmul(low, g))
             return g, g
 
         def backwards(x, given):
             c, g = given
-            x = g - c @ x
+            x = g - matmul(c, x)
             return x, x
 
         zero = jnp.zeros_like(right[0])
@@ -151,8 +152,8 @@ def by_blocks(L, D, U):
 
     def eliminate(c, given):
         low, d, up = given
-        inverse = jnp.linalg.inv(d - low @ c)
-        c = inverse @ up
+        inverse = jnp.linalg.inv(d - matmul(low, c))
+        c = matmul(inverse, up)
         return c, (inverse, low, c)
 
     return lax.scan(eliminate, jnp.zeros_like(D[0]), (L, D, U))[1]
