@@ -170,11 +170,22 @@ def as_state(y0: PyTree) -> PyTree:
     def leaf(path, y):
         where = f"y0{jax.tree_util.keystr(path)}"
         dtype = dtype_of(where, y)
+        fixed_size(where, y)
         if known(y) and not np.all(np.isfinite(np.asarray(y))):
             raise ValueError(f"{where} is NaN or infinite.")
         return lax.convert_element_type(y, dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, y0)
+
+
+def fixed_size(where: str, x) -> None:
+    """Raise if the size of an array is a symbol of `jax.export`: the form of a step is chosen by it."""
+    shape = jnp.shape(x)
+    if not all(isinstance(n, int) for n in shape):
+        raise ValueError(
+            f"{where} has the symbolic shape {shape}, and a solve has to know its sizes: export it for "
+            "fixed ones, a program for each. How many solves there are in a `jax.vmap` may be a symbol."
+        )
 
 
 def dtype_of(where: str, x, more: str = ""):
@@ -202,6 +213,7 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
         t = np.asarray(t) if known(t) else jnp.asarray(t)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`t` must be an array of times, such as [0.0, 1.0]: {error}") from error
+    fixed_size("`t`", t)
     if t.ndim != 1:
         raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
     number = jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating)

@@ -403,7 +403,7 @@ def pull_all_in_lanes(tolerances, form: Form, x, rest, recorded: Recorded, bars)
     of_given = eqx.combine(of_x, of_rest)
     form = form._replace(flags=(of_integrator, *of_given))
     how = plan(form, *first_of((integrator, *given), form.flags), copies=3)
-    width = max(how.width, min(size, 32))
+    width = max(how.width, min(size, 32)) if isinstance(size, int) else size
     bars, recorded = spread(size, bars, of_bars), spread(size, recorded, of_recorded)
     carry, rows_bar, starts = jax.vmap(from_the_end, in_axes)(x, rest, recorded, bars)
     asked = jax.vmap(is_asked)(bars)

@@ -215,7 +215,9 @@ class Back(NamedTuple):
         state, _ = jax.eval_shape(self.steps.start, lanes.own, lanes.y0)
         max_steps = self.steps.problems.of(lanes.own)[0].max_steps
         pair = state.y, state.memory
-        length = max(math.isqrt(max_steps) + 1, TAPE // tree.size_in_bytes(pair))
+        length = math.isqrt(max_steps) + 1
+        if isinstance(self.how.width, int):  # else for any number of solves, by `jax.export`
+            length = max(length, TAPE // tree.size_in_bytes(pair))
         length = min(length, max_steps)
         grid = jnp.zeros((length + 1, *state.s.shape), state.s.dtype)
         return Tape(tree.rooms(pair, length), grid), tree.rooms(state, -(-max_steps // length) + 1)

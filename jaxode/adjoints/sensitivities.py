@@ -98,7 +98,8 @@ def suit(size, x, rest, flags) -> bool:
     """
     integrator, (f, y0, _) = join(x, rest)
     of_y0 = eqx.combine(flags[0][1], flags[1][1][1])
-    large = numbers(y0, of_y0) > LARGE_STATE or (size or 1) > LARGE_BATCH
+    many = size is not None and not (isinstance(size, int) and size <= LARGE_BATCH)
+    large = many or numbers(y0, of_y0) > LARGE_STATE
     return (
         x[2] is None
         and integrator.output == Times()

@@ -52,7 +52,8 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     """For many solves; the arguments are those of the first one."""
     size, count = form.size or 1, sum(y.size for y in jax.tree.leaves(y0))
     tiny = count <= TINY
-    if form.platform != "cpu":  # wide is fast there
+    # Wide is fast there; and what is best for any number of solves (`jax.export`) cannot be known.
+    if form.platform != "cpu" or not isinstance(size, int):
         return Plan(size, -1 if tiny else 0, False)
     one = suits(lambda f, y, s: f(y, s), f, y0, ss[0])
     if one and size <= FEW:

@@ -27,8 +27,8 @@ SMOOTH = frozenset(
     """abs add add_any and ceil clamp concatenate conv_general_dilated convert_element_type copy cos cosh
     cumsum broadcast_in_dim div dot_general dynamic_slice dynamic_update_slice eq erf erfc exp exp2
     expand_dims expm1 floor gather ge gt integer_pow iota le log log1p logistic lt max min mul ne neg not
-    or pad reduce_max reduce_min reduce_sum reshape rev round select_n sign sin sinh slice split square
-    squeeze stack stop_gradient sub tan tanh transpose unstack xor""".split()
+    one_minus_square or pad polynomial reduce_max reduce_min reduce_sum reshape rev round select_n sign
+    sin sinh slice split square squeeze stack stop_gradient sub tan tanh transpose unstack xor""".split()
 )
 TINY, FEW = 64, 40  # numbers of a state, and operations of a field, that are few in one call
 

@@ -57,9 +57,9 @@ def is_real(eqn) -> bool:
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj copy cos
     cosh convert_element_type digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
-    sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
+    polynomial pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
 MOVES = frozenset(
     """bitcast_convert_type broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims
