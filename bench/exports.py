@@ -5,8 +5,8 @@ of whatever else a solve can be asked for (`tests/export_cases.py`). In a progra
 there is nothing that a CPU alone knows, and no custom call that is not there. That for a CPU is
 serialised, read back and called, and gives what the plain call gives, to the last bit.
 
-It takes about half an hour on one core. Each case is a line of a file, `--file`; a run that was stopped goes
-on from there. What an adjoint does not do is refused in words, and counted.
+It takes about half an hour on one core. Each case is a line of a file, `--file`; a run that was stopped goes on
+from there. What an adjoint does not do is refused in words, and counted.
 """
 
 import argparse

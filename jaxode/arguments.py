@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.adjoints import names as adjoints
+from jaxode.batch.vmap_rules import not_split
 from jaxode.controllers import Controller
 from jaxode.functions import FUNC, JAC, SAVE, Role, explained, in_order, no_vector
 from jaxode.kernels.traces import Trace
@@ -598,7 +599,9 @@ def as_rows(kept: PyTree) -> PyTree:
 
 
 def no_varying(inputs) -> None:
-    """Raise if JAX checks what varies over a mesh: loops that begin with zeros do not pass it."""
+    """Raise if JAX checks what varies over a mesh, or is split over it: loops that begin with zeros do not
+    pass it."""
+    not_split(inputs)
     for x in jax.tree.leaves(inputs):
         axes = getattr(jax.typeof(x), "manual_axis_type", None)
         if axes is not None and axes.varying:

@@ -59,12 +59,12 @@ def of_any_number(adjoint: str, method: str = "tsit5"):
     return jax.jit(jax.vmap(one, (0, None))), y0, rates
 
 
-@pytest.mark.parametrize("adjoint", ["replay", "backsolve", "direct"])
+@pytest.mark.parametrize("adjoint", ["replay", "backsolve"])
 def test_a_batch_is_exported_for_any_number_of_solves(adjoint):
     fn, y0, rates = of_any_number(adjoint)
     shape = export.symbolic_shape("b, 3")
     like = jax.ShapeDtypeStruct(shape, y0.dtype), jax.ShapeDtypeStruct(rates.shape, rates.dtype)
-    bytes_ = export.export(fn, platforms=PLATFORMS)(*like).serialize()
+    bytes_ = export.export(fn, platforms=["cpu"])(*like).serialize()
     call = export.deserialize(bytes_).call
     for count in (1, 12):
         many = np.linspace(0.5, 1.5, count, dtype=y0.dtype)[:, None] * np.asarray(y0)[None]

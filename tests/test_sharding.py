@@ -139,6 +139,30 @@ else:
 """
 
 
+EXPLICIT = """
+from jax.sharding import AxisType, NamedSharding
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+ends = lambda y0: odeint(lambda y, t: -y, y0, [0.0, 1.0])[-1]
+y0 = jnp.linspace(0.5, 1.5, 12).reshape(4, 3)
+with jax.set_mesh(mesh):
+    whole, split = (jax.device_put(y0, NamedSharding(mesh, spec)) for spec in (P(), P("data")))
+    for fn in (ends, jax.vmap(ends), jax.grad(lambda y0: jax.vmap(ends)(y0).sum())):
+        assert np.all(np.isfinite(jax.jit(fn)(whole)))
+        try:
+            jax.jit(fn)(split)
+        except TypeError as error:
+            assert "jax.shard_map(..., check_vma=False)" in str(error)
+        else:
+            raise AssertionError("an array that is split over an explicit mesh was taken")
+    each = jax.shard_map(jax.vmap(ends), in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    np.testing.assert_allclose(jax.jit(each)(split), jax.vmap(ends)(y0), rtol=1e-6)
+"""
+
+
+def test_an_array_that_is_split_over_an_explicit_mesh_is_refused_with_the_remedy():
+    output(start(EXPLICIT, devices=2))
+
+
 def test_solves_inside_of_shard_map_run_loops_of_their_own():
     text = output(start(SOLVING, devices=8))
     assert " while(" in text

@@ -456,7 +456,7 @@ def both_ways(tolerances, flags, integrator, given, who, start, meetings):
     flags_back = reverse_flags(integrator, of_integrator, of_f, meetings)
     reversed_ = lambda own, *meetings: reverse(tolerances, *eqx.combine(own, shared), *meetings)
     in_stretches = () if meetings is None else (meetings,)
-    whole = jax.vmap(reversed_, out_axes=axes_of(flags_back), axis_size=len(who))(
+    whole = jax.vmap(reversed_, out_axes=axes_of(flags_back), axis_size=who.shape[0])(
         own, *in_stretches
     )
     own_back, shared_back = eqx.partition(whole, flags_back)

@@ -141,6 +141,7 @@ class Part:
 
     def batch(self, leaves, axes, *, structure, size, flags, precision):
         """One solve becomes many; many become more, their axes joined."""
+        not_split(leaves)
         new = [axis is not None for axis in axes]
         more = next(x.shape[axis] for x, axis in zip(leaves, axes) if axis is not None)
         leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, axes)]
@@ -172,6 +173,18 @@ class Part:
                 x.reshape(more, size, *x.shape[1:]) if mine else x for x, mine in zip(outs, own)
             ]
         return outs, [0 if mine else None for mine in own]
+
+
+def not_split(xs) -> None:
+    """Raise if an array is split over an explicit mesh: the parts of a loop's state would be, too."""
+    for x in jax.tree.leaves(xs):
+        sharding = getattr(jax.typeof(x), "sharding", None)
+        if sharding is not None and any(name is not None for name in sharding.spec):
+            raise TypeError(
+                f"a solve takes no array that is split over an explicit mesh (here {sharding.spec}): give each "
+                "device its part by jax.shard_map(..., check_vma=False), or make a mesh of AxisType.Auto, or "
+                "put the array whole on every device by jax.reshard(x, jax.P())."
+            )
 
 
 # Where tangents go into a part that has derivatives in reverse mode alone. JAX would say so when a program is
