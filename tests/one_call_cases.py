@@ -20,6 +20,16 @@ from jaxode.batch import plans
 from jaxode.kernels import rules
 from jaxode.methods.tables import methods
 
+
+def with_a_rule(y):
+    """A function with a derivative of its own."""
+    sine = rules.custom_jvp(lambda y: jnp.sin(2 * y))
+    sine.defjvp(
+        lambda primals, tangents: (sine(*primals), 2 * jnp.cos(2 * primals[0]) * tangents[0])
+    )
+    return sine(y)
+
+
 # One field for each rule of `kernels/one_call.py`.
 
 
@@ -185,7 +195,7 @@ CALLS = {
     "jit": lambda y: jax.jit(lambda y: 2 * y)(y),
     "custom_jvp_call": softened,
     "custom_vjp_call": halved,
-    "ruled": lambda y: rules.custom_jvp(lambda y: jnp.sin(2 * y))(y),
+    "ruled": with_a_rule,
     "custom_linear_solve": lambda y: lax.custom_linear_solve(
         lambda x: 2 * x, y, lambda _, b: b / 2, lambda _, b: b / 2
     ),

@@ -7,9 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from jaxode import tableaus
 from jaxode.methods import named, tableau
-from jaxode.methods.tables import methods
+from jaxode.methods.tables import dop853, dopri5, methods
 
 tables = pytest.mark.parametrize("table", methods.values(), ids=methods)
 embedded = pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def test_tables_agree_with_scipy(ours, theirs):
 def test_dense_output_agrees_with_scipy_inside_one_step():
     from scipy.integrate import DOP853, RK45
 
-    for table, solver in [(tableaus.dopri5, RK45), (tableaus.dop853, DOP853)]:
+    for table, solver in [(dopri5, RK45), (dop853, DOP853)]:
         theirs = solver(field, 0.0, [0.5, 1.0], 2.0, first_step=0.5, rtol=1, atol=1)
         theirs.step()
         a, c, y = matrix(table), [*table.c, *table.extra_c], np.array([0.5, 1.0])

@@ -71,7 +71,8 @@ def poisoned_jvp(primals, tangents):
     def spread(y_dot):
         everywhere = jnp.broadcast_to(total, y_dot.shape).astype(tree.real_dtype(y_dot))
         more = poison.bind(everywhere, ~success)
-        return y_dot + (lax.complex(more, more) if jnp.iscomplexobj(y_dot) else more)
+        more = lax.complex(more, more) if jnp.iscomplexobj(y_dot) else more
+        return y_dot + more.astype(y_dot.dtype)
 
     return poisoned(ys, success, inputs), jax.tree.map(spread, ys_dot)
 
