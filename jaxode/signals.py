@@ -269,10 +269,12 @@ def inlined(jaxpr: core.Jaxpr, *args, ask=locate) -> list:
     return list(map(read, jaxpr.outvars))
 
 
-def opened(jaxpr: core.Jaxpr | core.ClosedJaxpr, args) -> tuple:
-    """A jaxpr whose constants are its first arguments, and all arguments."""
-    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else []
-    inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+def opened(jaxpr: core.Jaxpr | core.ClosedJaxpr, args, all_given: bool = False) -> tuple:
+    """A jaxpr whose constants are its first arguments, and all arguments; `all_given`: args begins with the
+    constants (in JAX 0.12 every jaxpr is a closed one, and so has values of its own for them)."""
+    closed = isinstance(jaxpr, core.ClosedJaxpr)
+    consts = jaxpr.consts if closed and not all_given else []
+    inner = jaxpr.jaxpr if closed else jaxpr
     return inner.replace(constvars=(), invars=[*inner.constvars, *inner.invars]), *consts, *args
 
 
@@ -324,7 +326,7 @@ class Split:
     """
 
     def __init__(self, trace: Trace, leaves, y0, t):
-        func, *args = opened(trace.jaxpr, [*leaves, *jax.tree.leaves(y0), t])
+        func, *args = opened(trace.jaxpr, [*leaves, *jax.tree.leaves(y0), t], all_given=True)
         self.jaxpr, *args = opened(jax.make_jaxpr(partial(inlined, func))(*args), args)
         *given, self.t = self.jaxpr.invars
         y = given[len(given) - len(jax.tree.leaves(y0)) :]
