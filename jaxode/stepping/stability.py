@@ -19,9 +19,9 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 
 SAFETY = 0.9  # of the radius of the stability region
-# The power method turns in each of the first trial steps, in which the size may grow tenfold, and in every
-# fourth one after them.
-FIRST, EVERY = 12, 4
+# The power method turns before each of the first trial steps, in which the size may grow tenfold, and before
+# some of those after them: more often where a mode twice as fast as the known ones would be at the limit.
+FAR, NEAR = (4, 8), (12, 4)  # (the first ..., every ...)
 
 
 class Probe(NamedTuple):
@@ -39,26 +39,33 @@ def differentiated(integrator):
     return dataclasses.replace(integrator, steady=True)
 
 
-def begin(integrator, f, state, slope):
-    """A solve before its first trial step: with a direction that has something of every mode."""
-    if not integrator.steady:
-        return state
+def begin(integrator, f, state, slope) -> Probe:
+    """Before the first trial step: a turn from a direction that has something of every mode. Of two turns a
+    rate can be made, so this step is not limited yet."""
     some = tree.any_direction(integrator.controlled(state.y))
     stretch = lambda x, s: tree.stretched(s, x).astype(x.dtype) * x
     zero = 0 * state.h
     probe = Probe(jax.tree.map(stretch, some, units_of(integrator, state.y)), zero, zero)
-    return kept(integrator, f, state._replace(probe=probe), slope, state.y)
+    return turned(integrator, f, state, slope, (state.y,), probe)
 
 
-def kept(integrator, f, state, slope, *ys):
-    """A solve between two trial steps, the next of which is inside the stability region; `ys` are the states
-    at the ends of the last one, and f the field of what is controlled of them."""
-    due = (state.tried < FIRST) | (state.tried % EVERY == 0)
-    turn = lambda probe: turned(integrator, f, state, slope, ys, probe)
-    probe = lax.stop_gradient(tree.at_most_once(due, turn, state.probe))
-    most = SAFETY * integrator.method.stable_up_to(state.memory)
-    h = jnp.where(state.h * probe.fastest > most, most / probe.fastest, state.h)
-    return state._replace(h=lax.stop_gradient(h), probe=probe)
+def is_due(integrator, f, ss, state):
+    """Whether the power method is to turn before the next trial step."""
+    turns = lambda first, every: (state.tried < first) | (state.tried % every == 0)
+    near = 2 * state.h * state.probe.fastest > most(integrator, state)
+    return turns(*FAR) | (near & turns(*NEAR))
+
+
+def most(integrator, state):
+    """The largest h times the fastest rate that is let through."""
+    return SAFETY * integrator.method.stable_up_to(state.memory)
+
+
+def limited(integrator, f, ss, state):
+    """The solve with a next step inside the stability region."""
+    fastest, limit = state.probe.fastest, most(integrator, state)
+    h = jnp.where(state.h * fastest > limit, limit / fastest, state.h)
+    return state._replace(h=lax.stop_gradient(h))
 
 
 def turned(integrator, f, state, slope, ys, probe: Probe) -> Probe:
@@ -83,7 +90,15 @@ def units_of(integrator, *ys) -> PyTree:
     tolerated, rtol = integrator.tolerated(*ys), jax.tree.leaves(integrator.rtol)
     if len(rtol) == 1 and rtol[0].size == 1:
         return tolerated
-    wide = tree.widest(*(r.dtype for r in rtol))
-    most = tree.largest([jnp.max(r, initial=0).astype(wide) for r in rtol])
-    share = lambda r: jnp.where(r > 0, most / jnp.where(r > 0, r, 1).astype(wide), 1)
+    one = any_of(rtol)
+    share = lambda r: jnp.where(r > 0, one / jnp.where(r > 0, r, 1).astype(one.dtype), 1)
     return jax.tree.map(lambda t, r: t * share(r).astype(t.dtype), tolerated, integrator.rtol)
+
+
+def any_of(rtol):
+    """One of several `rtol` that stands for all; not the largest, a search that cost more than the rest of a
+    turn."""
+    wide = tree.widest(*(r.dtype for r in rtol))
+    one = tree.largest([r.reshape(-1)[0].astype(wide) for r in rtol if r.size])
+    rounding = max(float(jnp.finfo(r.dtype).eps) for r in rtol)
+    return jnp.where(one > 0, one, rounding**0.5)
