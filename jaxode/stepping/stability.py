@@ -20,8 +20,9 @@ from jaxode import tree
 
 SAFETY = 0.9  # of the radius of the stability region
 # The power method turns before each of the first trial steps, in which the size may grow tenfold, and before
-# some of those after them: more often where a mode twice as fast as the known ones would be at the limit.
-FAR, NEAR = (4, 8), (12, 4)  # (the first ..., every ...)
+# every fourth one after them. In every eighth, and the first 4, it costs 3 % less of the gradient of a small
+# system, and misses modes that become 30 or 3,000 times as fast all at once.
+FIRST, EVERY = 12, 4
 
 
 class Probe(NamedTuple):
@@ -40,8 +41,8 @@ def differentiated(integrator):
 
 
 def begin(integrator, f, state, slope) -> Probe:
-    """Before the first trial step: a turn from a direction that has something of every mode. Of two turns a
-    rate can be made, so this step is not limited yet."""
+    """Before the first trial step: a turn from a direction that has something of every mode. A rate is made of
+    two turns, so that step is not limited yet."""
     some = tree.any_direction(integrator.controlled(state.y))
     stretch = lambda x, s: tree.stretched(s, x).astype(x.dtype) * x
     zero = 0 * state.h
@@ -51,20 +52,13 @@ def begin(integrator, f, state, slope) -> Probe:
 
 def is_due(integrator, f, ss, state):
     """Whether the power method is to turn before the next trial step."""
-    turns = lambda first, every: (state.tried < first) | (state.tried % every == 0)
-    near = 2 * state.h * state.probe.fastest > most(integrator, state)
-    return turns(*FAR) | (near & turns(*NEAR))
-
-
-def most(integrator, state):
-    """The largest h times the fastest rate that is let through."""
-    return SAFETY * integrator.method.stable_up_to(state.memory)
+    return (state.tried < FIRST) | (state.tried % EVERY == 0)
 
 
 def limited(integrator, f, ss, state):
     """The solve with a next step inside the stability region."""
-    fastest, limit = state.probe.fastest, most(integrator, state)
-    h = jnp.where(state.h * fastest > limit, limit / fastest, state.h)
+    most, fastest = SAFETY * integrator.method.stable_up_to(state.memory), state.probe.fastest
+    h = jnp.where(state.h * fastest > most, most / fastest, state.h)
     return state._replace(h=lax.stop_gradient(h))
 
 
@@ -96,8 +90,8 @@ def units_of(integrator, *ys) -> PyTree:
 
 
 def any_of(rtol):
-    """One of several `rtol` that stands for all; not the largest, a search that cost more than the rest of a
-    turn."""
+    """One of several `rtol` that stands for all; not the largest, the search for which cost more than all the
+    rest of a turn (36 components)."""
     wide = tree.widest(*(r.dtype for r in rtol))
     one = tree.largest([r.reshape(-1)[0].astype(wide) for r in rtol if r.size])
     rounding = max(float(jnp.finfo(r.dtype).eps) for r in rtol)
