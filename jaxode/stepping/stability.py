@@ -82,7 +82,7 @@ def turned(integrator, f, state, slope, ys, probe: Probe) -> Probe:
 def units_of(integrator, *ys) -> PyTree:
     """How large the components of a state are beside each other: what is tolerated, as if with one `rtol`."""
     tolerated, rtol = integrator.tolerated(*ys), jax.tree.leaves(integrator.rtol)
-    if len(rtol) == 1 and rtol[0].size == 1:
+    if sum(r.size for r in rtol) <= 1:
         return tolerated
     one = any_of(rtol)
     share = lambda r: jnp.where(r > 0, one / jnp.where(r > 0, r, 1).astype(one.dtype), 1)
