@@ -2,7 +2,8 @@
 
 Each row solves the same problem with the same method, order and tolerance, is checked against a
 reference before it is timed, and is reported as a ratio of warm medians taken in turn. The table is
-printed, and written to bench/results.json and, between two marks, into README.md.
+printed, and written to bench/results.json and, between two marks, into bench/README.md; the rows of FRONT
+into README.md.
 
 `python -m bench single lanes` runs two of the groups, and `python -m bench everyday --rows Lorenz` some
 works of one: those are printed, and written nowhere but to the file that --save names. `--quick` is
@@ -55,6 +56,30 @@ PEERS = {
     "torchdiffeq": "torchdiffeq",
     "torchode": "torchode",
 }
+# What the front page shows: each shape of work, ours and theirs; the last rows are those that we lose.
+FRONT = """\
+Lotka-Volterra fit, 20 observations, gradient
+Lorenz, 101 outputs, forward
+Lorenz, 101 outputs, gradient
+Hodgkin-Huxley, 501 outputs, gradient
+batch of 8 Lorenz, gradient
+batch of 1,024 Lorenz, 101 outputs, gradient
+SIR in 12 groups, 256 of them, gradient
+Gray-Scott on 64 x 64, 11 outputs, gradient
+neural ODE, 128 samples as one state, gradient
+MLP of width 512, gradient
+CNF, 256 points, exact trace, training step
+HIRES, error 1e-5, forward
+HIRES, gradient
+1,000 of Robertson to 40, gradient
+a ball, 20 bounces, gradient
+Lorenz, 101 outputs, gradient: trace + compile
+HIRES, gradient: trace + compile
+neural ODE, 128 samples as one state, gradient: trace + compile
+Gray-Scott on 64 x 64, 11 outputs, forward: trace + compile
+1,000 balls, 20 bounces, forward
+eager odeint of a function, hundredth call""".splitlines()
+FRONT_PEERS = "diffrax", "jax", "LSODA"
 EVERYDAY = {
     **{group: partial(work_rows, group) for group in WORKS},
     "cold": cold_rows,
@@ -316,7 +341,7 @@ def times(ratio) -> str:
     return f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}"
 
 
-def shown(result) -> list[str]:
+def shown(result, names=tuple(PEERS)) -> list[str]:
     """A line of the table: our time with its spread, and how many times longer each peer takes."""
     scale = {"ms": 1e3, "s": 1.0, "times": 1.0}[result["unit"]]
     ours = result["seconds"]["jaxode"]
@@ -325,16 +350,16 @@ def shown(result) -> list[str]:
         "" if name not in result["seconds"]
         else f"{times(result['seconds'][name] / ours)}x" if result["unit"] != "times"
         else f"{result['seconds'][name]:.1f} times"
-        for name in PEERS
+        for name in names
     ]  # fmt: skip
     spread = result["spread"].get("jaxode")
     spread = "" if spread is None else f" ± {100 * spread:.0f} %"
     return [result["work"], f"{ours * scale:{digits}} {result['unit']}{spread}", *peers]
 
 
-def table(results) -> str:
-    head = ["work", "jaxode", *PEERS.values()]
-    lines = [head, ["---"] * len(head), *map(shown, results)]
+def table(results, names=tuple(PEERS)) -> str:
+    head = ["work", "jaxode", *(PEERS[name] for name in names)]
+    lines = [head, ["---"] * len(head), *(shown(result, names) for result in results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -383,12 +408,22 @@ def versions() -> str:
     )
 
 
-def write_readme(text: str) -> None:
-    """Put the table between its two marks."""
-    path = HERE.parent / "README.md"
-    before, rest = path.read_text().split("<!-- bench -->\n")
-    _, after = rest.split("<!-- /bench -->")
-    path.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
+def write(written) -> None:
+    """The tables, between their two marks, and the figure, of what results.json holds."""
+    results, runs = written["results"], written["cold_runs"]
+    how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
+    how += f", and of the everyday works medians of {runs}, each in a fresh process"
+    how += f": {written['versions']}."
+    named = {result["work"]: result for result in results}
+    front = table([named[work] for work in FRONT], FRONT_PEERS)
+    for path, text in (
+        (HERE.parent / "README.md", front),
+        (HERE / "README.md", f"{table(results)}\n\n{how}"),
+    ):
+        before, rest = path.read_text().split("<!-- bench -->\n")
+        _, after = rest.split("<!-- /bench -->")
+        path.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
+    draw(results)
 
 
 STUDIES = {
@@ -455,16 +490,13 @@ def main():
             work, ours, *peers = shown(result)
             peers = [f"{name} {cell}" for name, cell in zip(PEERS, peers) if cell]
             print(f"{work:60s}  {ours:>18s}  " + ", ".join(peers), flush=True)
-    text = json.dumps({"versions": versions(), "results": results}, indent=1)
+    written = {"versions": versions(), "cold_runs": options.cold_runs, "results": results}
+    text = json.dumps(written, indent=1)
     if options.save:
         options.save.write_text(text)
-    if not everything:
-        return
-    (HERE / "results.json").write_text(text)
-    draw(results)
-    how = "Warm medians in one run, ± half of the range between the quartiles; compilation: medians of three"
-    how += f", and of the everyday works medians of {options.cold_runs}, each in a fresh process"
-    write_readme(f"{table(results)}\n\n{how}: {versions()}.")
+    if everything:
+        (HERE / "results.json").write_text(text)
+        write(written)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import jaxode
 from jaxode import Controller, Event, Signal, SolveError, odeint, solve
 from jaxode.methods import Banded, Krylov, Sparse
 
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent / "notebooks" / "README.md"
 TS = np.linspace(0.0, 1.0, 4)
 TWO = np.array([1.0, 2.0])
 
@@ -160,8 +160,8 @@ def compilations_are_noted():
 
 
 def answers():
-    """What README says of each row of the table."""
-    table = README.read_text().split("<!-- compiles -->")[1].split("<!-- /compiles -->")[0]
+    """What the guide says of each row of the table."""
+    table = GUIDE.read_text().split("<!-- compiles -->")[1].split("<!-- /compiles -->")[0]
     rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
     return {what: answer for what, answer in rows}
 
