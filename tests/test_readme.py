@@ -1,4 +1,4 @@
-"""The front page and the guide: the code of each runs, in order, as one program; tables are those of the code."""
+"""The front page and the guide: the code of each runs, in order, as one program, and tables are true."""
 
 import json
 import re
@@ -11,7 +11,11 @@ ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "notebooks" / "README.md"
 RESULTS = ROOT / "bench" / "results.json"
 # The columns of the tables of speed whose names are not those of the bench.
-PEERS = {"diffrax takes": "diffrax", "jax.experimental.ode": "jax", "gradsolve, steps given": "gradsolve"}
+PEERS = {
+    "diffrax takes": "diffrax",
+    "jax.experimental.ode": "jax",
+    "gradsolve, steps given": "gradsolve",
+}
 PEERS |= {f"scipy {name}": name for name in ("LSODA", "Radau", "BDF")} | {"scipy RK45": "scipy"}
 PEERS |= {"a plain vmap": "plain vmap"}
 
@@ -71,11 +75,15 @@ def test_the_table_of_speed_is_the_one_that_the_bench_wrote(path, rows):
     for work, (ours, *others) in shown.items():
         seconds, unit = found[work]["seconds"], found[work]["unit"]
         scale = {"ms": 1e3, "s": 1.0, "times": 1.0}[unit]
-        assert float(ours.split()[0]) == pytest.approx(scale * seconds["jaxode"], rel=0.01, abs=0.006)
+        assert float(ours.split()[0]) == pytest.approx(
+            scale * seconds["jaxode"], rel=0.01, abs=0.006
+        )
         for peer, other in zip(peers, others):
             assert bool(other) == (peer in seconds), (work, peer)
             if other and unit != "times":
-                assert float(other[:-1]) == pytest.approx(seconds[peer] / seconds["jaxode"], rel=0.06)
+                assert float(other[:-1]) == pytest.approx(
+                    seconds[peer] / seconds["jaxode"], rel=0.06
+                )
 
 
 def test_the_table_of_adjoints_is_the_one_that_the_code_has():

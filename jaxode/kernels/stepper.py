@@ -82,7 +82,7 @@ class Stepper(NamedTuple):
         """A trial step: the state after it, its size, and what `inside` needs of it."""
         if not self.loops.forward:
             new, h, step = self.problems.each(self.trial_of_one)(own, state)
-            return self.steadied(own, new, state.y, step.y), h, step
+            return steadied(self, own, new, state.y, step.y), h, step
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
@@ -93,7 +93,7 @@ class Stepper(NamedTuple):
         step = self.stages.step(own, state.s, state.y, state.memory, h)
         found = step.y, step.slope, step.errors
         new = self.problems.each(decide)(own, state, *found, (s1, h, go))
-        return self.steadied(own, new, state.y, step.y), h, arrays_of(step)
+        return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
 
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go."""
@@ -105,27 +105,6 @@ class Stepper(NamedTuple):
             seen = events.watched(self.method, f, state, new, step, h, cut)
             new = seen if go is True else tree.where(go, seen, new)
         return watched(integrator, state, new, h, step, go), h, arrays_of(step)
-
-    def steadied(self, own, state, *ys):
-        """The state between two trial steps, the next of which is inside the stability region; `ys` are those
-        at the ends of the last one.
-
-        Whether any lane turns is asked outside of `vmap`, which would transpose all that a loop inside of it
-        reads: that took a tenth of the time of 1,024 Lorenz systems, and the turns themselves a fortieth.
-        """
-        if not self.problems.of(own)[0].steady:
-            return state
-        each, alone = self.problems.each, self.problems.axis is None
-        due = each(stability.is_due)(own, state)
-
-        def of_one(integrator, f, ss, state, due, probe, *ys):
-            slope = self.method.slope(f, state.s, state.y, state.memory)
-            new = stability.turned(integrator, controlled(self, f), state, slope, ys, probe)
-            return new if alone else tree.where(due, new, probe)
-
-        turn = lambda probe: each(of_one)(own, state, due, probe, *ys)
-        probe = tree.at_most_once(due if alone else jnp.any(due), turn, state.probe)
-        return each(stability.limited)(own, state._replace(probe=lax.stop_gradient(probe)))
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -224,7 +203,29 @@ def quiet_trial(steps: Stepper, own, state):
     new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     new = watched(integrator, state, new, h, step)
-    return steps.steadied(own, new, state.y, step.y), h, arrays_of(step), happens
+    return steadied(steps, own, new, state.y, step.y), h, arrays_of(step), happens
+
+
+def steadied(steps: Stepper, own, state, *ys):
+    """The state between two trial steps, the next of which is inside the stability region; `ys` are those
+    at the ends of the last one.
+
+    Whether any lane turns is asked outside of `vmap`, which would transpose all that a loop inside of it
+    reads: that took a tenth of the time of 1,024 Lorenz systems, and the turns themselves a fortieth.
+    """
+    if not steps.problems.of(own)[0].steady:
+        return state
+    each, alone = steps.problems.each, steps.problems.axis is None
+    due = each(stability.is_due)(own, state)
+
+    def of_one(integrator, f, ss, state, due, probe, *ys):
+        slope = steps.method.slope(f, state.s, state.y, state.memory)
+        new = stability.turned(integrator, controlled(steps, f), state, slope, ys, probe)
+        return new if alone else tree.where(due, new, probe)
+
+    turn = lambda probe: each(of_one)(own, state, due, probe, *ys)
+    probe = tree.at_most_once(due if alone else jnp.any(due), turn, state.probe)
+    return each(stability.limited)(own, state._replace(probe=lax.stop_gradient(probe)))
 
 
 def arrays_of(step: Step) -> Step:

@@ -117,6 +117,12 @@ def has(jaxpr, names) -> bool:
     return any(eqn.primitive.name in names or inner(eqn) for eqn in jaxpr.eqns)
 
 
+@functools.lru_cache(4096)
+def text_of(aval) -> str:
+    """A kind of array in words: strings compare faster than what they describe, and are slow to make."""
+    return str(aval)
+
+
 def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
     """What a jaxpr does, as nested tuples that can be compared.
 
@@ -128,10 +134,11 @@ def fingerprint(jaxpr, unknown: list, orders: int) -> tuple:
 
     def name(atom):
         if isinstance(atom, core.Literal):
-            return "literal", str(atom.aval), np.asarray(atom.val).tobytes()
-        if atom not in names:
-            names[atom] = next(number)
-        return names[atom], str(atom.aval)
+            return "literal", text_of(atom.aval), np.asarray(atom.val).tobytes()
+        if atom in names:
+            return names[atom]
+        names[atom] = next(number)
+        return names[atom], text_of(atom.aval)
 
     def parameters(eqn):
         if eqn.primitive.name not in RULES:
