@@ -339,9 +339,17 @@ class Sum:
         """Before the first step; `found` is something like what a step adds."""
         return jax.tree.map(jnp.zeros_like, found)
 
-    def add(self, total, found, accepted):
+    def add(self, total, found):
         """The fold after a step."""
-        return jax.tree.map(lambda x, more: x + jnp.where(accepted, more, 0), total, found)
+        return jax.tree.map(jnp.add, total, found)
+
+    def add_accepted(self, problems, put, total, found, accepted):
+        """The fold of one solve or of many after a trial step, that of those in which it was accepted.
+
+        `put(rows, xs, rooms)` writes into a row of each solve.
+        """
+        more = lambda found, accepted: jax.tree.map(lambda x: jnp.where(accepted, x, 0), found)
+        return problems.vmap(self.add)(total, problems.vmap(more)(found, accepted))
 
     def total(self, found):
         """The fold of many steps, along the leading axis; those that were none have added zeros."""

@@ -19,9 +19,9 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.batch.layout import to_lanes
-from jaxode.methods.method import Method, Step, of_all
+from jaxode.methods.method import Method, Step
 from jaxode.solution import Status
-from jaxode.stepping.events import Log, Memory
+from jaxode.stepping.events import Log, Memory, happens_in
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.problems import Problems, end_of, pullback
 
@@ -54,14 +54,17 @@ class Trail:
         record, before = found
         return self.log.begin(record), tree.rooms(before, self.log.rows + 1)
 
-    def add(self, kept, found, accepted):
+    def add_accepted(self, problems, put, kept, found, accepted):
         (log, rows), (record, before) = kept, found
-        happens = accepted & jnp.any(record.counts > 0)
-        n = jnp.minimum(jnp.sum(before.counts), self.log.rows).astype(jnp.int32)
-        n = jnp.where(happens, n, self.log.rows)
-        put = lambda rows: tree.put_where(True, n, before, rows)
-        rows = tree.at_most_once(of_all(happens)[0], put, rows)
-        return self.log.add(log, record, accepted), rows
+        happens = problems.vmap(happens_in)(record, accepted)
+
+        def place(happens, counts):
+            n = jnp.minimum(jnp.sum(counts), self.log.rows).astype(jnp.int32)
+            return jnp.where(happens, n, self.log.rows)
+
+        places = problems.vmap(place)(happens, before.counts)
+        rows = tree.at_most_once(jnp.any(happens), lambda rows: put(places, before, rows), rows)
+        return self.log.add_accepted(problems, put, log, record, accepted), rows
 
 
 def with_trail(integrator):
@@ -168,7 +171,7 @@ def back_through(problems: Problems, own, mask, events: Any, ahead, who, jumps, 
     def event(integrator, f, ss, y, s, due, counts):
         memory = Memory(None, due, counts)
         y1, _, _, record = integrator.method.change(f, s, y, memory)
-        return y1, log.add(log.begin(record), record, True)
+        return y1, log.add(log.begin(record), record)
 
     fn = lambda problems, own, *args: problems.each(event)(own, *args)
     constant = before.s, before.due, before.counts

@@ -6,6 +6,7 @@
 | a loop over stages | a method with a table | stage by stage, in a loop |
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.kernels import forms
 from jaxode.kernels.calls import in_calls
-from jaxode.kernels.forms import CALLS, PLAIN
+from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
 from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
@@ -81,7 +82,8 @@ class Stepper(NamedTuple):
     def trial(self, own, state):
         """A trial step: the state after it, its size, and what `inside` needs of it."""
         if not self.loops.forward:
-            new, h, step = self.problems.each(self.trial_of_one)(own, state)
+            new, h, step, found = self.problems.each(self.trial_of_one)(own, state)
+            new = folded(self, own, state, new, found)
             return steadied(self, own, new, state.y, step.y), h, step
 
         def decide(integrator, f, ss, state, y, k, errors, move):
@@ -96,7 +98,7 @@ class Stepper(NamedTuple):
         return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
 
     def trial_of_one(self, integrator, f, ss, state):
-        """The same of one solve, in one go."""
+        """The same of one solve, in one go; and what the step adds to a fold."""
         s1, h, go = self.move(integrator, f, ss, state)
         step = trial_step(integrator, self.field(f), state.s, state.y, state.memory, h)
         new = integrator.accept_or_reject(state, step, s1, h, go)
@@ -104,7 +106,9 @@ class Stepper(NamedTuple):
             cut = next_end_or_event(integrator, state, end_of(ss))[2]
             seen = events.watched(self.method, f, state, new, step, h, cut)
             new = seen if go is True else tree.where(go, seen, new)
-        return watched(integrator, state, new, h, step, go), h, arrays_of(step)
+        new, fold = watched(integrator, state, new, h, step, go), integrator.fold
+        given = self.method, state.s, state.y, state.memory, h, step
+        return new, h, arrays_of(step), None if fold is None else fold.of_step(*given)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -147,7 +151,7 @@ class Stepper(NamedTuple):
             fold, added = integrator.fold, None
             if fold is not None:
                 found = fold.of_step(self.method, s, y, memory, h, step)
-                added = fold.add(fold.begin(found), found, True)
+                added = fold.add(fold.begin(found), found)
             return step.y, step.memory, d, added
 
         fn = lambda problems, own, *args: problems.each(step_of)(own, *args)
@@ -204,6 +208,16 @@ def quiet_trial(steps: Stepper, own, state):
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     new = watched(integrator, state, new, h, step)
     return steadied(steps, own, new, state.y, step.y), h, arrays_of(step), happens
+
+
+def folded(steps: Stepper, own, old, new, found):
+    """The state after a trial step, with what that adds to a fold if it was accepted."""
+    fold = steps.problems.of(own)[0].fold
+    if fold is None:
+        return new
+    accepted = new.accepted > old.accepted
+    put = partial(steps.problems.put, by_lane=steps.kernel == ONE_CALL)
+    return new._replace(folded=fold.add_accepted(steps.problems, put, new.folded, found, accepted))
 
 
 def steadied(steps: Stepper, own, state, *ys):

@@ -232,12 +232,8 @@ class Integrator(eqx.Module):
         before = state.s, state.y, state.memory, state.history
         after = s1, step.y, step.memory, history
         s, y, memory, history = tree.where(accept, after, before)
-        folded = state.folded
-        if self.fold is not None:
-            found = self.fold.of_step(self.method, state.s, state.y, state.memory, h_taken, step)
-            folded = self.fold.add(folded, found, accept)
         return state._replace(
-            s=s, h=h, y=y, memory=memory, ratio=ratio, history=history, folded=folded,
+            s=s, h=h, y=y, memory=memory, ratio=ratio, history=history,
             accepted=state.accepted + accept.astype(jnp.int32), **counted,
         )  # fmt: skip
 

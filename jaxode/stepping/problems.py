@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -51,6 +52,32 @@ class Problems(NamedTuple):
     def moved(self, y: PyTree, h, k: PyTree) -> PyTree:
         """y + h k."""
         return jax.tree.map(lambda y, k: tree.moved(y, self.spread(h, k) * k), y, k)
+
+    def put(self, rows, xs: PyTree, rooms: PyTree, by_lane: bool) -> PyTree:
+        """The arrays with xs in a row of every solve; `by_lane` writes one after another, as suits one call."""
+        axis = self.axis
+        if axis is None:
+            return tree.put_where(True, rows, xs, rooms)
+        lanes = jnp.arange(len(rows), dtype=rows.dtype)
+        if not by_lane:
+            at = (rows, ..., lanes) if axis else (lanes, rows)
+            put = lambda x, room: room.at[at].set(jnp.moveaxis(x, axis, 0), unique_indices=True)
+            return jax.tree.map(put, xs, rooms)
+
+        def lane(j, rooms):
+            row = lax.convert_element_type(rows[j], j.dtype)
+
+            def put(x, room):
+                x = jnp.expand_dims(
+                    lax.dynamic_slice_in_dim(x, j, 1, axis % x.ndim), 0 if axis else 1
+                )
+                zero = [jnp.zeros_like(j)] * (room.ndim - 2)
+                at = (row, *zero, j) if axis else (j, row, *zero)
+                return lax.dynamic_update_slice(room, x, at)
+
+            return jax.tree.map(put, xs, rooms)
+
+        return lax.fori_loop(0, len(lanes), lane, rooms)
 
     def of(self, own) -> tuple[Any, Any, Any]:
         """(integrator, field, ss), with lanes in what is a solve's own."""
