@@ -25,6 +25,7 @@ from jaxode.methods.names import by_name, methods, named
 from jaxode.signals import asks, crowded
 from jaxode.stepping.budget import START, Budget
 from jaxode.stepping.observers import Log, Progress
+from jaxode.switches import tracing
 from jaxode.tree import known
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
@@ -641,10 +642,11 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
         return checked(result, y)
 
     time = jax.ShapeDtypeStruct((), func_time)
-    closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
-    leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
-    origin = jax.tree.flatten(static)[::-1]
-    return Trace(closed.jaxpr, jax.tree.structure(out), origin), leaves
+    with tracing():
+        closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
+        origin = jax.tree.flatten(static)[::-1]
+        trace = Trace(closed.jaxpr, jax.tree.structure(out), origin)
+    return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 
 
 def like_state(k, y):
