@@ -89,6 +89,7 @@ def solve(
     log: int | None = None,
     progress: bool = False,
     max_evaluations: int | None = None,
+    compensated: bool = False,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -200,6 +201,10 @@ def solve(
             look at it, and pass "rodas5p" where a problem is stiff. For methods whose steps cost the same:
             explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
             signals, or `dt`.
+        compensated: with `dt`, whether what rounding takes from the state in a step is kept, and added to the
+            next one (`jaxode.methods.compensated`): a million steps in float32 are then as exact as a few. For
+            explicit Runge-Kutta and symplectic methods, and all adjoints but "reversible". It takes the memory
+            of a state more.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -227,7 +232,7 @@ def solve(
         func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
         throw = None if throw is None else arguments.flag("throw", throw)
         t, exact, func_time = arguments.as_times(t, y0)
-        name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
+        name, (method, dt) = method, arguments.method_for(method, linear, y0, dt, compensated)
         rtol, atol = arguments.tolerances(rtol, atol, y0, method)
         at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
         func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
