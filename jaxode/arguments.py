@@ -19,12 +19,14 @@ from jaxode.batch.vmap_rules import not_split
 from jaxode.controllers import Controller
 from jaxode.functions import FUNC, JAC, SAVE, Role, explained, in_order, no_vector
 from jaxode.kernels.traces import Trace
+from jaxode.methods.compensated import Compensated
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
 from jaxode.methods.names import by_name, methods, named
 from jaxode.signals import asks, crowded
 from jaxode.stepping.budget import START, Budget
 from jaxode.stepping.observers import Log, Progress
+from jaxode.switches import tracing
 from jaxode.tree import known
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
@@ -70,7 +72,7 @@ WORDS = by_name({
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events after_events fold resumable log progress max_evaluations"
+    "save_steps events after_events fold resumable log progress max_evaluations compensated"
 ).split()
 
 
@@ -84,12 +86,20 @@ def about_words(unknown) -> str:
     return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
-def method_for(name, linear, y0, dt) -> tuple[Method, Any]:
+def method_for(name, linear, y0, dt, compensated=False) -> tuple[Method, Any]:
     """The method of this name for a state like y0, with its linear algebra if that is given; and the size of
-    its steps if they are equal."""
+    its steps if they are equal, whose sums may be `compensated`."""
     method = with_linear(named(name), name, linear).suited_to(y0)
     method.check(None, y0)
-    return method, step_size(dt, method, name)
+    dt = step_size(dt, method, name)
+    if not flag("compensated", compensated):
+        return method, dt
+    if dt is None or not method.has_increment:
+        raise ValueError(
+            "`compensated` is for many steps of equal size by an explicit Runge-Kutta or a symplectic method: "
+            "pass `dt` and method='rk4', 'leapfrog' or their like; or leave it out."
+        )
+    return Compensated(method), dt
 
 
 def with_linear(method: Method, name, linear) -> Method:
@@ -641,10 +651,11 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
         return checked(result, y)
 
     time = jax.ShapeDtypeStruct((), func_time)
-    closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
-    leaves = [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
-    origin = jax.tree.flatten(static)[::-1]
-    return Trace(closed.jaxpr, jax.tree.structure(out), origin), leaves
+    with tracing():
+        closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
+        origin = jax.tree.flatten(static)[::-1]
+        trace = Trace(closed.jaxpr, jax.tree.structure(out), origin)
+    return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 
 
 def like_state(k, y):

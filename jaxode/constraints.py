@@ -26,6 +26,7 @@ from jaxode.methods.names import named
 from jaxode.methods.newton import solved
 from jaxode.solution import Status
 from jaxode.stepping.field import Field, System
+from jaxode.switches import moving, unchecked
 from jaxode.tree import known
 
 ITERATIONS = 50  # of Newton's method for initial values
@@ -358,7 +359,8 @@ def check(
     check_structure(problem, leaves, beside, y0, t)
     if beside is None or beside.mass is None or not known(leaves, beside, y0, t, rtol, atol):
         return y0, False
-    y, found = initial(problem, leaves, beside, y0, jnp.asarray(t[0]))
+    with unchecked():
+        y, found = initial(problem, leaves, beside, y0, jnp.asarray(t[0]))
     if not found:
         raise ValueError(NOT_FOUND)
     scale = jax.tree.map(lambda a, r, y: a + r * abs(y) + 1e-300, atol, rtol, y0)
@@ -402,16 +404,20 @@ def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear | Non
     >>> print(consistent(divider, jnp.array([6.0, 0.0]), 0.0, mass=jnp.array([1.0, 0.0])))
     [6. 2.]
     """
-    func, y0 = arguments.present((), func, t0), arguments.as_state(y0)
-    t, _, func_time = arguments.as_times([t0] if np.ndim(t0) == 0 and known(t0) else t0[None], y0)
-    given, method = (
-        (y0, t, func_time, args),
-        arguments.with_linear(named("rodas4"), "rodas4", linear),
-    )
-    func, beside, _ = told(func, given, method, "rodas4", mass, None)
-    trace, leaves = arguments.trace_of(func, *given)
-    problem = Problem(trace, None, method, func_time)
-    y, found = initial(problem, leaves, beside, y0, jnp.asarray(t)[0])
-    if known(found) and not found:
-        raise ValueError(NOT_FOUND)
-    return jax.tree.map(lambda y: tree.or_nan(found, y), y)
+    with moving():
+        func, y0 = arguments.present((), func, t0), arguments.as_state(y0)
+        t, _, func_time = arguments.as_times(
+            [t0] if np.ndim(t0) == 0 and known(t0) else t0[None], y0
+        )
+        given, method = (
+            (y0, t, func_time, args),
+            arguments.with_linear(named("rodas4"), "rodas4", linear),
+        )
+        func, beside, _ = told(func, given, method, "rodas4", mass, None)
+        trace, leaves = arguments.trace_of(func, *given)
+        problem = Problem(trace, None, method, func_time)
+        with unchecked():
+            y, found = initial(problem, leaves, beside, y0, jnp.asarray(t)[0])
+        if known(found) and not found:
+            raise ValueError(NOT_FOUND)
+        return jax.tree.map(lambda y: tree.or_nan(found, y), y)

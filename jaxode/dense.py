@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.outputs import EveryStep, Steps, from_here
 from jaxode.solution import Status
+from jaxode.switches import moving
 
 
 class Dense(eqx.Module):
@@ -70,11 +71,16 @@ class Dense(eqx.Module):
         first time and after the last there is none: a ValueError where t is known, and NaN where it is not,
         as under `jit`; NaN after a failure.
         """
-        return evaluate(self, self.times(t), False)
+        return self.at(t, False)
 
     def derivative(self, t) -> PyTree:
         """dy/dt of the same: of the polynomials, so one order less accurate."""
-        return evaluate(self, self.times(t), True)
+        return self.at(t, True)
+
+    def at(self, t, derivative: bool) -> PyTree:
+        """The states, or their derivatives."""
+        with moving():
+            return evaluate(self, self.times(t), derivative)
 
     def times(self, t) -> Array:
         """Times in the dtype of those of the solve, checked as far as they are known."""

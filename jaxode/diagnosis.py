@@ -15,6 +15,7 @@ from jaxode.integrate import MAX_STEPS, solve
 from jaxode.methods.method import Method
 from jaxode.solution import Solution
 from jaxode.stiffness import fastest_mode
+from jaxode.switches import moving, unchecked
 
 PROBES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the accepted steps: where the work is
 TOWARDS_END = (0.9, 0.999)  # of the way
@@ -116,18 +117,18 @@ def explain(func: Callable, y0: PyTree, t, *args, **options) -> Explanation:
             "explain looks at values: call it outside of jit, grad and vmap, for one solve."
         )
     rows = min(options.get("max_steps", MAX_STEPS), MAX_STEPS)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said, unchecked():
         warnings.simplefilter("always")
         solution = solve(func, y0, t, *args, log=rows, throw=False, **options)
     clipped = [w for w in said if "is below what" in str(w.message)]
     for warning in said:
         if warning not in clipped:
             warnings.warn(warning.message, stacklevel=2)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unchecked(), moving():
         warnings.simplefilter("ignore")  # they have been said
         facts = facts_of(solution, y0, bool(clipped), options)
         facts = looked_at(facts, func, y0, args, options)
-    return explained(facts)
+        return explained(facts)
 
 
 def facts_of(solution: Solution, y0: PyTree, clipped: bool, options: dict) -> Facts:

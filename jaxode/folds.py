@@ -29,6 +29,7 @@ from jaxode.functions import FOLD, in_order
 from jaxode.kernels.traces import Trace
 from jaxode.methods.method import Around, Step
 from jaxode.stepping.field import AroundField, Field, unravelled
+from jaxode.switches import unchecked
 
 
 class Fold(NamedTuple):
@@ -62,7 +63,8 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
             f"function(value, y, t, *args), the value after one; got {fold!r}."
         )
     dtype = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
-    start = jax.tree_util.tree_map_with_path(partial(as_value, dtype), fold[0])
+    with unchecked():  # a minimum starts with infinity
+        start = jax.tree_util.tree_map_with_path(partial(as_value, dtype), fold[0])
     if not jax.tree.leaves(start):
         raise TypeError(
             "the start of a `fold` must be an array or a pytree of arrays; it holds none."

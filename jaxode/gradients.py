@@ -18,6 +18,7 @@ from jaxode.integrate import MAX_STEPS
 from jaxode.methods.method import Method
 from jaxode.perturbations import Programs, Solves, flat
 from jaxode.solution import Solution, Status, succeeded
+from jaxode.switches import moving
 from jaxode.trust import Evidence
 
 REFUSED = ("log", "throw", "progress", "resumable", "heuristics", "save_steps")
@@ -158,18 +159,17 @@ def gradient_report(func: Callable, y0: PyTree, t, *args, loss: Callable | None 
     ...
     The gradient can be trusted: ...
     """
-    case = prepared(func, y0, t, args, sum_of_squares if loss is None else loss, options)
-    solves = case.solves
-    value, solution = solves.programs.value(solves.numbers, solves.tolerances)
-    if not succeeded(solution.status):
-        status = Status(int(solution.status))
-        text = f"The solve failed ({status.name.lower()}) at t = {solution.reached:g}. {status.message}"
-        remedy = "see what jaxode.explain says of it"
-        failed = Finding("failed", text.rstrip("."), remedy, float(solution.reached))
-        return GradientReport("failed", (failed,), solution)
-    with np.errstate(
-        all="ignore"
-    ):  # what explodes may become infinite, and what is not finite is told
+    # What explodes may become infinite, and what is not finite is told.
+    with moving(), np.errstate(all="ignore"):
+        case = prepared(func, y0, t, args, sum_of_squares if loss is None else loss, options)
+        solves = case.solves
+        value, solution = solves.programs.value(solves.numbers, solves.tolerances)
+        if not succeeded(solution.status):
+            status = Status(int(solution.status))
+            text = f"The solve failed ({status.name.lower()}) at t = {solution.reached:g}. {status.message}"
+            remedy = "see what jaxode.explain says of it"
+            failed = Finding("failed", text.rstrip("."), remedy, float(solution.reached))
+            return GradientReport("failed", (failed,), solution)
         evidence, gradient = collect(case, float(value), solution)
         return report_of(evidence, solution, gradient)
 

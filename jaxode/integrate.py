@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, constraints, outputs, stiffness
+from jaxode import arguments, constraints, outputs, stiffness, switches
 from jaxode.controllers import Controller
 from jaxode.events import look_for
 from jaxode.folds import fold_of
@@ -89,6 +89,7 @@ def solve(
     log: int | None = None,
     progress: bool = False,
     max_evaluations: int | None = None,
+    compensated: bool = False,
     **unknown,
 ) -> Solution:
     """Solve dy/dt = func(y, t, *args), y(t[0]) = y0, and say how it went.
@@ -200,6 +201,10 @@ def solve(
             look at it, and pass "rodas5p" where a problem is stiff. For methods whose steps cost the same:
             explicit ones, and "rodas5p" and its like, whose Jacobians are not counted. Not with events,
             signals, or `dt`.
+        compensated: with `dt`, whether what rounding takes from the state in a step is kept, and added to the
+            next one (`jaxode.methods.compensated`): a million steps in float32 are then as exact as a few. For
+            explicit Runge-Kutta and symplectic methods, and all adjoints but "reversible". It takes the memory
+            of a state more.
 
     The adjoint "backsolve" has no derivatives of `dense` and `save_steps`. With these two `mxstep` bounds the
     steps of the whole solve.
@@ -223,52 +228,54 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
-    func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
-    throw = None if throw is None else arguments.flag("throw", throw)
-    t, exact, func_time = arguments.as_times(t, y0)
-    name, (method, dt) = method, arguments.method_for(method, linear, y0, dt)
-    rtol, atol = arguments.tolerances(rtol, atol, y0, method)
-    at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
-    func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
-    trace, leaves = arguments.trace_of(func, *at)
-    driven = arguments.is_driven(trace, exact, func_time)
-    saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
-    folding = fold_of(fold, exact, *at)
-    resumable = wanted(
-        resumable,
-        exact,
-        driven,
-        (dense, save_steps, heuristics, max_evaluations, log, progress, events),
-    )
-    if len(t) == 0:
-        return no_times(y0 if saved is None else saved.like(), t, folding.start)
-    happening = look_for(events, func, *at, (heuristics, mass, driven, after_events))
-    extras = Extras(beside, watched, happening.arrays, folding.arrays)
-    arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
-    problem = constraints.Problem(trace, of_jac, method, func_time)
-    y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
-    kept = len(t), dense, save_steps
-    budget = arguments.budget_of(max_evaluations, name, method, dt, kept, driven, happening)
-    since, steps, dt, most = arguments.known_steps(
-        dt, t, exact, max_steps, driven or resumable, happening
-    )
-    static = Static(
-        trace=trace, method=method, controller=arguments.controller_or_default(controller), steps=steps,
-        adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, func_time=func_time,
-        bounded=not (isinstance(mxstep, float) and mxstep == np.inf), consistent=consistent, jac=of_jac,
-        heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
-        throw=throw is True and not known(arrays), saved=saved, fold=folding.trace, resumable=resumable,
-        seen=not driven and dt is None and known(t, rtol, atol, limits),
-        budget=budget, output=output_of(dense, saved, save_steps, most, bool(after_events)),
-        observers=arguments.watched(log, progress, most, driven),
-    )  # fmt: skip
-    given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras
-    return answer(from_knot_to_knot if driven else compiled, *given, throw)
+    with switches.moving():
+        func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
+        throw = None if throw is None else arguments.flag("throw", throw)
+        t, exact, func_time = arguments.as_times(t, y0)
+        name, (method, dt) = method, arguments.method_for(method, linear, y0, dt, compensated)
+        rtol, atol = arguments.tolerances(rtol, atol, y0, method)
+        at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
+        func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
+        trace, leaves = arguments.trace_of(func, *at)
+        driven = arguments.is_driven(trace, exact, func_time)
+        saved, watched = arguments.kept(dense, save, save_steps, exact, driven, *at)
+        folding = fold_of(fold, exact, *at)
+        resumable = wanted(
+            resumable,
+            exact,
+            driven,
+            (dense, save_steps, heuristics, max_evaluations, log, progress, events),
+        )
+        if len(t) == 0:
+            return no_times(y0 if saved is None else saved.like(), t, folding.start)
+        happening = look_for(events, func, *at, (heuristics, mass, driven, after_events))
+        extras = Extras(beside, watched, happening.arrays, folding.arrays)
+        arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
+        problem = constraints.Problem(trace, of_jac, method, func_time)
+        y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)
+        kept = len(t), dense, save_steps
+        budget = arguments.budget_of(max_evaluations, name, method, dt, kept, driven, happening)
+        since, steps, dt, most = arguments.known_steps(
+            dt, t, exact, max_steps, driven or resumable, happening
+        )
+        static = Static(
+            trace=trace, method=method, controller=arguments.controller_or_default(controller), steps=steps,
+            adjoint=arguments.named_adjoint(adjoint, method), max_steps=most, func_time=func_time,
+            bounded=not (isinstance(mxstep, float) and mxstep == np.inf), consistent=consistent, jac=of_jac,
+            heuristics=arguments.wants_heuristics(heuristics, adjoint, method), events=happening.static,
+            throw=throw is True and not known(arrays), saved=saved, fold=folding.trace, resumable=resumable,
+            seen=not driven and dt is None and known(t, rtol, atol, limits),
+            budget=budget, output=output_of(dense, saved, save_steps, most, bool(after_events)),
+            observers=arguments.watched(log, progress, most, driven),
+        )  # fmt: skip
+        given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras
+        return answer(from_knot_to_knot if driven else compiled, *given, throw)
 
 
 def answer(program, static, given, times, limits, extras, throw: bool | None) -> Solution:
     """The solution; or an error, with what there is to know of the failure."""
-    solution = program(static, *given, *times, *limits, extras)
+    with switches.unchecked():
+        solution = program(static, *given, *times, *limits, extras)
     if static.resumable:
         of = static, given, times[0], limits, extras, throw
         solution = solution._replace(resuming=Resuming.of(solution.resuming, go_on, *of))
@@ -304,11 +311,14 @@ def no_times(y0, t, folded) -> Solution:
 def checked(solution: Solution, end, throw: bool | None, hint=lambda: "") -> Solution:
     """Raise if the solve failed, where that is known; `hint()` is what else there is to say of that."""
     if throw is False or not known(solution) or np.all(succeeded(np.asarray(solution.status))):
+        switches.look_at(solution)
         return solution
     status = Status(int(solution.status))
+    with switches.unchecked():
+        more = hint()
     raise SolveError(
         f"The solve failed ({status.name.lower()}) at t = {float(solution.reached):g} of "
         f"{np.asarray(end):g}, after {int(solution.stats.evaluations)} evaluations of func. "
-        f"{status.message}{hint()}\n(Pass throw=False to get NaN and a status instead.)",
+        f"{status.message}{more}\n(Pass throw=False to get NaN and a status instead.)",
         solution,
     )

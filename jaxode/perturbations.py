@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from jaxode import tree
 from jaxode.integrate import solve
 from jaxode.solution import succeeded
+from jaxode.switches import unchecked
 
 OF_OUTPUTS = ("save", "dense", "fold", "after_events")  # options that are not about states
 
@@ -68,7 +69,7 @@ def on_host(fn: Callable, wide: bool) -> Callable:
 
     def run(*args):
         precision = jax.enable_x64(True) if wide else contextlib.nullcontext()
-        with precision, warnings.catch_warnings():
+        with precision, unchecked(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return jax.device_get(program(*args))
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxode import arguments
 from jaxode.solution import Status, succeeded
 from jaxode.stepping.integrator import State
+from jaxode.switches import moving
 from jaxode.tree import known
 
 OPTIONS = {  # that a solve which can be resumed does not have, and what to do instead
@@ -56,6 +57,11 @@ class Resuming(eqx.Module):
             raise ValueError(
                 "These are many solves: pass jax.vmap(lambda solution, t: solution.resume(t), (0, None))."
             )
+        with moving():
+            return self.went_on(t, status)
+
+    def went_on(self, t, status):
+        """The same, once it is known to be one solve."""
         seen = known(t, self.at, self.sign, self.t0)
         np_or_jnp: Any = np if seen else jnp
         times = arguments.as_times(np_or_jnp.atleast_1d(t), self.given[1])[0].astype(self.t0.dtype)

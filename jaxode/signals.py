@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode import tree
 from jaxode.kernels.traces import Trace, one_equation, variables, without_dead_code
 from jaxode.solution import Solution, Stats, Status
+from jaxode.switches import moving
 
 KINDS = ("linear", "previous", "cubic")
 
@@ -145,10 +146,11 @@ evaluated = jax.jit(evaluate)  # so that an eager call compiles once
 def as_floats(name, x):
     """Numbers as an array of floats."""
     try:
-        x = np.asarray(x) if tree.known(x) else jnp.asarray(x)
-        if x.dtype.kind in "OSUMm":
-            raise ValueError(f"got dtype {x.dtype}")
-        x = jnp.asarray(x)
+        with moving():
+            x = np.asarray(x) if tree.known(x) else jnp.asarray(x)
+            if x.dtype.kind in "OSUMm":
+                raise ValueError(f"got dtype {x.dtype}")
+            x = jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` of a signal must be an array of numbers: {error}") from error
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))

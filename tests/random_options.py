@@ -62,6 +62,7 @@ OPTIONS = {
     "after_events": [True, False, None],
     "fold": [None, (0.0, last_state), (0, last_state), 3, (None, last_state), (jnp.zeros(2), last_state)],
     "resumable": [True, False],
+    "compensated": [True, False, 1],
     "log": [None, 5, 0, True, -1],
     "progress": [False, None],
     "max_evaluations": [None, 60, 1000, 3, 0, "x"],

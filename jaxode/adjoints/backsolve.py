@@ -69,7 +69,7 @@ def backsolve(rtol=None, atol=None):
         return of_parts(form, solve_part, ends_part, pull_part)
 
     pull_part = Part(
-        "pull_backsolve", partial(run_pull, (rtol, atol)), like_pull, spread=spread_pull,
+        "pull_backsolve", partial(run_pull, (rtol, atol)), like_pull, backward=True, spread=spread_pull,
         own=lambda flags, out: flags[0], able=lambda size, flags: size is None,
     )  # fmt: skip
     part = Part("solve_backsolve", solve_part.run_form, like_solve, derivative=derivative)

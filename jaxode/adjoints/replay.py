@@ -183,6 +183,7 @@ pull_part = Part(
     "pull",
     run_pull,
     like_pull,
+    backward=True,
     own=lambda flags, out: flags[0],
     spread=spread_pull,
     able=able_to_pull,

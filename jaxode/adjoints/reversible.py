@@ -171,6 +171,7 @@ pull_part = Part(
     "pull_reversible",
     run_pull,
     replay.like_pull,
+    backward=True,
     own=lambda flags, out: flags[0],
     spread=replay.spread_pull,
 )

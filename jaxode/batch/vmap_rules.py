@@ -16,6 +16,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxode.switches import look_at_cotangents, unchecked
+
 
 class Form(NamedTuple):
     """What a part is lowered to: for one solve (`size` is None) or for many, on a platform.
@@ -46,14 +48,18 @@ class Part:
       all by default.
     - `spread(flags)`: which leaves of the arguments get an axis of their own under `jax.vmap`.
     - `able(size, flags)`: whether `run` knows of more solves than these; else JAX batches its loops.
+    - `backward`: whether the results are cotangents.
     """
 
-    def __init__(self, name: str, run: Callable, like: Callable, **rules: Callable):
+    def __init__(
+        self, name: str, run: Callable, like: Callable, backward: bool = False, **rules: Callable
+    ):
         self.run_form, self.like = run, like
         self.derivative = rules.get("derivative")
         self.own = rules.get("own", lambda flags, out: jax.tree.map(lambda _: True, out))
         self.spread = rules.get("spread", lambda flags: flags)
         self.able = rules.get("able", lambda size, flags: True)
+        self.backward = backward
         self.primitive = primitive = Primitive(name)
         primitive.multiple_results = True
         primitive.def_impl(self.evaluate)
@@ -82,9 +88,14 @@ class Part:
 
     def evaluate(self, *leaves, **of):
         """Outside of `jit`: as a program of its own; with JAX's `disable_jit` as it stands."""
-        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-            return self.run("other", *leaves, **of)
-        return compiled(self, tuple(of.items()), *leaves)
+        with unchecked():  # what goes to other parts may be NaN where nothing is
+            if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+                outs = self.run("other", *leaves, **of)
+            else:
+                outs = compiled(self, tuple(of.items()), *leaves)
+        if self.backward:
+            look_at_cotangents(outs)
+        return outs
 
     def run(self, platform, *leaves, structure, size, flags, precision):
         """What it is lowered to."""

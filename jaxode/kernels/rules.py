@@ -91,12 +91,14 @@ def custom_root(residual: Callable, guess, iterate: Callable, tangent: Callable)
 
 
 def hoisted(fn: Callable, *examples):
-    """fn of arrays as a function of (constants, *args); and what it closes over."""
+    """fn of arrays as a function of (constants, *args), which holds none of them; and what it closes over."""
     closed, like = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    inner, structure = closed.jaxpr, jax.tree.structure(like)
+    inner = inner.replace(constvars=(), invars=[*inner.constvars, *inner.invars])
 
     def call(consts, *args):
-        outs = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
-        return jax.tree.unflatten(jax.tree.structure(like), outs)
+        outs = core.jaxpr_as_fun(core.ClosedJaxpr(inner, ()))(*consts, *args)
+        return jax.tree.unflatten(structure, outs)
 
     return call, *closed.consts
 

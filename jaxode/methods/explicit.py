@@ -50,6 +50,7 @@ class Tableau(Method):
     e_low: tuple[float, ...] | None = None
     any_state = True
     sums_slopes = True
+    has_increment = True
 
     @property
     def estimate_sees_end(self) -> bool:  # type: ignore[override]
@@ -104,6 +105,11 @@ class Tableau(Method):
         for c, row in zip(self.extra_c, self.extra_a):
             ks.append(f(tree.combine(y, h, row, ks), s + tree.scale(c, h)))
         return [tree.weighted_sum(h, [(b, k) for b, k in zip(row, ks) if b]) for row in self.dense]
+
+    def with_increment(self, f, s, y: PyTree, memory: PyTree, h) -> tuple[Step, PyTree]:
+        """A step, and h sum_i b_i k_i."""
+        step = self.step(f, s, y, memory, h)
+        return step, tree.wide_sum(h, [(b, k) for b, k in zip(self.b, step.stages) if b])
 
     def heuristics(self, y: PyTree, h, step: Step):
         """The error estimate and the stiffness estimate of a step, as smooth numbers.

@@ -89,6 +89,7 @@ class Method:
         stability: the largest h |lambda| up to which steps are stable, for modes lambda of df/dy that decay;
             None if there is no such limit, or it is not known.
         carries: whether the memory holds a result of the solve, its `carried`.
+        has_increment: whether `with_increment` says what a step adds to the state.
     """
 
     order: int
@@ -109,6 +110,7 @@ class Method:
     takes_parts: bool = False
     stability: float | None = None
     carries: bool = False
+    has_increment: bool = False
     stage_count: int = 8
 
     def suited_to(self, y0: PyTree) -> "Method":
@@ -144,6 +146,10 @@ class Method:
 
     def carried(self, memory: PyTree) -> PyTree:
         """The result of the solve that the memory holds, of a method that `carries` one."""
+        raise NotImplementedError
+
+    def with_increment(self, f, s, y: PyTree, memory: PyTree, h) -> tuple[Step, PyTree]:
+        """A step, and what it adds to the state, before that sum is rounded: in float32 or better."""
         raise NotImplementedError
 
     def check(self, func, y0: PyTree) -> None:

@@ -40,7 +40,7 @@ def made_reversible(method: Method) -> "Reversible":
         return Reversible(method)
     raise ValueError(
         "adjoint='reversible' takes steps of an explicit Runge-Kutta method ('tsit5', 'dop853', 'dopri5', "
-        "'bosh3', 'rk4', ...), without events or a fold: use adjoint='replay' with others."
+        "'bosh3', 'rk4', ...), without events or a fold, and not `compensated`: use adjoint='replay' there."
     )
 
 

@@ -32,6 +32,7 @@ class Splitting(Method):
     dense_order: int = 4
     error_order = None
     sums_slopes = True
+    has_increment = True
 
     def __post_init__(self):
         for name in ("drift", "kick"):
@@ -45,17 +46,31 @@ class Splitting(Method):
 
     def step(self, f, s, y: PyTree, memory: PyTree, h) -> Step:
         """q += drift h v(p), p += kick h g(q), in turn; both have a time of their own."""
+        return self.with_slopes(f, s, y, memory, h)[0]
+
+    def with_slopes(self, f, s, y: PyTree, memory: PyTree, h) -> tuple[Step, list]:
+        """A step, and its pairs (drift, v) and (kick, g)."""
         (q, p), tq, tp = y, s, s
+        drifts, kicks = [], []
         for drift, kick in zip(self.drift, self.kick):
             if drift:
-                q = tree.combine(q, h, [drift], [f((q, p), tp)[0]])
-                tq = tq + tree.scale(drift, h)
+                v = f((q, p), tp)[0]
+                q, tq = tree.combine(q, h, [drift], [v]), tq + tree.scale(drift, h)
+                drifts.append((drift, v))
             if kick:
-                p = tree.combine(p, h, [kick], [f((q, p), tq)[1]])
-                tp = tp + tree.scale(kick, h)
+                g = f((q, p), tq)[1]
+                p, tp = tree.combine(p, h, [kick], [g]), tp + tree.scale(kick, h)
+                kicks.append((kick, g))
         y1 = jax.tree.unflatten(jax.tree.structure(y), jax.tree.leaves((q, p)))
         k1 = f(y1, s + h)
-        return Step(y1, k1, k1, [], memory, evaluations=len(self.drift) + 1)
+        step = Step(y1, k1, k1, [], memory, evaluations=len(self.drift) + 1)
+        return step, [drifts, kicks]
+
+    def with_increment(self, f, s, y: PyTree, memory: PyTree, h) -> tuple[Step, PyTree]:
+        """A step, and h sum_i drift_i v_i with h sum_i kick_i g_i."""
+        step, slopes = self.with_slopes(f, s, y, memory, h)
+        moves = [tree.wide_sum(h, pairs) for pairs in slopes]
+        return step, jax.tree.unflatten(jax.tree.structure(y), jax.tree.leaves(moves))
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """The cubic through y, y', y1, y1' (HNW eq. II.6.7)."""
