@@ -243,6 +243,7 @@ def spirals(key, n: int, *, points: int = 100, ahead: int = 100, noise: float = 
     later = jnp.broadcast_to(times[window:], (n, ahead))
     return times[chosen], seen, later, values[:, window:]
 
+
 class LabelledSeries(NamedTuple):
     """A batch of time series, and the class of each, shape (n,)."""
 
@@ -297,7 +298,9 @@ def time_series(
     for part in ("TRAIN", "TEST"):
         path = folder / f"{name}_{part}.ts"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there: the folder must hold {name}_TRAIN.ts and _TEST.ts.")
+            raise FileNotFoundError(
+                f"{path} is not there: the folder must hold {name}_TRAIN.ts and _TEST.ts."
+            )
         parts.append(ts_file(path))
     classes = sorted({label for _, labels in parts for label in labels})
     length = max(len(x) for rows, _ in parts for x in rows)
@@ -338,7 +341,11 @@ def ts_file(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     """
     lines = Path(path).read_text().splitlines()
     begins = [i for i, line in enumerate(lines) if line.strip().lower() == "@data"]
-    rows = [line.strip().split(":") for line in lines[begins[0] + 1 :] if line.strip()] if begins else []
+    rows = (
+        [line.strip().split(":") for line in lines[begins[0] + 1 :] if line.strip()]
+        if begins
+        else []
+    )
     if not rows or any(len(row) < 2 for row in rows):
         raise ValueError(f"{path} has no line @data, or no series after it: it is not a .ts file.")
     if "(" in rows[0][0]:
@@ -363,7 +370,9 @@ def dropped(key, series: Series, fraction: float) -> Series:
     0.3
     """
     seen = components_seen(series)
-    return series._replace(mask=np.asarray(seen & jax.random.bernoulli(key, 1 - fraction, seen.shape)))
+    return series._replace(
+        mask=np.asarray(seen & jax.random.bernoulli(key, 1 - fraction, seen.shape))
+    )
 
 
 def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:

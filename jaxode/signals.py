@@ -64,7 +64,7 @@ class Signal(eqx.Module):
 
         u(t) = us[i] + x d + x (1 - x)^2 (h m - d)
 
-    It is continuous with its derivative (Morrill et al. 2021, arXiv 2106.11028, section 3), which the line is
+    It is continuous with its derivative (Morrill et al. 2021, arXiv 2106.11028), which the line is
     not, and needs no value beyond the next knot, as the line and unlike "cubic".
 
     >>> u = Signal([0, 1, 2], [0, 1, 1], "backward_hermite")
@@ -121,7 +121,7 @@ class Signal(eqx.Module):
         """The path of (time, values) that moves along time alone, and then along the values alone.
 
         With s as its parameter, which is not time, X(2 i) = (ts[i], us[i]) and X(2 i + 1) = (ts[i + 1], us[i]),
-        lines in between (Morrill et al. 2021, arXiv 2106.11028, section 3). A value is not known before its
+        lines in between (Morrill et al. 2021, arXiv 2106.11028). A value is not known before its
         time: what is driven by the path is causal, also where missing values were filled by the last ones.
 
         Args:
@@ -171,9 +171,9 @@ class Signal(eqx.Module):
         return Piece(jnp.where(flat, unit, ts), jnp.where(flat, held, us), slopes)
 
     def slopes(self):
-        """Of a cubic at its knots: its differences, one-sided at the ends."""
+        """Of a cubic at its knots: central differences, or backward ones, one-sided at the ends."""
         around = lambda x: jnp.concatenate([x[:1], x, x[-1:]])
-        return SLOPES[self.kind](around(self.ts), around(self.us))
+        return SLOPES.get(self.kind, central_slopes)(around(self.ts), around(self.us))
 
 
 class Piece(eqx.Module):

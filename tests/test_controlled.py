@@ -140,7 +140,7 @@ def test_what_is_known_before_the_time_of_a_value(path, causal):
 
 
 def test_wrong_arguments_of_a_path_are_refused():
-    with pytest.raises(ValueError, match="'rectilinear'.*got 'cubic'"):
+    with pytest.raises(ValueError, match=r"'rectilinear'.*got 'cubic'"):
         control_path(series(), "cubic")
     with pytest.raises(ValueError, match="mask of a series"):
         control_path(series()._replace(mask=jnp.ones((3, 4), bool)))

@@ -234,7 +234,7 @@ def test_a_set_of_series_is_standardised_by_its_training_part(tmp_path, monkeypa
 
 def test_without_sktime_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps sktime.*--files"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps sktime.*--files"):
         data.time_series("BasicMotions")
     with pytest.raises(FileNotFoundError, match=r"BasicMotions_TRAIN\.ts is not there"):
         data.time_series("BasicMotions", tmp_path)

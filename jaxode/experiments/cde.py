@@ -52,7 +52,9 @@ class Settings(Options):
     paths: str = option(
         ",".join(INTERPOLATIONS), "Of the CDEs.", quick="backward_hermite", words=INTERPOLATIONS
     )
-    seeds: int = option(3, "Runs of each model, each with weights of its own.", quick=1, full=5, low=1)
+    seeds: int = option(
+        3, "Runs of each model, each with weights of its own.", quick=1, full=5, low=1
+    )
     steps: int = option(300, "Steps of training.", quick=40, full=3000, low=1)
     batch: int = option(64, "Series a step.", quick=32, low=1)
     hidden: int = option(16, "Of the CDE's state.", quick=8, full=32, low=1)
@@ -86,7 +88,9 @@ class Recurrent(eqx.Module):
     def __init__(self, size: int, classes: int, hidden: int, ode: bool, key):
         keys = jax.random.split(key, 3)
         self.cell = GRUCell(2 * size + 1, hidden, key=keys[0])
-        self.field = MLPField(hidden, width=hidden, depth=1, time=False, key=keys[1]) if ode else None
+        self.field = (
+            MLPField(hidden, width=hidden, depth=1, time=False, key=keys[1]) if ode else None
+        )
         self.head = eqx.nn.Linear(hidden, classes, key=keys[2])
 
     def __call__(self, series: Series):
@@ -95,7 +99,9 @@ class Recurrent(eqx.Module):
         before = lambda x: jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
         times = series.times
         since = times - before(lax.cummax(jnp.where(there, times, times[:, :1]), axis=1))
-        inputs = jnp.concatenate([clean(series), seen.astype(times.dtype), since[..., None]], axis=-1)
+        inputs = jnp.concatenate(
+            [clean(series), seen.astype(times.dtype), since[..., None]], axis=-1
+        )
 
         def step(h, point):
             x, there, gap = point
@@ -222,7 +228,9 @@ def rows_of(found: dict) -> list[dict]:
         {
             "accuracy (%), left out:": LABELS[name],
             **{f"{percent} %": cell(runs) for percent, runs in row["accuracy"].items()},
-            "against the GRU": "" if name == "gru" else against(row["accuracy"], found["gru"]["accuracy"]),
+            "against the GRU": ""
+            if name == "gru"
+            else against(row["accuracy"], found["gru"]["accuracy"]),
             "parameters": f"{row['parameters']:,}",
             "ms/step": f"{row['ms']:.1f}",
             "evaluations": str(row["evaluations"]),
@@ -245,7 +253,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     sizes = [row["parameters"] for row in found.values()]
     lowest = min(min(runs) for row in found.values() for runs in row["accuracy"].values())
     claims = {
-        f"Every model, whatever is left out, beats the most frequent class ({most:.1f} %)": lowest > most,
+        f"Every model, whatever is left out, beats the most frequent class ({most:.1f} %)": lowest
+        > most,
         "The models have as many parameters, within 10 %": max(sizes) < 1.1 * min(sizes),
     }
     notes = (
@@ -266,7 +275,9 @@ def figure(found, sets, settings):
         middle = runs.mean(axis=1)
         spread = np.abs([runs.min(axis=1) - middle, runs.max(axis=1) - middle])
         style = "--" if name in ("gru", "ode-rnn") else "-"
-        left.errorbar(percents, middle, spread, fmt=f"o{style}", ms=5, capsize=3, label=LABELS[name])
+        left.errorbar(
+            percents, middle, spread, fmt=f"o{style}", ms=5, capsize=3, label=LABELS[name]
+        )
     left.set(xlabel="values left out (%)", ylabel="test accuracy (%)", title=settings.data)
     left.legend(fontsize=10)
     series = jax.tree.map(lambda x: x[:1], list(sets.values())[-1][1].series)

@@ -29,8 +29,8 @@ INTERPOLATIONS = ("backward_hermite", "linear", "rectilinear")
 class ControlledField(eqx.Module):
     """A multilayer perceptron of z whose output is a matrix of shape (hidden, channels).
 
-    ReLU layers, and tanh at the end: entries in (-1, 1), without which long series grow out of bounds
-    (section 5 of the paper). On any leading axes.
+    ReLU layers, and tanh at the end, as in the experiments of the paper: without it the state grows out of
+    bounds over long series. On any leading axes.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxode.nn import ControlledField
@@ -127,8 +127,9 @@ def control_path(
         interpolation: between the knots 0, 1, 2, ..., which are points of the series.
             "backward_hermite": cubics with slopes by backward differences, smooth. "linear": lines. Both
             fill a missing value by the line between those around it (the next one where there is none
-            before, the last one where there is none after), and so look ahead where values are missing. "rectilinear": along time, then along the values, on 2 T - 1
-            knots; a missing value is the last one before it, or 0: nothing is known before its time.
+            before, the last one where there is none after), and so look ahead where values are missing.
+            "rectilinear": along time, then along the values, on 2 T - 1 knots; a missing value is the last
+            one before it, or 0: nothing is known before its time.
         counts: the weight of the channels that count the observations of each component so far, which tell
             a value that was observed from one that was filled in ("observational intensity"); 1 / T makes
             them as large as a time from 0 to 1. 0 leaves these channels out.
@@ -140,9 +141,7 @@ def control_path(
         ValueError: there is no such interpolation, or the mask has another shape.
     """
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"`interpolation` must be one of {INTERPOLATIONS}, got {interpolation!r}."
-        )
+        raise ValueError(f"`interpolation` must be one of {INTERPOLATIONS}, got {interpolation!r}.")
     series = Series(*map(jnp.asarray, series))
     seen = components_seen(series) & ~jnp.isnan(series.values)
     channels = [filled(series, seen, last_one=interpolation == "rectilinear")]
