@@ -176,13 +176,7 @@ def test_how_many_knots_ahead_a_signal_looks(kind, ahead):
         assert np.flatnonzero(by_us).max() == i + ahead
 
 
-@pytest.mark.parametrize(
-    "kind, dtype",
-    [
-        *((kind, "float64") for kind in ("linear", "cubic", "backward_hermite")),
-        ("linear", "float32"),
-    ],
-)
+@pytest.mark.parametrize("kind, dtype", [("backward_hermite", "float64"), ("linear", "float32")])
 def test_what_follows_the_derivative_of_a_signal_follows_the_signal(kind, dtype):
     # dy/dt = y du/dt has the solution y0 exp(u(t) - u(0)), and steps that end at knots see no corner.
     knots, ts = KNOTS.astype(dtype), TS[:-1].astype(dtype)

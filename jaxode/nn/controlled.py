@@ -104,7 +104,7 @@ class NeuralCDE(eqx.Module):
         ts = jnp.stack([control.ts[0], control.ts[-1]]) if ts is None else jnp.asarray(ts)
 
         def velocity(z, t, control):
-            return jnp.einsum("...hc,...c->...h", self.field(z), control.derivative(t))
+            return jnp.sum(self.field(z) * control.derivative(t)[..., None, :], axis=-1)
 
         z0 = affine(self.initial, control(ts[0]))
         return solve(velocity, z0, ts, control, **dict(self.options))
