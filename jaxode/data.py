@@ -262,16 +262,21 @@ def turning(key, n: int, *, points: int = 30, noise: float = 0.1) -> LabelledSer
     >>> series.times.shape, series.values.shape, y.shape
     ((5, 30), (5, 30, 2), (5,))
     """
+    times, values, clockwise = turns(key, n, points, noise)
+    series = Series(np.asarray(times), np.asarray(values), np.ones(times.shape, bool))
+    return LabelledSeries(series, np.asarray(clockwise, np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("n", "points"))
+def turns(key, n, points, noise):
+    """Times, values and classes of `turning`: one program."""
     time_key, start_key, which_key, noise_key = jax.random.split(key, 4)
     times = jnp.sort(jax.random.uniform(time_key, (n, points)), axis=1)
     clockwise = jax.random.bernoulli(which_key, shape=(n,))
-    start = jax.random.uniform(start_key, (n,), maxval=2 * jnp.pi)
-    sign = jnp.where(clockwise, -1.0, 1.0)
-    angle = start[:, None] + 4 * jnp.pi * sign[:, None] * times
+    start = jax.random.uniform(start_key, (n, 1), maxval=2 * jnp.pi)
+    angle = start + 4 * jnp.pi * jnp.where(clockwise, -1, 1)[:, None] * times
     values = jnp.exp(-2 * times)[..., None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
-    values = values + noise * jax.random.normal(noise_key, values.shape)
-    series = Series(*map(np.asarray, (times, values, jnp.ones(times.shape, bool))))
-    return LabelledSeries(series, np.asarray(clockwise, np.int32))
+    return times, values + noise * jax.random.normal(noise_key, values.shape), clockwise
 
 
 def time_series(
