@@ -159,16 +159,6 @@ def test_a_derivative_is_that_of_the_interpolant(dtype):
         np.testing.assert_array_equal(signal.derivative(np.array([-1, 3, 5], dtype)), 0)
 
 
-def test_a_backward_hermite_cubic_is_that_of_diffrax():
-    diffrax = pytest.importorskip("diffrax")
-    us = np.stack([VALUES, VALUES[::-1]], 1)
-    coefficients = diffrax.backward_hermite_coefficients(jnp.array(KNOTS), jnp.array(us))
-    theirs = diffrax.CubicInterpolation(jnp.array(KNOTS), coefficients)
-    ours, ts = Signal(KNOTS, us, "backward_hermite"), jnp.linspace(0.01, 2.99, 20)
-    np.testing.assert_allclose(ours(ts), jax.vmap(theirs.evaluate)(ts), atol=1e-12)
-    np.testing.assert_allclose(ours.derivative(ts), jax.vmap(theirs.derivative)(ts), atol=1e-11)
-
-
 @pytest.mark.parametrize("kind, ahead", [("linear", 1), ("backward_hermite", 1), ("cubic", 2)])
 def test_how_many_knots_ahead_a_signal_looks(kind, ahead):
     for i, t in enumerate([0.3, 0.8, 1.7]):  # a time of each piece but the last
