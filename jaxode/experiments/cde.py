@@ -149,7 +149,7 @@ def parts(settings: Settings) -> dict[int, tuple[data.LabelledSeries, data.Label
     """For each percentage the series to train and to test on; what is left out at one is at larger ones."""
     if settings.data == "spirals":
         keys = jax.random.split(jax.random.key(settings.seed))
-        whole = data.turning(keys[0], 512), data.turning(keys[1], 400)
+        whole = data.turning(keys[0], 500), data.turning(keys[1], 500)
     else:
         whole = data.time_series(settings.data, settings.files or None)
     percents = list(map(int, settings.listed("dropped")))

@@ -6,6 +6,7 @@ kind. Which path: see `control_path`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -142,7 +143,16 @@ def control_path(
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"`interpolation` must be one of {INTERPOLATIONS}, got {interpolation!r}.")
-    series = Series(*map(jnp.asarray, series))
+    path = points(Series(*map(jnp.asarray, series)), interpolation, counts)
+    kind = "linear" if interpolation == "rectilinear" else interpolation
+    # After a series has ended, the first piece of its cubic goes out and comes back along one line: a state
+    # that is driven by it comes back too, to where it was.
+    return Signal(np.arange(len(path), dtype=tree.real_dtype(path)), path, kind)
+
+
+@partial(jax.jit, static_argnames=("interpolation", "counts"))
+def points(series: Series, interpolation: str, counts: float) -> Float[Array, "K n channels"]:
+    """The values of a path at its knots: one program, where it is not made inside of another."""
     seen = components_seen(series) & ~jnp.isnan(series.values)
     channels = [filled(series, seen, last_one=interpolation == "rectilinear")]
     if counts:
@@ -150,11 +160,8 @@ def control_path(
     along = lambda x: jnp.moveaxis(x, 1, 0)
     times, values = along(held_times(series, seen)), along(jnp.concatenate(channels, axis=-1))
     if interpolation == "rectilinear":
-        return Signal.rectilinear(times, values)
-    path = jnp.concatenate([times[..., None].astype(values.dtype), values], axis=-1)
-    # After a series has ended, the first piece of its cubic goes out and comes back along one line: a state
-    # that is driven by it comes back too, to where it was.
-    return Signal(np.arange(len(path), dtype=tree.real_dtype(path)), path, interpolation)
+        return Signal.rectilinear(times, values).us
+    return jnp.concatenate([times[..., None].astype(values.dtype), values], axis=-1)
 
 
 def held_times(series: Series, seen: Bool[Array, "n T d"]) -> Float[Array, "n T"]:
