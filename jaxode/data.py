@@ -263,8 +263,8 @@ def turning(key, n: int, *, points: int = 30, noise: float = 0.1) -> LabelledSer
     ((5, 30), (5, 30, 2), (5,))
     """
     times, values, clockwise = turns(key, n, points, noise)
-    series = Series(np.asarray(times), np.asarray(values), np.ones(times.shape, bool))
-    return LabelledSeries(series, np.asarray(clockwise, np.int32))
+    arrays: Any = np.asarray(times), np.asarray(values), np.ones(times.shape, bool)
+    return LabelledSeries(Series(*arrays), np.asarray(clockwise, np.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("n", "points"))
@@ -317,8 +317,9 @@ def time_series(
         values = np.stack([pad((x - mean) / np.where(spread > 0, spread, 1)) for x in rows])
         times = np.broadcast_to(np.linspace(0, 1, length, dtype=np.float32), values.shape[:2])
         mask = ~np.isnan(values)
-        series = Series(times, np.where(mask, values, 0).astype(np.float32), mask)
-        sets.append(LabelledSeries(series, np.array(list(map(classes.index, labels)), np.int32)))
+        arrays: Any = times, np.where(mask, values, 0).astype(np.float32), mask
+        y = np.array(list(map(classes.index, labels)), np.int32)
+        sets.append(LabelledSeries(Series(*arrays), y))
     return sets[0], sets[1]
 
 

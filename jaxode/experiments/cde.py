@@ -82,7 +82,7 @@ class Recurrent(eqx.Module):
     """
 
     cell: GRUCell
-    field: MLPField | None
+    field: Any  # an MLPField, or None
     head: eqx.nn.Linear
 
     def __init__(self, size: int, classes: int, hidden: int, ode: bool, key):
@@ -156,12 +156,13 @@ def parts(settings: Settings) -> dict[int, tuple[data.LabelledSeries, data.Label
     if max(percents) >= 100:
         raise ValueError(f"--dropped is a list of percentages below 100; got {settings.dropped}.")
 
-    def left(percent):
-        keys = jax.random.split(jax.random.key(settings.seed + 1))
-        less = (data.dropped(k, part.series, percent / 100) for k, part in zip(keys, whole))
-        return tuple(data.LabelledSeries(series, part.y) for series, part in zip(less, whole))
+    keys = jax.random.split(jax.random.key(settings.seed + 1))
 
-    return {percent: left(percent) for percent in percents}
+    def left(i, percent):
+        series = data.dropped(keys[i], whole[i].series, percent / 100)
+        return data.LabelledSeries(series, whole[i].y)
+
+    return {percent: (left(0, percent), left(1, percent)) for percent in percents}
 
 
 def loss(model, batch, key):
