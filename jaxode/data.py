@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import importlib.util
 import math
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxode.nn.latent import Series, components_seen
 from jaxode.nn.point_process import generator, thinned
 
 
@@ -240,6 +242,143 @@ def spirals(key, n: int, *, points: int = 100, ahead: int = 100, noise: float = 
     seen = seen + noise * jax.random.normal(noise_key, seen.shape)
     later = jnp.broadcast_to(times[window:], (n, ahead))
     return times[chosen], seen, later, values[:, window:]
+
+
+class LabelledSeries(NamedTuple):
+    """A batch of time series, and the class of each, shape (n,)."""
+
+    series: Series
+    y: np.ndarray
+
+
+def turning(key, n: int, *, points: int = 30, noise: float = 0.1) -> LabelledSeries:
+    """Spirals into the origin, at random times of [0, 1]: those of class 1 turn clockwise.
+
+    The task of diffrax's example of a neural CDE, at irregular times: exp(-2 t) (cos a, sin a) with the
+    angle a = start + 4 pi t, or start - 4 pi t for class 1, each from a random start, with noise.
+
+    >>> import jax
+    >>> series, y = turning(jax.random.key(0), 5)
+    >>> series.times.shape, series.values.shape, y.shape
+    ((5, 30), (5, 30, 2), (5,))
+    """
+    times, values, clockwise = turns(key, n, points, noise)
+    arrays: Any = np.asarray(times), np.asarray(values), np.ones(times.shape, bool)
+    return LabelledSeries(Series(*arrays), np.asarray(clockwise, np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("n", "points"))
+def turns(key, n, points, noise):
+    """Times, values and classes of `turning`: one program."""
+    time_key, start_key, which_key, noise_key = jax.random.split(key, 4)
+    times = jnp.sort(jax.random.uniform(time_key, (n, points)), axis=1)
+    clockwise = jax.random.bernoulli(which_key, shape=(n,))
+    start = jax.random.uniform(start_key, (n, 1), maxval=2 * jnp.pi)
+    angle = start + 4 * jnp.pi * jnp.where(clockwise, -1, 1)[:, None] * times
+    values = jnp.exp(-2 * times)[..., None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+    return times, values + noise * jax.random.normal(noise_key, values.shape), clockwise
+
+
+def time_series(
+    name: str = "JapaneseVowels", folder: str | Path | None = None
+) -> tuple[LabelledSeries, LabelledSeries]:
+    """A classification set of the UEA and UCR archive: (train, test), as it is split there.
+
+    Standardised by the mean and deviation of each component in the training part; times go from 0 to 1, in
+    equal steps, over the longest series. Points at the end of a series where all components are exactly 0
+    are padding, and are masked.
+
+    Args:
+        name: "JapaneseVowels" (Kudo et al. 1999: nine speakers, 12 coefficients, 7 to 29 points),
+            "BasicMotions" (four motions, 6 sensors, 100 points), or another one in the folder.
+        folder: where NAME_TRAIN.ts and NAME_TEST.ts are. None: those that the package `sktime` ships. Only
+            its files are read, nothing is imported, so that `pip install --no-deps sktime` is enough.
+
+    Raises:
+        FileNotFoundError: a file is not there, or sktime is not installed.
+        ValueError: a file is not of the format, or has times.
+    """
+    folder = shipped(name) if folder is None else Path(folder)
+    parts = []
+    for part in ("TRAIN", "TEST"):
+        path = folder / f"{name}_{part}.ts"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is not there: the folder must hold {name}_TRAIN.ts and _TEST.ts."
+            )
+        parts.append(ts_file(path))
+    classes = sorted({label for _, labels in parts for label in labels})
+    length = max(len(x) for rows, _ in parts for x in rows)
+    seen = np.concatenate(parts[0][0])
+    mean, spread = np.nanmean(seen, axis=0), np.nanstd(seen, axis=0)
+    sets = []
+    for rows, labels in parts:
+        pad = lambda x: np.pad(x, ((0, length - len(x)), (0, 0)), constant_values=np.nan)
+        values = np.stack([pad((x - mean) / np.where(spread > 0, spread, 1)) for x in rows])
+        times = np.broadcast_to(np.linspace(0, 1, length, dtype=np.float32), values.shape[:2])
+        mask = ~np.isnan(values)
+        arrays: Any = times, np.where(mask, values, 0).astype(np.float32), mask
+        y = np.array(list(map(classes.index, labels)), np.int32)
+        sets.append(LabelledSeries(Series(*arrays), y))
+    return sets[0], sets[1]
+
+
+def shipped(name: str) -> Path:
+    """The folder of a set in the package sktime, which is looked for but not imported."""
+    found = importlib.util.find_spec("sktime")
+    places = found.submodule_search_locations if found else None
+    if not places:
+        raise FileNotFoundError(
+            f"{name} is read from the files that the package sktime ships, which is not installed: "
+            "`pip install --no-deps sktime` is enough, for none of it is imported. Or give the folder of "
+            f"{name}_TRAIN.ts and {name}_TEST.ts (--files DIR)."
+        )
+    return Path(places[0]) / "datasets" / "data" / name
+
+
+def ts_file(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
+    """The series, each (length, d), and the labels in a file in the format of sktime (.ts).
+
+    After the line `@data` a line for each series: its components, separated by colons, and its label; the
+    values of a component are separated by commas, and `?` is a missing one.
+
+    Raises:
+        ValueError: the file is not of that format, or its values have times, as (time, value).
+    """
+    lines = Path(path).read_text().splitlines()
+    begins = [i for i, line in enumerate(lines) if line.strip().lower() == "@data"]
+    rows = (
+        [line.strip().split(":") for line in lines[begins[0] + 1 :] if line.strip()]
+        if begins
+        else []
+    )
+    if not rows or any(len(row) < 2 for row in rows):
+        raise ValueError(f"{path} has no line @data, or no series after it: it is not a .ts file.")
+    if "(" in rows[0][0]:
+        raise ValueError(f"{path} has a time for each value, which is not supported here.")
+    number = lambda word: float("nan" if word.strip() == "?" else word)
+    series = []
+    for i, (*parts, _) in enumerate(rows):
+        columns = [list(map(number, part.split(","))) for part in parts]
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError(f"Series {i + 1} of {path} has components of different lengths.")
+        x = np.array(columns).T
+        series.append(x[: 1 + max(np.flatnonzero(np.any(x != 0, axis=1)), default=0)])
+    return series, [row[-1].strip() for row in rows]
+
+
+def dropped(key, series: Series, fraction: float) -> Series:
+    """The series with each value left out with a probability, independently of all others.
+
+    >>> import jax, numpy as np
+    >>> series = Series(np.zeros((50, 10)), np.zeros((50, 10, 2)), np.ones((50, 10), bool))
+    >>> round(float(dropped(jax.random.key(0), series, 0.7).mask.mean()), 1)
+    0.3
+    """
+    seen = components_seen(series)
+    return series._replace(
+        mask=np.asarray(seen & jax.random.bernoulli(key, 1 - fraction, seen.shape))
+    )
 
 
 def carbon_dioxide() -> tuple[np.ndarray, np.ndarray]:

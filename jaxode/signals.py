@@ -26,7 +26,7 @@ from jaxode.kernels.traces import Trace, one_equation, variables, without_dead_c
 from jaxode.solution import Solution, Stats, Status
 from jaxode.switches import moving
 
-KINDS = ("linear", "previous", "cubic")
+KINDS = ("linear", "previous", "cubic", "backward_hermite")
 
 
 class Signal(eqx.Module):
@@ -43,8 +43,9 @@ class Signal(eqx.Module):
             padded by its last knot and value. Integers become floats.
         us: values there, shape (n, ...). Integers and booleans become floats. Values that are NaN
             matter only to a solve that reaches the piece beside them.
-        kind: "linear"; "previous" (u keeps its value until the next knot: a zero-order hold); or
-            "cubic" (Hermite, with slopes by finite differences: Catmull-Rom).
+        kind: "linear"; "previous" (u keeps its value until the next knot: a zero-order hold); "cubic"
+            (Hermite, with slopes by central differences: Catmull-Rom); or "backward_hermite" (Hermite, with
+            slopes by backward differences, so that no piece depends on what comes after its end).
 
     >>> import jax.numpy as jnp
     >>> from jaxode import Signal, odeint
@@ -57,6 +58,19 @@ class Signal(eqx.Module):
     >>> ys = odeint(lambda y, t: u(t - 1), jnp.array(0.0), [0.0, 1.5, 3.0])  # a delay
     >>> [round(float(y), 6) for y in ys]
     [0.0, 0.0, 1.0]
+
+    The cubic of kind "backward_hermite" is, on the piece of width h from knot i, with x = (t - ts[i]) / h,
+    d = us[i + 1] - us[i] and m the slope of the line through the two knots before (on the first piece, and
+    after a jump or a missing value, d / h: a line),
+
+        u(t) = us[i] + x d + x (1 - x)^2 (h m - d)
+
+    It is continuous with its derivative (Morrill et al. 2021, arXiv 2106.11028), which the line is
+    not, and needs no value beyond the next knot, as the line and unlike "cubic".
+
+    >>> u = Signal([0, 1, 2], [0, 1, 1], "backward_hermite")
+    >>> float(u(1.5)), float(u.derivative(1.0)), float(u.derivative(2.0))
+    (1.125, 1.0, 0.0)
     """
 
     ts: Float[Array, " n"]
@@ -81,10 +95,59 @@ class Signal(eqx.Module):
 
     def __call__(self, t) -> Float[Array, "..."]:
         """u(t); at an array of times, the values with the axes of t in front."""
+        return self.at(t)
+
+    def derivative(self, t) -> Float[Array, "..."]:
+        """du/dt; at an array of times, with the axes of t in front.
+
+        At a knot that of the piece that begins there; 0 before the first knot, and from the last one on. A
+        solve is broken at the knots for it too, so that it sees one polynomial on each side.
+
+        >>> from jaxode import Signal
+        >>> u = Signal([0, 1, 3], [0, 1, 0])
+        >>> [float(x) for x in u.derivative([0.5, 1.0, 4.0])]
+        [1.0, -0.5, 0.0]
+        """
+        return self.at(t, derivative=True)
+
+    def at(self, t, derivative: bool = False):
+        """The value or the derivative at t, compiled where it is known."""
         t = jnp.asarray(t)
         if t.weak_type or not jnp.issubdtype(t.dtype, jnp.inexact):
             t = lax.convert_element_type(t, self.ts.dtype)
-        return (evaluated if tree.known(self, t) else evaluate)(self, t)
+        return (evaluated if tree.known(self, t) else evaluate)(self, t, derivative)
+
+    @classmethod
+    def rectilinear(cls, ts, us) -> "Signal":
+        """The path of (time, values) that moves along time alone, and then along the values alone.
+
+        With s as its parameter, which is not time, X(2 i) = (ts[i], us[i]) and X(2 i + 1) = (ts[i + 1], us[i]),
+        lines in between (Morrill et al. 2021, arXiv 2106.11028). A value is not known before its
+        time: what is driven by the path is causal, also where missing values were filled by the last ones.
+
+        Args:
+            ts: times, shape (n, *batch), n >= 2.
+            us: values, shape (n, *batch, d).
+
+        Returns:
+            A linear signal with the 2 n - 1 knots 0, 1, 2, ... and values of shape (2 n - 1, *batch, 1 + d).
+
+        >>> from jaxode import Signal
+        >>> Signal.rectilinear([0.0, 0.5, 2.0], [[1.0], [3.0], [2.0]]).us.tolist()
+        [[0.0, 1.0], [0.5, 1.0], [0.5, 3.0], [2.0, 3.0], [2.0, 2.0]]
+        """
+        ts, us = as_floats("ts", ts), as_floats("us", us)
+        if us.shape[:-1] != ts.shape or ts.ndim == 0 or len(ts) < 2:
+            raise ValueError(
+                "A rectilinear path needs times of shape (n, *batch), n >= 2, and values of shape "
+                f"(n, *batch, d); got {ts.shape} and {us.shape}."
+            )
+        ts = ts[..., None].astype(us.dtype)
+        points = jnp.concatenate([ts, us], axis=-1)
+        corners = jnp.concatenate([ts[1:], us[:-1]], axis=-1)
+        pairs = jnp.stack([points[:-1], corners], axis=1).reshape(-1, *points.shape[1:])
+        path = jnp.concatenate([pairs, points[-1:]])
+        return cls(np.arange(len(path), dtype=tree.real_dtype(us)), path)
 
     def piece(self, t) -> "Piece":
         """The polynomial that holds around t."""
@@ -101,17 +164,17 @@ class Signal(eqx.Module):
         if self.kind == "previous":
             flat = jnp.ones_like(flat)
         slopes = None
-        if self.kind == "cubic":
+        if self.kind in SLOPES:
             around = jnp.clip(inner + jnp.arange(-1, 3, dtype=inner.dtype), 0, n - 1)
-            slopes = slopes_of(*(x.at[around].get(mode="clip") for x in (knots, self.us)))
+            slopes = SLOPES[self.kind](*(x.at[around].get(mode="clip") for x in (knots, self.us)))
             slopes = jnp.where(flat, 0, slopes)
         unit = jnp.asarray(np.arange(2), wide)
         return Piece(jnp.where(flat, unit, ts), jnp.where(flat, held, us), slopes)
 
     def slopes(self):
-        """Of the cubic at its knots: central differences, one-sided at the ends."""
+        """Of a cubic at its knots: central differences, or backward ones, one-sided at the ends."""
         around = lambda x: jnp.concatenate([x[:1], x, x[-1:]])
-        return slopes_of(around(self.ts), around(self.us))
+        return SLOPES.get(self.kind, central_slopes)(around(self.ts), around(self.us))
 
 
 class Piece(eqx.Module):
@@ -131,16 +194,27 @@ class Piece(eqx.Module):
         a, b = h * self.slopes[0] - d, d - h * self.slopes[1]
         return self.us[0] + x * d + x * (1 - x) * ((1 - x) * a + x * b)
 
+    def derivative(self, t):
+        """The derivative of the polynomial."""
+        width = self.ts[1] - self.ts[0]
+        h, d = width.astype(self.us.dtype), self.us[1] - self.us[0]
+        if self.slopes is None:
+            return d / h
+        x = ((t - self.ts[0]) / width).astype(self.us.dtype)
+        a, b = h * self.slopes[0] - d, d - h * self.slopes[1]
+        return (d + (1 - 2 * x) * ((1 - x) * a + x * b) + x * (1 - x) * (b - a)) / h
 
-def evaluate(signal: Signal, t):
-    """u(t)."""
+
+def evaluate(signal: Signal, t, derivative: bool = False):
+    """u(t), or du/dt."""
     if t.ndim:
-        return jax.vmap(partial(evaluate, signal))(t)
+        return jax.vmap(partial(evaluate, signal, derivative=derivative))(t)
     piece = signal.piece(t)
-    return piece(lax.convert_element_type(t, piece.ts.dtype))
+    t = lax.convert_element_type(t, piece.ts.dtype)
+    return piece.derivative(t) if derivative else piece(t)
 
 
-evaluated = jax.jit(evaluate)  # so that an eager call compiles once
+evaluated = jax.jit(evaluate, static_argnums=2)  # so that an eager call compiles once
 
 
 def as_floats(name, x):
@@ -181,9 +255,8 @@ def crowded(ts: np.ndarray, dtype) -> bool:
     return bool(lost > 0.01 * np.min(gaps[gaps > 0]) and lost > 8 * rounding(ts - ts[0]))
 
 
-def slopes_of(ts, us):
-    """At each knot but the first and last: a central difference, one-sided beside what is no number,
-    a jump or the end."""
+def differences(ts, us):
+    """The widths and rises between knots: 0 where there is a jump, the end, or what is no number."""
     bend = lambda x: x.reshape((-1,) + (1,) * (us.ndim - 1))
     dtype = tree.real_dtype(us) if us.dtype.itemsize > 2 else us.dtype
     widths = ts[1:] - ts[:-1]
@@ -192,8 +265,30 @@ def slopes_of(ts, us):
     # Zero where it is not sound, before anything is divided: then no derivative is 0 times NaN.
     widths = jnp.where(sound, bend(widths).astype(dtype), 0)
     rises = jnp.where(sound, us[1:] - us[:-1], 0)
-    width, rise = widths[1:] + widths[:-1], rises[1:] + rises[:-1]
-    return rise / jnp.where(width > 0, width, 1).astype(us.dtype)
+    return widths, rises
+
+
+def central_slopes(ts, us):
+    """At each knot but the first and last: a central difference, one-sided beside what is no number,
+    a jump or the end."""
+    widths, rises = differences(ts, us)
+    return ratio(rises[1:] + rises[:-1], widths[1:] + widths[:-1])
+
+
+def backward_slopes(ts, us):
+    """At each knot but the first and last: the difference to the one before, or, where there is none that
+    is sound, to the one after."""
+    widths, rises = differences(ts, us)
+    before = widths[:-1] > 0
+    return ratio(*(jnp.where(before, x[:-1], x[1:]) for x in (rises, widths)))
+
+
+def ratio(rise, width):
+    """The slope of a line; 0 where it has no width."""
+    return rise / jnp.where(width > 0, width, 1).astype(rise.dtype)
+
+
+SLOPES = {"cubic": central_slopes, "backward_hermite": backward_slopes}
 
 
 # The one operation that a signal asks.

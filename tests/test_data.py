@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import threading
 from pathlib import Path
 
@@ -163,3 +164,94 @@ def test_the_real_subset_is_read():
     train, test = data.mnist(folder)
     assert (len(train.y), len(test.y)) == (8000, 2000)
     assert set(train.y) == set(range(10)) and 0.1 < train.x.mean() < 0.2
+
+
+# Labelled time series.
+
+TS_FILE = """#A comment
+@problemName Tiny
+@timeStamps false
+@classLabel true low high
+@data
+1.0,2.0,?:0.5,-1.0,4.0:low
+3.0,5.0,0.0,0.0:2.0,0.0,0.0,0.0:high
+"""
+
+
+def test_spirals_turn_as_their_class_says():
+    series, y = data.turning(KEY, 200, noise=0.0)
+    x = np.asarray(series.values)
+    area = np.sum(x[:, :-1, 0] * x[:, 1:, 1] - x[:, :-1, 1] * x[:, 1:, 0], axis=1)
+    assert np.all((area < 0) == (y == 1)) and 60 < y.sum() < 140
+    assert np.all(np.diff(series.times, axis=1) >= 0)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=-1), np.exp(-2 * series.times), rtol=1e-5)
+
+
+def test_a_file_of_series_has_their_values_and_labels_without_padding(tmp_path):
+    path = tmp_path / "Tiny_TRAIN.ts"
+    path.write_text(TS_FILE)
+    series, labels = data.ts_file(path)
+    assert labels == ["low", "high"]
+    np.testing.assert_array_equal(series[0], [[1, 0.5], [2, -1], [np.nan, 4]])
+    np.testing.assert_array_equal(series[1], [[3, 2], [5, 0]])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1,2:3,4:a\n", "no line @data"),
+        ("@data\n", "no series"),
+        ("@data\n(0,1),(1,2):a\n", "a time for each value"),
+        ("@data\n1,2:3,4,5:a\n", "different lengths"),
+    ],
+)
+def test_what_is_no_file_of_series_is_refused(text, message, tmp_path):
+    path = tmp_path / "wrong.ts"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data.ts_file(path)
+
+
+def test_a_set_of_series_is_standardised_by_its_training_part(tmp_path, monkeypatch):
+    folder = tmp_path / "sktime" / "datasets" / "data" / "Tiny"
+    folder.mkdir(parents=True)
+    for part, scale in (("TRAIN", 1), ("TEST", 2)):
+        lines = TS_FILE.replace("1.0,2.0,?", f"{scale},{2 * scale},?")
+        (folder / f"Tiny_{part}.ts").write_text(lines)
+    (tmp_path / "sktime" / "__init__.py").write_text("raise ImportError('this is not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    train, test = data.time_series("Tiny")
+    assert train.series.values.shape == (2, 3, 2) and train.series.values.dtype == np.float32
+    np.testing.assert_array_equal(train.y, [1, 0])  # classes are in alphabetical order
+    np.testing.assert_array_equal(train.series.mask[..., 0], [[1, 1, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(train.series.times, [[0, 0.5, 1]] * 2)
+    seen = np.array([1, 2, 3, 5])
+    first = (seen - seen.mean()) / seen.std()
+    np.testing.assert_allclose(train.series.values[:, :2, 0].ravel(), first, rtol=1e-6)
+    doubled = (np.array([2, 4]) - seen.mean()) / seen.std()
+    np.testing.assert_allclose(test.series.values[0, :2, 0], doubled, rtol=1e-6)
+
+
+def test_without_sktime_the_error_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps sktime.*--files"):
+        data.time_series("BasicMotions")
+    with pytest.raises(FileNotFoundError, match=r"BasicMotions_TRAIN\.ts is not there"):
+        data.time_series("BasicMotions", tmp_path)
+
+
+def test_the_vowels_are_those_of_the_archive():
+    if importlib.util.find_spec("sktime") is None:
+        pytest.skip("no sktime here: pip install --no-deps sktime")
+    train, test = data.time_series("JapaneseVowels")
+    assert train.series.values.shape == (270, 29, 12) and test.series.values.shape == (370, 29, 12)
+    assert np.bincount(train.y).tolist() == [30] * 9 and len(np.unique(test.y)) == 9
+    lengths = np.concatenate([part.series.mask.any(-1).sum(1) for part in (train, test)])
+    assert lengths.min() == 7 and lengths.max() == 29
+
+
+def test_what_is_left_out_of_series_is_left_out_at_a_larger_share_too():
+    series, _ = data.turning(KEY, 100)
+    some, more = (data.dropped(KEY, series, share).mask for share in (0.3, 0.7))
+    assert abs(some.mean() - 0.7) < 0.02 and abs(more.mean() - 0.3) < 0.02
+    assert not np.any(more & ~some)

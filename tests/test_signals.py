@@ -17,6 +17,7 @@ from jaxode.nn import NeuralODE
 KNOTS = np.array([0.0, 0.7, 1.0, 2.5, 3.0])
 VALUES = np.array([0.0, 2.0, -1.0, 3.0, 1.0])
 TS = np.array([0.0, 0.7, 0.9, 2.7, 4.0])
+BACKWARD = (np.diff(VALUES) / np.diff(KNOTS))[[0, 0, 1, 2, 3]]  # to the knot before
 KINDS = pytest.mark.parametrize("kind", ["linear", "previous", "cubic"])
 
 
@@ -37,13 +38,14 @@ def exact(kind):
     return np.array(rows)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["linear", "previous", "cubic", "backward_hermite"])
 def test_a_signal_is_the_interpolant_of_that_name(kind):
     signal = Signal(KNOTS, VALUES, kind)
     others = {
         "linear": interp1d(KNOTS, VALUES),
         "previous": interp1d(KNOTS, VALUES, "previous"),
         "cubic": CubicHermiteSpline(KNOTS, VALUES, np.asarray(signal.slopes())),
+        "backward_hermite": CubicHermiteSpline(KNOTS, VALUES, BACKWARD),
     }
     t = np.linspace(0, 2.99, 50)
     np.testing.assert_allclose(jax.vmap(signal)(t), others[kind](t), atol=1e-12)
@@ -132,6 +134,81 @@ def test_the_estimates_of_all_stretches_are_summed_and_no_times_give_no_outputs(
     whole = solve(driven, jnp.array(1.0), TS, signal, **options).heuristics
     assert float(whole.error) > 0 and float(whole.stiffness) > 0
     assert odeint(driven, jnp.array(1.0), jnp.zeros(0), signal).shape == (0,)
+
+
+# Derivatives, and paths to drive by.
+
+
+def test_a_derivative_is_that_of_the_interpolant(dtype):
+    between = np.array(
+        [0.0, 0.1, 0.6, 0.7, 0.8, 1.2, 2.4, 2.5, 2.9]
+    )  # a knot belongs to what follows
+    central = np.asarray(Signal(KNOTS, VALUES, "cubic").slopes())
+    expected = {
+        "linear": (np.diff(VALUES) / np.diff(KNOTS))[[0, 0, 0, 1, 1, 2, 2, 3, 3]],
+        "previous": np.zeros(9),
+        "cubic": CubicHermiteSpline(KNOTS, VALUES, central)(between, 1),
+        "backward_hermite": CubicHermiteSpline(KNOTS, VALUES, BACKWARD)(between, 1),
+    }
+    for kind, slopes in expected.items():
+        signal = Signal(KNOTS.astype(dtype), np.stack([VALUES, 2 * VALUES], 1).astype(dtype), kind)
+        found = signal.derivative(between.astype(dtype))
+        assert found.dtype == dtype
+        precision = 1e-4 if dtype == "float32" else 1e-11
+        np.testing.assert_allclose(found, np.stack([slopes, 2 * slopes], 1), atol=precision)
+        np.testing.assert_array_equal(signal.derivative(np.array([-1, 3, 5], dtype)), 0)
+
+
+@pytest.mark.parametrize("kind, ahead", [("linear", 1), ("backward_hermite", 1), ("cubic", 2)])
+def test_how_many_knots_ahead_a_signal_looks(kind, ahead):
+    for i, t in enumerate([0.3, 0.8, 1.7]):  # a time of each piece but the last
+        by_us = jax.jacfwd(lambda us, t=t: Signal(KNOTS, us, kind)(t))(jnp.array(VALUES))
+        assert np.flatnonzero(by_us).max() == i + ahead
+
+
+@pytest.mark.parametrize("kind, dtype", [("backward_hermite", "float64"), ("linear", "float32")])
+def test_what_follows_the_derivative_of_a_signal_follows_the_signal(kind, dtype):
+    # dy/dt = y du/dt has the solution y0 exp(u(t) - u(0)), and steps that end at knots see no corner.
+    knots, ts = KNOTS.astype(dtype), TS[:-1].astype(dtype)
+
+    def solved(us):
+        signal = Signal(knots, us, kind)
+        return odeint(lambda y, t, u: y * u.derivative(t), jnp.ones((), dtype), ts, signal)
+
+    us, weights = jnp.array(VALUES / 4, dtype), jnp.arange(1, 5, dtype=dtype)
+    exact = lambda us: jnp.exp(Signal(knots, us, kind)(ts) - us[0])
+    (found, by_us), (right, expected) = (
+        jax.jit(lambda us, f=f: (f(us), jax.grad(lambda us: weights @ f(us))(us)))(us)
+        for f in (solved, exact)
+    )
+    precision = dict(rtol=1e-4, atol=1e-4) if dtype == "float32" else dict(rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, right, **precision)
+    np.testing.assert_allclose(by_us, expected, **precision)
+
+
+def test_a_backward_hermite_cubic_begins_anew_after_a_jump_or_a_missing_value():
+    x = jnp.array([0.25, 0.5, 0.75])
+    for ts, us in (([0, 1, 1, 2, 3], [0, 7, 0, 1, 1]), ([0, 0.5, 1, 2, 3], [0, np.nan, 0, 1, 1])):
+        signal = Signal(ts, us, "backward_hermite")
+        np.testing.assert_allclose(signal(1 + x), x)
+        np.testing.assert_allclose(signal(2 + x), 1 + x * (1 - x) ** 2)
+        at = lambda us, ts=ts: Signal(ts, us, "backward_hermite")(2.5)
+        by_us = jax.grad(at)(jnp.array(us, float))
+        np.testing.assert_allclose(by_us, [0, 0, -1 / 8, 3 / 4, 3 / 8], atol=1e-12)
+
+
+def test_a_rectilinear_path_moves_along_time_and_then_along_values(dtype):
+    ts = np.array([[0.0, 1.0], [0.5, 3.0], [2.0, 4.0]], dtype)  # of two series
+    us = np.arange(12, dtype=dtype).reshape(3, 2, 2)
+    path = Signal.rectilinear(ts, us)
+    assert path.us.dtype == dtype and path.us.shape == (5, 2, 3) and path.kind == "linear"
+    point = lambda i, j: np.concatenate([ts[i][:, None], us[j]], axis=1)
+    for i in range(3):
+        np.testing.assert_array_equal(path(2.0 * i), point(i, i))
+    for i in range(2):
+        np.testing.assert_array_equal(path(2.0 * i + 1), point(i + 1, i))
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(3, 2, 2\)"):
+        Signal.rectilinear(ts[:, 0], us)
 
 
 # What a signal is made of.

@@ -172,20 +172,22 @@ def fitted(
     model, loss, batches, steps: int, *, seed, folder, label, progress, rate, last, clip=None,
     parts=10, evaluate=None,
 ):  # fmt: skip
-    """The model after training by Adam, and the history.
-
-    The rate falls from `rate` to the fraction `last` of it as a cosine; gradients are clipped to the
-    norm `clip`; checkpoints and evaluations come `parts` times.
-    """
-    optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps, last))
-    if clip:
-        optimiser = optax.chain(optax.clip_by_global_norm(clip), optimiser)
-    optimiser = optax.flatten(optimiser)  # one vector of all weights: less to compile
+    """The model after training by `adam`, and the history; checkpoints and evaluations come `parts` times."""
+    optimiser = adam(steps, rate, last, clip)
     state, history = train.fit(
         loss, optimiser, train.start(model, optimiser, jax.random.key(seed)), batches, steps,
         folder=folder, every=max(1, steps // parts), evaluate=evaluate, label=label, progress=progress,
     )  # fmt: skip
     return state.model, history
+
+
+def adam(steps: int, rate: float, last: float, clip: float | None = None):
+    """Adam whose rate falls from `rate` to the fraction `last` of it as a cosine; gradients are clipped to
+    the norm `clip`."""
+    optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps, last))
+    if clip:
+        optimiser = optax.chain(optax.clip_by_global_norm(clip), optimiser)
+    return optax.flatten(optimiser)  # one vector of all weights: less to compile
 
 
 def parameters(model) -> int:

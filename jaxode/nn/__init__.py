@@ -9,12 +9,14 @@
 | classifiers | `classifier`, `Classifier`, `MLPClassifier`, `ResidualBlock`, `ResidualBlocks` |
 | densities and samples | `ContinuousFlow`, `PlanarFlow`, `Normal` |
 | irregular series | `LatentODE`, `RecognitionRNN`, `RNN`, `ODERNN`, `Series` |
+| states driven by data | `NeuralCDE`, `ControlledField`, `control_path` |
 | events in time | `PointProcess`, `JointModel` |
 | layers of these | `Conv`, `GroupNorm` |
 """
 
 from jaxode.nn.augmented import Augmented
 from jaxode.nn.classifiers import Classifier, MLPClassifier, classifier
+from jaxode.nn.controlled import ControlledField, NeuralCDE, control_path
 from jaxode.nn.fields import ConvField, MLPField
 from jaxode.nn.flows import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
 from jaxode.nn.hamiltonian import DivergenceFreeField, HamiltonianField, SeparableHamiltonian
@@ -53,6 +55,9 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "RNN",
     "ODERNN",
     "Series",
+    "NeuralCDE",
+    "ControlledField",
+    "control_path",
     "PointProcess",
     "JointModel",
     "Conv",
