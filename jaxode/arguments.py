@@ -46,29 +46,63 @@ WORDS = by_name({
     "t_eval t_span ts t0 t1 tspan tlist saveat":
         "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])",
     "max_step hmax0 dtmax dt_max": "the largest step is `hmax`",
-    "min_step hmin dtmin dt_min": "there is no least step to choose",
+    "min_step hmin dtmin dt_min force_dtmin": "there is no least step to choose",
     "first_step h0 dt0 step_size": STEP,
     "jac_sparsity col_deriv lband uband ml mu":
         "the Jacobian is derived from func, where the method needs one; what is known of its "
         "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
     "Dfun jacobian": "the Jacobian df/dy, for an implicit method, is `jac`, a function jac(y, t, *args)",
     "mass_matrix M": "the mass matrix is `mass`",
-    "event event_fn callback callbacks cb discrete_terminating_event":
+    "event event_fn callback callbacks cb discrete_terminating_event merge_callbacks cond_fn":
         "events are `events=[jaxode.Event(...), ...]`",
     "dense_output": "the solution at any time is `dense=True`, or many times in `t`",
     "tfirst vectorized": CALLED,
     "stepsize_controller controllers options":
         "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
-    "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg": GRADIENTS,
+    "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg odeint_interface":
+        GRADIENTS,
     "solver alg integrator": "the method is `method`, a name such as 'tsit5'",
-    "tcrit tstops jump_ts": "steps end at the knots of a `jaxode.Signal`, and at `jaxode.Event(times=...)`",
+    "tcrit tstops jump_ts jump_t step_ts step_t d_discontinuities":
+        "steps end at the knots of a `jaxode.Signal`, and at `jaxode.Event(times=...)`",
     "max_num_steps maxiters nsteps": "the most steps are `max_steps`",
     "full_output printmessg stats": "`solve` returns statistics and the status",
     "reltol rel_tol": "the relative tolerance is `rtol`",
     "abstol abs_tol": "the absolute tolerance is `atol`",
-    "ixpr mxhnil mxordn mxords": "it is one of LSODA, which is not here",
-    "solver_state controller_state made_jump": "a solve begins from y0 alone",
-    "progress_meter progress_bar": "a bar of a long solve is `progress=True`",
+    "ixpr mxhnil mxordn mxords with_jacobian order max_order_ns max_order_s max_hnil verbosity":
+        "it is one of LSODA or VODE, which are not here",
+    "solver_state controller_state made_jump":
+        "a solve that can go on is `resumable=True`, and `Solution.resume` goes on",
+    "progress_meter progress_bar progress_steps progress_name progress_message progress_id":
+        "a bar of a long solve is `progress=True`",
+    "u0": "the initial state is the second argument, `y0`",
+    "prob problem": "func, y0 and t are the arguments: solve(func, y0, [0.0, 1.0])",
+    "adaptive": "steps adapt, unless `dt` is given: the size of equal ones",
+    "reverse_time": "times may decrease: solve(func, y0, [1.0, 0.0])",
+    "save_everystep save_on save_start save_end initialize_save":
+        "rows of a solution are the times in `t`, or every step with save_steps=True",
+    "save_idxs save_func save_fn": "what is kept of the states is `save`, a function save(y, t, *args)",
+    "pcoeff icoeff dcoeff factormin factormax safety ifactor dfactor beta1 beta2 qmin qmax "
+    "qsteady_min qsteady_max qoldinit failfactor":
+        "the next step size is that of `controller`, such as jaxode.pid(integral=0.4, proportional=0.3, "
+        "safety=0.9, min_factor=0.2, max_factor=10.0)",
+    "beta gamma":
+        "pass parameters of func after t: solve(func, y0, t, *args); numbers of the step size are those of "
+        "`controller`, such as jaxode.pid(integral=0.4, proportional=0.3)",
+    "error_order": "the order of the error estimate is that of `method`",
+    "norm internalnorm":
+        "an error is measured as a root mean square; weigh its components by `rtol` and `atol` like y0",
+    "isoutofdomain": "a step is rejected where func is NaN: let it be NaN outside of its domain",
+    "unstable_check verbose":
+        "a solve that fails raises an error, or ends with a status: `throw`, `Solution.status`",
+    "initializealg du0 differential_vars":
+        "initial values of algebraic equations, with `mass`, are found by `jaxode.consistent`",
+    "alias alias_u0": "arrays of JAX never change, so that there is nothing to alias",
+    "calck": "the solution at any time is `dense=True`",
+    "timeseries_errors dense_errors": "problems with known answers are in `jaxode.problems`",
+    "alg_hints": "the method is `method`: 'tsit5', 'rodas5p' where a problem is stiff, or 'auto'",
+    "trajectories ensemblealg": "many solves are `jax.vmap` of one",
+    "root_finder": "the time of an event is found to rounding, by no other choice",
+    "wrap": "what is returned is always a `jaxode.Solution`",
 })  # fmt: skip
 OPTIONS = (
     "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "

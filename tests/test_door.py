@@ -126,6 +126,10 @@ def test_a_traced_step_takes_as_many_steps_as_one_that_is_known(dtype):
         (dict(stepsize_controller=1), TypeError, "`controller=jaxode.pid"),
         (dict(solver="tsit5"), TypeError, "`method`"),
         (dict(tcrit=[0.5]), TypeError, "jaxode.Signal"),
+        (dict(d_discontinuities=[0.5]), TypeError, "jaxode.Signal"),
+        (dict(isoutofdomain=print), TypeError, "NaN outside"),
+        (dict(beta=0.3, gamma=0.1), TypeError, "parameters of func after t"),
+        (dict(solver_state=1), TypeError, "`resumable=True`"),
         (dict(rtoll=1.0), TypeError, "Did you mean `rtol=`"),
         (dict(whatever=1.0), TypeError, "Options: rtol, atol"),
         (dict(method="RK45"), ValueError, "'dopri5'"),
@@ -138,6 +142,9 @@ def test_a_traced_step_takes_as_many_steps_as_one_that_is_known(dtype):
         (dict(method="Radau"), ValueError, "stiff"),
         (dict(method="Kvaerno5"), ValueError, "'kvaerno5'"),
         (dict(method="Rodas5"), ValueError, "'rodas5p'"),
+        (dict(method="QNDF2"), ValueError, "stiff"),
+        (dict(method="KahanLi6"), ValueError, "'yoshida4'"),
+        (dict(method="Sil3"), ValueError, "a pair"),
     ],
 )
 def test_an_argument_that_is_none_is_named_with_what_to_write_instead(options, error, message):
