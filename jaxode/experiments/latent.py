@@ -68,9 +68,9 @@ def elbo_loss(model, batch, key):
 
     The encoder reads the beginning of each series, up to a random point of its second half, and the
     likelihood is that of all: every step asks for a forecast. Before, the clockwise spirals were
-    learnt late, and how late decided what a run came to. After 1,200 steps of 50 spirals, each seen at
-    50 points, the RMSE was 1.71 (clockwise 2.45, the others 0.34); with this 0.63, with a gated
-    encoder 0.51, with both 0.23 (one run of each, November 2026).
+    learnt late, if at all. After 1,200 steps of 50 spirals, each seen at 50 points, the RMSE was 1.71
+    (clockwise 2.45, the others 0.34); with this 0.63, with a gated encoder 0.51, with both 0.23 (one
+    run of each, November 2026).
     """
     key, cut_key = jax.random.split(key)
     n, length = batch.times.shape
