@@ -245,8 +245,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     notes = (
         "Spirals: 100 instants that follow the window seen, without noise, 300 test series, radius about\n"
         "3; the paper's spirals and windows are not published, so only order and ratio compare. The\n"
-        f"encoder of the latent ODE is {settings.encoder}, that of the paper rnn. Carbon dioxide: a line and two\n"
-        f"harmonics fitted to each window {co2['harmonics']:.2f} ppm, the last value "
+        f"encoder of the latent ODE is {settings.encoder}, that of the paper rnn. Carbon dioxide: a line and\n"
+        f"two harmonics fitted to each window {co2['harmonics']:.2f} ppm, the last value "
         f"{co2['last value']:.2f} ppm."
     )
     return Results(rows, claims, notes, {"spirals": found, "co2": co2})

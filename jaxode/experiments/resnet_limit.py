@@ -148,28 +148,29 @@ def at(found, layers):
     return min(found["euler"], key=lambda r: abs(r["steps"] - layers))["test error"]
 
 
-def paths(axis, model, layers):
+def paths(axis, model, layers, every=1):
     """Lines: the paths of the ODE; dots: the layers of the network, run with so many of them."""
     x, labels = two_spirals(jax.random.key(3), 16)
     smooth = np.asarray(solve(model.field, x, np.linspace(0, 1, 200, dtype=np.float32)).ys)
     grid = np.linspace(0, 1, layers + 1, dtype=np.float32)
     euler = dict(method="euler", dt=1 / layers, max_steps=1024)
-    steps = np.asarray(solve(model.field, x, grid, **euler).ys)
+    steps = np.asarray(solve(model.field, x, grid, **euler).ys)[::every]
     for label, colour in ((0, "#0072B2"), (1, "#D55E00")):
         chosen = np.asarray(labels) == label
         lines = axis.plot(*np.moveaxis(smooth[:, chosen], -1, 0), color=colour, lw=1)
         dots = axis.plot(*np.moveaxis(steps[:, chosen], -1, 0), ".", color=colour, ms=5)
         lines[0].set_label(f"ODE, spiral {label + 1}")
         dots[0].set_label("layers")
-    axis.set(xlabel="first component", ylabel="second component", title=f"{layers} residual layers")
+    axis.set(xlabel="first component", ylabel="second component")
 
 
 def figure(model, found, settings):
     """Paths of a ResNet and of the ODE; error against steps; test error against steps."""
     plt_figure, axes = plt.subplots(1, 4, figsize=(19, 4.8))
     paths(axes[0], model, settings.layers)
-    paths(axes[1], model, 8 * settings.layers)
+    paths(axes[1], model, 8 * settings.layers, every=8)
     axes[0].set_title(f"{settings.layers} residual layers, as trained")
+    axes[1].set_title(f"{8 * settings.layers} layers, every eighth drawn")
     axes[0].legend(fontsize=10)
     for method, order in zip(METHODS, (1, 2, 4)):
         counts = np.array([r["steps"] for r in found[method]])
