@@ -1,5 +1,7 @@
 """Latent ODEs, recurrent networks and point processes on ragged series."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from jaxode.nn import ODERNN, RNN, JointModel, LatentODE, PointProcess, Recognit
 from jaxode.nn.latent import Decoder, GRUCell
 
 KEY = jax.random.key(0)
-ENCODERS = pytest.mark.parametrize("encoder", [RecognitionRNN, ODERNN])
+GATED = functools.partial(RecognitionRNN, gated=True)
+ENCODERS = pytest.mark.parametrize("encoder", [RecognitionRNN, GATED, ODERNN])
 
 
 def series(dtype="float64", n=4, length=6):
@@ -90,6 +93,19 @@ def test_consistency_is_the_density_of_the_path_under_the_encoder():
 
     # The cut is drawn from the middle third of six places.
     assert any(np.allclose((more - plain) / 2, density(cut), rtol=1e-9) for cut in (2, 3))
+
+
+def test_an_encoder_that_reads_the_beginning_is_asked_for_the_whole_series():
+    model = LatentODE.make(2, dtype=jnp.float64, key=KEY)
+    batch = series()
+    read = jnp.broadcast_to(jnp.arange(6) < 3, (4, 6))
+    hidden = jnp.where(read[..., None], batch.values, 1e3)  # from the encoder
+    first = batch._replace(values=hidden, mask=batch.mask & read)
+    z0, kl = model.encode(first, jax.random.split(KEY)[0])
+    mean = np.asarray(model.decoder(model.paths(z0, batch.times).ys))
+    terms = norm.logpdf(np.asarray(batch.values), mean, model.noise)
+    expected = np.sum(terms, axis=(1, 2), where=np.asarray(batch.mask)[..., None]) - kl
+    np.testing.assert_allclose(model.elbo(batch, key=KEY, read=read)[0], expected, rtol=1e-9)
 
 
 def test_gradients_of_the_bound_are_finite_for_rows_of_one_point():

@@ -123,6 +123,39 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     return Results(rows, claims, notes, {"runs": found})
 
 
+def in_plane(model, *clouds):
+    """Where points are at t = 1: across, and the answer of the read-out; a pair of arrays a cloud.
+
+    `across` is the widest direction of all features in which the answer does not change.
+    """
+    end = np.asarray(model.layer.solve(jnp.concatenate(clouds)).ys[-1])
+    answer = np.asarray(affine(model.head, end))[:, 0]
+    weights = np.asarray(model.head.weight)
+    rest = end - end @ weights.T @ weights / np.sum(weights**2)
+    rest -= rest.mean(0)
+    across = rest @ np.linalg.svd(rest, full_matrices=False)[2][0]
+    cuts = np.cumsum([len(cloud) for cloud in clouds])[:-1]
+    return list(zip(np.split(across, cuts), np.split(answer, cuts)))
+
+
+def features(axis, model):
+    """Where a flow takes a disc, a ring, and the circles that bound them."""
+    x, y = annuli(jax.random.key(0), 600)
+    angle = jnp.linspace(0, 2 * jnp.pi, 2000)
+    circle = jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
+    disc, ring = x[y[:, 0] < 0], x[y[:, 0] > 0]
+    disc, ring, inner, outer = in_plane(model, disc, ring, circle, 2 * circle)
+    for cloud, bound, colour, label in (
+        (disc, inner, "#0072B2", "disc"),
+        (ring, outer, "#D55E00", "ring"),
+    ):
+        axis.plot(*cloud, ".", color=colour, ms=5, alpha=0.7, label=label)
+        axis.plot(*bound, color=colour, lw=1.2, label=f"edge of the {label}")
+    for target in (-1, 1):
+        axis.axhline(target, color="black", ls=":", lw=1)
+    axis.set(xlabel="across", ylabel="answer (targets dotted)")
+
+
 def figure(found, models):
     """Paths on the line, features of the plane, and evaluations over training."""
     plt_figure, axes = plt.subplots(2, 3, figsize=(14, 8))
@@ -131,13 +164,12 @@ def figure(found, models):
         x = jnp.linspace(-1, 1, 11)[:, None]
         paths = np.asarray(models["x to -x", name].layer.solve(x, ts).ys)[..., 0]
         axes[0, i].plot(ts, paths, color="#0072B2", lw=1.3)
+        axes[0, i].plot(np.ones(11), -x, "o", color="black", mfc="none", clip_on=False, label="-x")
         axes[0, i].set(xlabel="t", ylabel="first component", title=f"x to -x, {name}")
-        x, y = annuli(jax.random.key(0), 600)
-        end = np.asarray(models["disc in a ring", name].layer.solve(x).ys[-1])
-        centred = end - end.mean(0)
-        plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
-        axes[1, i].scatter(*plane.T, c=np.asarray(y[:, 0]), cmap="coolwarm", s=12)
+        axes[0, i].legend(loc="upper right")
+        features(axes[1, i], models["disc in a ring", name])
         axes[1, i].set(title=f"disc in a ring at t = 1, {name}")
+    axes[1, 0].legend(fontsize=10)
     for axis, task in zip(axes[:, 2], TASKS):
         for name in ("plain", "augmented"):
             axis.plot(running_mean(found[f"{task}, {name}"]["evaluations"]), label=name)

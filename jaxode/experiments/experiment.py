@@ -29,10 +29,12 @@ STYLE: Any = {
         color=["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]
     ),
     "figure.constrained_layout.use": True,
-    "figure.dpi": 120,
+    "figure.dpi": 80,  # in a notebook, which holds its pictures
+    "figure.facecolor": "white",  # on dark pages, too
     "legend.frameon": False,
     "lines.linewidth": 2.2,
     "savefig.bbox": "tight",
+    "savefig.dpi": 120,
 }
 
 

@@ -5,6 +5,7 @@ networks; and the weekly carbon dioxide of Mauna Loa, forecast into years held o
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import equinox as eqx
@@ -19,7 +20,11 @@ from jaxode.nn import ODERNN, RNN, LatentODE, RecognitionRNN, Series
 
 SCALE = 4.0  # the networks see spirals divided by this
 PUBLISHED = {30: (0.3937, 0.1642), 50: (0.3202, 0.1502), 100: (0.1813, 0.1346)}
-ENCODERS = {"rnn": RecognitionRNN, "ode-rnn": ODERNN}
+ENCODERS = {
+    "rnn": RecognitionRNN,
+    "gru": functools.partial(RecognitionRNN, gated=True),
+    "ode-rnn": ODERNN,
+}
 WINDOW, AHEAD, FIRST_HELD_OUT = 4.0, 2.0, 1990.0  # years
 
 
@@ -29,19 +34,24 @@ class Settings(Options):
 
     points: str = option("30,50,100", "Observations of each spiral.", quick="30", words=int)
     series: int = option(1000, "Spirals to train on.", quick=200, low=2)
-    batch: int = option(200, "Series a step.", quick=50, low=1)
-    steps: int = option(1500, "Steps of the latent ODE.", quick=150, full=10_000, low=1)
+    batch: int = option(50, "Spirals a step of the latent ODE.", low=1)
+    steps: int = option(3000, "Steps of the latent ODE.", quick=150, full=20_000, low=1)
+    other_batch: int = option(
+        200, "Series a step of the recurrent networks, and on carbon dioxide.", quick=50, low=1
+    )
     rnn_steps: int = option(1500, "Steps of each recurrent network.", quick=100, full=10_000, low=1)
     co2_steps: int = option(1500, "Steps on carbon dioxide.", quick=4, full=6000, low=1)
-    encoder: str = option("rnn", "Of the latent ODE.", choices=tuple(ENCODERS))
+    encoder: str = option(
+        "gru", "Of the latent ODE; that of the paper is rnn.", choices=tuple(ENCODERS)
+    )
     noise: float = option(0.3, "Assumed standard deviation of the observations.", low=1e-3)
 
 
-def fitted_to(series, model, loss, settings, steps, folder, label, progress, rate, evaluate):
+def fitted_to(series, model, loss, settings, steps, batch, folder, label, progress, rate, evaluate):
     """The model after training on a set of series, and its history."""
     key = jax.random.key(settings.seed)
     size = len(series.times)
-    batch = min(settings.batch, size)
+    batch = min(batch, size)
 
     def batches(step):
         i = data.batch_indices(key, size, batch, step)
@@ -54,8 +64,18 @@ def fitted_to(series, model, loss, settings, steps, folder, label, progress, rat
 
 
 def elbo_loss(model, batch, key):
-    """The negative bound, and the most evaluations of a series."""
-    bound, stats = model.elbo(batch, key=key, consistency=1.0)
+    """The negative bound, and the most evaluations of a series.
+
+    The encoder reads the beginning of each series, up to a random point of its second half, and the
+    likelihood is that of all: every step asks for a forecast. Before, the clockwise spirals were
+    learnt late, if at all. After 1,200 steps of 50 spirals, each seen at 50 points, the RMSE was 1.71
+    (clockwise 2.45, the others 0.34); with this 0.63, with a gated encoder 0.51, with both 0.23 (one
+    run of each, November 2026).
+    """
+    key, cut_key = jax.random.split(key)
+    n, length = batch.times.shape
+    cut = jax.random.randint(cut_key, (n, 1), length // 2, length + 1)
+    bound, stats = model.elbo(batch, key=key, consistency=1.0, read=jnp.arange(length) < cut)
     return -jnp.mean(bound), {"evaluations": jnp.max(stats.evaluations)}
 
 
@@ -96,6 +116,7 @@ def on_spirals(points, settings, folder, progress):
         trained[name], history = fitted_to(
             series, model, elbo_loss if latent else prediction_loss, settings,
             settings.steps if latent else settings.rnn_steps,
+            settings.batch if latent else settings.other_batch,
             folder / label.lower().replace(" ", "-").replace(",", ""), label, progress,
             1e-2 if latent else 5e-3, rmse,
         )  # fmt: skip
@@ -176,8 +197,8 @@ def on_co2(settings, folder, progress):
         return {"rmse": 5 * jnp.sqrt(jnp.mean((model.predict(seen, later) - truth) ** 2))}
 
     model, history = fitted_to(
-        train_set, model, loss, settings, settings.co2_steps, folder / "co2", "carbon dioxide",
-        progress, 5e-3, rmse,
+        train_set, model, loss, settings, settings.co2_steps, settings.other_batch, folder / "co2",
+        "carbon dioxide", progress, 5e-3, rmse,
     )  # fmt: skip
     error = lambda x: 5 * float(np.sqrt(np.mean((x - truth) ** 2)))
     last = np.broadcast_to(seen.values[:, -1:], truth.shape)
@@ -195,6 +216,8 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     found, models = {}, {}
     for points in counts:
         found[points], models[points] = on_spirals(points, settings, folder, progress)
+        weights = folder / f"latent-ode-{points}-points.eqx"
+        eqx.tree_serialise_leaves(weights, models[points]["latent ODE"])
     co2, forecast = on_co2(settings, folder, progress)
     rows = []
     for points in counts:
@@ -221,8 +244,9 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         )
     notes = (
         "Spirals: 100 instants that follow the window seen, without noise, 300 test series, radius about\n"
-        "3; the paper's spirals and windows are not published, so only order and ratio compare. Carbon\n"
-        f"dioxide: a line and two harmonics fitted to each window {co2['harmonics']:.2f} ppm, the last value "
+        "3; the paper's spirals and windows are not published, so only order and ratio compare. The\n"
+        f"encoder of the latent ODE is {settings.encoder}, that of the paper rnn. Carbon dioxide: a line and\n"
+        f"two harmonics fitted to each window {co2['harmonics']:.2f} ppm, the last value "
         f"{co2['last value']:.2f} ppm."
     )
     return Results(rows, claims, notes, {"spirals": found, "co2": co2})

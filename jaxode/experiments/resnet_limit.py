@@ -148,29 +148,43 @@ def at(found, layers):
     return min(found["euler"], key=lambda r: abs(r["steps"] - layers))["test error"]
 
 
+def paths(axis, model, layers, every=1):
+    """Lines: the paths of the ODE; dots: the layers of the network, run with so many of them."""
+    x, labels = two_spirals(jax.random.key(3), 16)
+    smooth = np.asarray(solve(model.field, x, np.linspace(0, 1, 200, dtype=np.float32)).ys)
+    grid = np.linspace(0, 1, layers + 1, dtype=np.float32)
+    euler = dict(method="euler", dt=1 / layers, max_steps=1024)
+    steps = np.asarray(solve(model.field, x, grid, **euler).ys)[::every]
+    for label, colour in ((0, "#0072B2"), (1, "#D55E00")):
+        chosen = np.asarray(labels) == label
+        lines = axis.plot(*np.moveaxis(smooth[:, chosen], -1, 0), color=colour, lw=1)
+        dots = axis.plot(*np.moveaxis(steps[:, chosen], -1, 0), ".", color=colour, ms=5)
+        lines[0].set_label(f"ODE, spiral {label + 1}")
+        dots[0].set_label("layers")
+    axis.set(xlabel="first component", ylabel="second component")
+
+
 def figure(model, found, settings):
     """Paths of a ResNet and of the ODE; error against steps; test error against steps."""
-    plt_figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
-    x, labels = two_spirals(jax.random.key(3), 24)
-    ts = np.linspace(0, 1, 60, dtype=np.float32)
-    smooth = np.asarray(solve(model.field, x, ts).ys)
-    grid = np.linspace(0, 1, settings.layers + 1, dtype=np.float32)
-    steps = np.asarray(
-        solve(model.field, x, grid, method="euler", dt=1 / settings.layers, max_steps=1024).ys
+    plt_figure, axes = plt.subplots(1, 4, figsize=(19, 4.8))
+    paths(axes[0], model, settings.layers)
+    paths(axes[1], model, 8 * settings.layers, every=8)
+    axes[0].set_title(f"{settings.layers} residual layers, as trained")
+    axes[1].set_title(f"{8 * settings.layers} layers, every eighth drawn")
+    axes[0].legend(fontsize=10)
+    for method, order in zip(METHODS, (1, 2, 4)):
+        counts = np.array([r["steps"] for r in found[method]])
+        error = np.array([r["error"] for r in found[method]])
+        (line,) = axes[2].loglog(counts, error, "o-", label=method)
+        guide = error[-1] * (counts[-1] / counts) ** order
+        axes[2].loglog(counts, guide, ":", lw=1, color=line.get_color(), label=f"order {order}")
+        axes[3].plot(counts, [100 * r["test error"] for r in found[method]], "o-", label=method)
+    axes[2].set(xlabel="steps", ylabel="distance from the exact flow", title="Error against steps")
+    axes[2].set_ylim(top=10 * max(r["error"] for r in found["euler"]))
+    axes[3].set(
+        xlabel="steps", ylabel="test error (%)", xscale="log", title="The same weights, other steps"
     )
-    for i, label in enumerate(np.asarray(labels)):
-        colour = ("#0072B2", "#D55E00")[int(label)]
-        axes[0].plot(*smooth[:, i].T, color=colour, lw=1.2)
-        axes[0].plot(*steps[:, i].T, ".--", color=colour, lw=0.7, ms=5, alpha=0.6)
-    axes[0].set(title=f"Paths: the ODE, and {settings.layers} residual layers")
-    for method in METHODS:
-        counts = [r["steps"] for r in found[method]]
-        axes[1].loglog(counts, [r["error"] for r in found[method]], "o-", label=method)
-        axes[2].plot(counts, [100 * r["test error"] for r in found[method]], "o-", label=method)
-    axes[1].set(xlabel="steps", ylabel="distance from the exact flow", title="Error against steps")
-    axes[2].set(
-        xlabel="steps", ylabel="test error (%)", xscale="log", title="The same weights, more steps"
-    )
-    axes[1].legend()
-    axes[2].axvline(settings.layers, ls=":", color="#999999")
+    axes[2].legend(fontsize=10, ncols=2)
+    axes[3].axvline(settings.layers, ls=":", color="#999999", label="as trained")
+    axes[3].legend(fontsize=10)
     return plt_figure
