@@ -17,7 +17,8 @@ from jaxode.adjoints.inputs import join, of_parts
 from jaxode.batch.plans import alone
 from jaxode.batch.vmap_rules import Form, Part, axes_of, summed
 from jaxode.kernels.forms import PLAIN
-from jaxode.methods.reversible import Pair, made_reversible
+from jaxode.kernels.stages import Stages
+from jaxode.methods.reversible import made_reversible
 from jaxode.stepping import loop
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.stability import differentiated
@@ -83,7 +84,7 @@ class Joins(NamedTuple):
         """The pair from which a trial step begins. It is written over unless that step makes one of them."""
         y, memory = pair
         row = jnp.minimum(memory.joins.astype(jnp.int32), len(self.at) - 1)
-        pairs = tree.put(row, (y, memory.z, memory.error), self.pairs)
+        pairs = tree.put(row, (y, memory.z), self.pairs)
         grid = self.grid if self.grid is None else tree.put(n + 1, lax.stop_gradient(s1), self.grid)
         return self._replace(pairs=pairs, at=tree.put(row, n, self.at), grid=grid)
 
@@ -94,7 +95,7 @@ class Joins(NamedTuple):
 def room(keep: int, integrator, y0, dtype) -> Joins:
     """Room for what is stored; its last row is for what need not be."""
     zero = jnp.zeros((), jnp.int32)
-    pairs = tree.rooms((y0, y0, jnp.zeros((), dtype)), keep + 1)
+    pairs = tree.rooms((y0, y0), keep + 1)
     grid = jnp.zeros(integrator.max_steps + 1, dtype) if integrator.adaptive else None
     return Joins(pairs, jnp.zeros(keep + 1, jnp.int32), grid, zero)
 
@@ -111,32 +112,67 @@ def record(keep: int, x, rest, kernel=PLAIN):
     return ys, report, Recorded(tape, slope0, state.y, state.memory, report)
 
 
-def by_inversion(steps, own, y0, recorded: Recorded, visit, carry):
-    """visit(carry, s, s1, y, memory) for the last step to the first, from the end alone; and whether all
-    that was needed was stored and has led to y0."""
-    integrator, f, ss = own
-    f, method, tape = steps.field(f), integrator.method, recorded.tape
+def by_inversion(steps, own, mask, y0, recorded: Recorded, gathered, inside: bool, carry):
+    """The cotangents before the first step, from the end alone; and whether all that was needed was stored
+    and has led to y0."""
+    integrator, _, ss = own
+    tape = recorded.tape
 
     def place(n):
         return integrator.place(n, ss[-1]) if tape.grid is None else tree.row(tape.grid, n)
 
     def back(state):
-        n, k, y1, memory, carry = state
+        n, k, y1, z1, carry = state
         n, s, s1 = n - 1, place(n - 1), place(n)
-        error = jnp.full_like(memory.error, jnp.inf)  # with which no step makes the states one
-        found = *method.before(f, s, y1, memory, s1 - s), error
         last = jnp.maximum(k - 1, 0)
-        here = (k > 0) & (tree.row(tape.at, last) == n)
-        y, z, error = tree.where(here, tree.row(tape.pairs, last), found)
-        memory = Pair(z, f(y, s), error, memory.joins)
-        return n, k - here.astype(k.dtype), y, memory, visit(carry, s, s1, y, memory)
+        joins = (k > 0) & (tree.row(tape.at, last) == n)
+        stored = joins, tree.row(tape.pairs, last)
+        y, z, carry = back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside)
+        return n, k - joins.astype(k.dtype), y, z, carry
 
     joins = recorded.memory.joins.astype(jnp.int32)
-    begin = tape.steps, joins, recorded.y, recorded.memory, carry
+    begin = tape.steps, joins, recorded.y, recorded.memory.z, carry
     _, _, y, _, carry = lax.while_loop(lambda state: state[0] > 0, back, begin)
     off, size = distance(y, y0, recorded.y)
     eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0)), default=1.0)
     return carry, (joins < len(tape.at)) & (off <= eps ** (1 / 3) * size)
+
+
+def back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside: bool):
+    """The two states before a step, and the cotangents there.
+
+    The slopes of each half are computed once, to take it back and for its vjp. `stored` says whether the
+    states were made one in this step, and what they were. The slope in the memory has no cotangent: at the
+    end of a solve it moves rows in time, by nothing.
+    """
+    table, (joins, pair), h = steps.method.method, stored, s1 - s
+    stages, back = Stages(table, steps.problems, steps.kernel), steps.pull_of_slopes(own, mask)
+    add = partial(jax.tree.map, jnp.add)
+    before_end, every = len(table.c) - 1, len(table.c) + len(table.extra_c)
+    b = [table.b[:-1]]  # a half ends where its last slope is, without needing it
+
+    ks, seen = stages.seen(own, s1, y1, -h, before_end)  # z1 = z - Psi_-h(y1)
+    z = tree.where(joins, pair[0], add(z1, *stages.sums(y1, -h, ks, b)))
+    z_bar = jax.tree.map(jnp.negative, carry.memory.z)
+    y_bar, _, f_bar = stages.back(back, seen, s1, -h, carry.f, b, [z_bar])
+    y_bar = straight = add(carry.y, y_bar)
+
+    ks, seen = stages.seen(own, s, z, h, every if inside else before_end)  # y1 = y + Psi_h(z)
+    y = tree.difference(y1, *stages.sums(z, h, ks, b))
+    y, z_before = tree.where(joins, pair, (y, z))
+    weights, sums_bar = b, [y_bar]
+    if inside:
+        weights = [*b, *table.dense]
+        d = lambda: stages.sums(z, h, ks, table.dense)
+        carry, of_rows, d_bar = gathered(carry, s, h, y, d)
+        straight, sums_bar = add(y_bar, of_rows), [y_bar, *d_bar]
+    z_bar, _, f_bar = stages.back(back, seen, s, h, f_bar, weights, sums_bar)
+    z_bar = add(carry.memory.z, z_bar)
+
+    zero = jax.tree.map(jnp.zeros_like, z_bar)
+    y_bar, z_bar = tree.where(joins, (add(straight, z_bar), zero), (straight, z_bar))
+    memory = carry.memory._replace(z=z_bar)
+    return y, z_before, carry._replace(y=y_bar, f=f_bar, memory=memory)
 
 
 def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):

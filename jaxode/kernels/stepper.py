@@ -182,15 +182,21 @@ class Stepper(NamedTuple):
 
     def back_by_stages(self, own, mask, carry, s, y, memory, h, gathered, inside):
         """The same, stage by stage."""
-        ks, seen = self.stages.seen(own, s, y, memory, h, inside)
-        straight, d_bar = None, None
+        table, stages, ends = self.method, self.stages, (carry.y, carry.memory)
+        total = len(table.c) + inside * len(table.extra_c)
+        ks, seen = stages.seen(own, s, y, h, total, memory)
+        straight, weights, d_bar = None, table.dense, []
         if inside:
-            carry, straight, d_bar = gathered(carry, lambda: self.stages.coefficients(y, h, ks))
-        fn = lambda problems, own, *args: problems.slopes(own, *args)
-        pull = lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
-        found = self.stages.back(pull, seen, s, h, (carry.y, carry.memory), carry.f, d_bar)
+            carry, straight, d_bar = gathered(carry, lambda: stages.sums(y, h, ks, weights))
+        pull = self.pull_of_slopes(own, mask)
+        found = stages.back(pull, seen, s, h, carry.f, weights, d_bar, ends)
         y_bar, memory_bar, f_bar = found
         return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
+
+    def pull_of_slopes(self, own, mask):
+        """The vjp of f, as `Stages.back` asks for it."""
+        fn = lambda problems, own, *args: problems.slopes(own, *args)
+        return lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
 
     def back_at_start(self, own, mask, y0, memory_bar, slope_bar):
         """The vjp of the start: cotangents of f and of y0."""
