@@ -5,6 +5,7 @@ import functools
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,10 +15,12 @@ from jaxode import tree
 from jaxode.adjoints import replay
 from jaxode.adjoints.ends import distance
 from jaxode.adjoints.inputs import join, of_parts
-from jaxode.batch.plans import alone
+from jaxode.batch.lanes import first_of
+from jaxode.batch.plans import alone, go_in_turn
 from jaxode.batch.vmap_rules import Form, Part, axes_of, summed
-from jaxode.kernels.forms import PLAIN
-from jaxode.kernels.stages import Stages
+from jaxode.kernels.forms import ONE_CALL, PLAIN
+from jaxode.kernels.one_call import one_call
+from jaxode.kernels.stages import Stages, vjp_of_added
 from jaxode.methods.reversible import made_reversible
 from jaxode.stepping import loop
 from jaxode.stepping.loop import Recorded
@@ -145,32 +148,26 @@ def back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside
     states were made one in this step, and what they were. The slope in the memory has no cotangent: at the
     end of a solve it moves rows in time, by nothing.
     """
-    table, (joins, pair), h = steps.method.method, stored, s1 - s
-    stages, back = Stages(table, steps.problems, steps.kernel), steps.pull_of_slopes(own, mask)
-    add = partial(jax.tree.map, jnp.add)
-    before_end, every = len(table.c) - 1, len(table.c) + len(table.extra_c)
-    b = [table.b[:-1]]  # a half ends where its last slope is, without needing it
+    stages = Stages(steps.method.method, steps.problems, steps.kernel)
+    half = partial(vjp_of_added, stages, own, steps.pull_of_slopes(own, mask))
+    (joins, pair), h, plus = stored, s1 - s, partial(jax.tree.map, jnp.add)
 
-    ks, seen = stages.seen(own, s1, y1, -h, before_end)  # z1 = z - Psi_-h(y1)
-    z = tree.where(joins, pair[0], add(z1, *stages.sums(y1, -h, ks, b)))
-    z_bar = jax.tree.map(jnp.negative, carry.memory.z)
-    y_bar, _, f_bar = stages.back(back, seen, s1, -h, carry.f, b, [z_bar])
-    y_bar = straight = add(carry.y, y_bar)
+    back, _, vjp = half(s1, y1, -h, False)  # z1 = z - Psi_-h(y1)
+    z = tree.where(joins, pair[0], plus(z1, back))
+    y_bar, f_bar = vjp(carry.f, [jax.tree.map(jnp.negative, carry.memory.z)])
+    y_bar = straight = plus(carry.y, y_bar)
 
-    ks, seen = stages.seen(own, s, z, h, every if inside else before_end)  # y1 = y + Psi_h(z)
-    y = tree.difference(y1, *stages.sums(z, h, ks, b))
-    y, z_before = tree.where(joins, pair, (y, z))
-    weights, sums_bar = b, [y_bar]
+    there, d, vjp = half(s, z, h, inside)  # y1 = y + Psi_h(z)
+    y, z_before = tree.where(joins, pair, (tree.difference(y1, there), z))
+    d_bar = []
     if inside:
-        weights = [*b, *table.dense]
-        d = lambda: stages.sums(z, h, ks, table.dense)
         carry, of_rows, d_bar = gathered(carry, s, h, y, d)
-        straight, sums_bar = add(y_bar, of_rows), [y_bar, *d_bar]
-    z_bar, _, f_bar = stages.back(back, seen, s, h, f_bar, weights, sums_bar)
-    z_bar = add(carry.memory.z, z_bar)
+        straight = plus(y_bar, of_rows)
+    z_bar, f_bar = vjp(f_bar, [y_bar, *d_bar])
+    z_bar = plus(carry.memory.z, z_bar)
 
     zero = jax.tree.map(jnp.zeros_like, z_bar)
-    y_bar, z_bar = tree.where(joins, (add(straight, z_bar), zero), (straight, z_bar))
+    y_bar, z_bar = tree.where(joins, (plus(straight, z_bar), zero), (straight, z_bar))
     memory = carry.memory._replace(z=z_bar)
     return y, z_before, carry._replace(y=y_bar, f=f_bar, memory=memory)
 
@@ -181,19 +178,31 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
 
 
 def run_record(keep: int, form: Form, x, rest):
-    """Of many solves JAX batches the loop."""
-    of_one = partial(record, keep)
-    if form.size is not None:
-        return jax.vmap(of_one, axes_of(form.flags), axis_size=form.size)(x, rest)
-    return alone(form, of_one, join(x, rest)[1])(x, rest)
+    """The solve, and what its backward pass needs."""
+    return run_each(form, partial(record, keep), x, rest)
 
 
 def run_pull(form: Form, x, rest, recorded, bars):
-    """The same of the way back; the cotangents of what all solves share are summed."""
-    if form.size is not None:
-        back = jax.vmap(pull, axes_of(form.flags), axis_size=form.size)
-        return summed(back(x, rest, recorded, bars), form.flags[0])
-    return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
+    """The way back; the cotangents of what many solves share are summed."""
+    found = run_each(form, pull, x, rest, recorded, bars)
+    return found if form.size is None else summed(found, form.flags[0])
+
+
+def run_each(form: Form, fn, x, rest, *args):
+    """fn of one solve, or of each of many: in turn if they are small, on a CPU; else JAX batches the loop."""
+    args = x, rest, *args
+    if form.size is None:
+        return alone(form, fn, join(x, rest)[1])(*args)
+    batched = jax.vmap(fn, axes_of(form.flags), axis_size=form.size)
+    if not go_in_turn(form, *join(*first_of((x, rest), form.flags[:2]))[1]):
+        return batched(*args)
+
+    def in_turn(*args):
+        own, shared = eqx.partition(args, form.flags)
+        one = lambda _, own: (None, fn(*eqx.combine(own, shared), kernel=ONE_CALL))
+        return lax.scan(one, None, own, length=form.size)[1]
+
+    return one_call(in_turn, batched)(*args)
 
 
 def like_record(keep: int, x, rest):

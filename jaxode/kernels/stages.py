@@ -168,3 +168,18 @@ class Stages(NamedTuple):
         narrow = lambda x, like: lax.convert_element_type(x, like.dtype)
         y_bar: PyTree = jax.tree.map(narrow, self.product(np.ones(total), ys_bar), zero)
         return y_bar, None if ends is None else slope_bar(i, ys_bar), f_bar
+
+
+def vjp_of_added(stages: Stages, own, pull: Callable, s, y, h, inside: bool):
+    """What a step of the table adds to y; the d_p, `d()`, if there are rows `inside`; and the vjp of both.
+
+    That is (f_bar, [cotangents of what is added, and of the d_p]) -> (y_bar, f_bar); `pull` is as in
+    `Stages.back`. The last slope of a step, at its end, is one that only the d_p need.
+    """
+    table = stages.table
+    weights = [table.b[:-1], *(table.dense if inside else ())]
+    total = len(table.c) + len(table.extra_c) if inside else len(table.c) - 1
+    ks, seen = stages.seen(own, s, y, h, total)
+    sums = lambda weights: stages.sums(y, h, ks, weights)
+    back = lambda f_bar, bars: stages.back(pull, seen, s, h, f_bar, weights, bars)[::2]
+    return sums(weights[:1])[0], lambda: sums(weights[1:]), back
