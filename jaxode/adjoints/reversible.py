@@ -149,12 +149,13 @@ def back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside
     end of a solve it moves rows in time, by nothing.
     """
     stages = Stages(steps.method.method, steps.problems, steps.kernel)
-    half = partial(vjp_of_added, stages, own, steps.pull_of_slopes(own, mask))
+    half = partial(vjp_of_added, stages, own, mask)
     (joins, pair), h, plus = stored, s1 - s, partial(jax.tree.map, jnp.add)
 
     back, _, vjp = half(s1, y1, -h, False)  # z1 = z - Psi_-h(y1)
     z = tree.where(joins, pair[0], plus(z1, back))
     y_bar, f_bar = vjp(carry.f, [jax.tree.map(jnp.negative, carry.memory.z)])
+    carry = carry._replace(f=f_bar)
     y_bar = straight = plus(carry.y, y_bar)
 
     there, d, vjp = half(s, z, h, inside)  # y1 = y + Psi_h(z)
@@ -163,7 +164,7 @@ def back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside
     if inside:
         carry, of_rows, d_bar = gathered(carry, s, h, y, d)
         straight = plus(y_bar, of_rows)
-    z_bar, f_bar = vjp(f_bar, [y_bar, *d_bar])
+    z_bar, f_bar = vjp(carry.f, [y_bar, *d_bar])
     z_bar = plus(carry.memory.z, z_bar)
 
     zero = jax.tree.map(jnp.zeros_like, z_bar)

@@ -22,7 +22,7 @@ from jaxode.kernels.forms import CALLS, ONE_CALL
 from jaxode.kernels.one_call import REDUCED
 from jaxode.methods.explicit import Tableau, matrix
 from jaxode.methods.method import Step
-from jaxode.stepping.problems import Problems
+from jaxode.stepping.problems import Problems, pullback
 
 
 def product(weights, ks, fused: bool):
@@ -124,6 +124,11 @@ class Stages(NamedTuple):
             ks = tree.put(0, memory, ks)
         return self.run(own, s, y, ks, h, int(memory is not None), total, rooms)[1:]
 
+    def pull_of_slopes(self, own, mask) -> Callable:
+        """The vjp of f, (y, s, k_bar) -> (f_bar, y_bar), which `back` asks for."""
+        fn = lambda problems, own, *args: problems.slopes(own, *args)
+        return lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
+
     def back(self, pull: Callable, seen, s, h, f_bar, weights, sums_bar, ends=None):
         """The vjp of stages, one after another: cotangents of y and of the first slope, and f_bar with those of
         f added.
@@ -133,7 +138,6 @@ class Stages(NamedTuple):
         where `sums_bar` are the cotangents d_p' of h sum_i w_pi k_i. Of a whole step `ends` are the cotangents
         of its last y_i, where it ends, and its last k_i, which is the first of the next step; its own first
         slope is of the step before. Without them that slope is one of the stages, and has no cotangent.
-        `pull(y, s, w)` is the vjp of f.
         """
         total, first = len(jax.tree.leaves(seen)[0]), int(ends is not None)
         a, c = matrix(self.table, total > len(self.table.c))
@@ -170,13 +174,13 @@ class Stages(NamedTuple):
         return y_bar, None if ends is None else slope_bar(i, ys_bar), f_bar
 
 
-def vjp_of_added(stages: Stages, own, pull: Callable, s, y, h, inside: bool):
+def vjp_of_added(stages: Stages, own, mask, s, y, h, inside: bool):
     """What a step of the table adds to y; the d_p, `d()`, if there are rows `inside`; and the vjp of both.
 
-    That is (f_bar, [cotangents of what is added, and of the d_p]) -> (y_bar, f_bar); `pull` is as in
-    `Stages.back`. The last slope of a step, at its end, is one that only the d_p need.
+    That is (f_bar, [cotangents of what is added, and of the d_p]) -> (y_bar, f_bar). The last slope of a step,
+    at its end, is one that only the d_p need.
     """
-    table = stages.table
+    table, pull = stages.table, stages.pull_of_slopes(own, mask)
     weights = [table.b[:-1], *(table.dense if inside else ())]
     total = len(table.c) + len(table.extra_c) if inside else len(table.c) - 1
     ks, seen = stages.seen(own, s, y, h, total)
