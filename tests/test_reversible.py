@@ -40,6 +40,17 @@ def test_it_is_the_gradient_of_its_own_steps(method, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, same)
 
 
+def test_of_a_function_of_the_state_that_depends_on_what_is_differentiated():
+    def total(y0, t, a, **options):
+        saved = dict(save=lambda y, t, a, b: jnp.sin(a * y) + t, dt=0.2, **options)
+        return jnp.sum(solve(lotka_volterra, y0, t, a, 0.4, **saved).ys ** 2)
+
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)), static_argnames=("method", "adjoint"))
+    found = gradients(Y0, T[:3], 1.1, method="rk4", adjoint="reversible")
+    same = gradients(Y0, T[:3], 1.1, method=Reversible(tables.rk4), adjoint="direct")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, same)
+
+
 def test_it_is_as_accurate_as_the_method_itself():
     """Where prey and hunters grow and decay, a pair that is never made one comes apart."""
     exact = gradient(Y0, T, 1.1, rtol=1e-11, atol=1e-11, method="dop853")

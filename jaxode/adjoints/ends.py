@@ -9,7 +9,7 @@ from jaxode import tree
 from jaxode.adjoints.inputs import join
 from jaxode.outputs import Cotangents, bent_back, with_carried
 from jaxode.stepping.loop import Recorded
-from jaxode.stepping.problems import Problems, pullback
+from jaxode.stepping.problems import Problems, end_of, pullback
 
 
 def finished(integrator, f, at, y0, slope0, y1, memory1, ss, rows, report):
@@ -78,6 +78,14 @@ def distance(y, y0, y1):
 def to_the_start(steps, own, mask, y0, carry: Cotangents, start_bars):
     """The cotangents of (f, y0, ss): of one solve, or of many."""
     y0_bar, slope0_bar = start_bars
-    f_more, y_more = steps.back_at_start(own, mask, y0, carry.memory, slope0_bar)
+    method = steps.method
+
+    def start(integrator, f, ss, y0):
+        memory = method.start(f, 0 * end_of(ss), y0)
+        return memory, method.slope(f, 0 * end_of(ss), y0, memory)
+
+    fn = lambda problems, own, y0: problems.each(start)(own, y0)
+    _, vjp = pullback(steps.problems, own, mask, fn, (y0,))
+    f_more, y_more = vjp((carry.memory, slope0_bar))
     f_bar = jax.tree.map(jnp.add, carry.f, f_more)
     return f_bar, jax.tree.map(lambda *y: sum(y), carry.y, y_more, y0_bar), carry.ss

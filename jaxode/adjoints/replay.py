@@ -56,16 +56,18 @@ def record(x, rest, kernel=PLAIN):
     return loop.record(integrator, *given, kernel=kernel)
 
 
-def along_the_tape(steps, own, y0, recorded: Recorded, visit, carry):
-    """visit(carry, s, s1, y, memory) for the last step to the first, and whether all went well (None: it
-    did)."""
+def along_the_tape(steps, own, mask, y0, recorded: Recorded, gathered, inside: bool, carry):
+    """The cotangents before the first step, and whether all went well (None: it did)."""
     tape = recorded.tape
 
-    def step(carry, n, y, memory):
-        return visit(carry, tree.row(tape.grid, n), tree.row(tape.grid, n + 1), y, memory)
+    def back(carry, n, y, memory):
+        s, s1 = tree.row(tape.grid, n), tree.row(tape.grid, n + 1)
+        h = s1 - s
+        of_rows = lambda carry, d: gathered(carry, s, h, y, d)
+        return steps.back(own, mask, carry, s, y, memory, h, of_rows, inside)
 
     again = lambda *args: steps.again(own, *args)
-    return checkpoints.backwards(own[0].max_steps, tape, again, step, carry), None
+    return checkpoints.backwards(own[0].max_steps, tape, again, back, carry), None
 
 
 def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN, way_back=along_the_tape):
@@ -76,17 +78,14 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN, way_back=along_the_tap
     inside, asked = integrator.output.rows(ss) > 0, is_asked(bars)
     carry, rows_bar, starts = from_the_end(x, rest, recorded, bars)
     carry = carry._replace(f=of_the_field(problems, own, mask, y0, recorded, bars))
+    pick = lambda row, rows_bar: tree.row(rows_bar, row)
 
-    def visit(carry, s, s1, y, memory):
-        pick = lambda row, rows_bar: tree.row(rows_bar, row)
-
-        def gathered(carry, inside):
-            return gather(problems, own, mask, carry, rows_bar, s, s1 - s, y, inside, pick)
-
-        return steps.back(own, mask, carry, s, y, memory, s1 - s, gathered, inside)
+    def gathered(carry, s, h, y, inside):
+        return gather(problems, own, mask, carry, rows_bar, s, h, y, inside, pick)
 
     tape = recorded.tape._replace(steps=jnp.where(asked, recorded.tape.steps, 0))
-    carry, fine = way_back(steps, own, y0, recorded._replace(tape=tape), visit, carry)
+    recorded = recorded._replace(tape=tape)
+    carry, fine = way_back(steps, own, mask, y0, recorded, gathered, inside, carry)
     found = to_the_start(steps, own, mask, y0, carry, starts)
     if fine is not None:
         found = jax.tree.map(lambda x: tree.or_nan(fine, x), found)

@@ -5,6 +5,7 @@ import functools
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,10 +15,13 @@ from jaxode import tree
 from jaxode.adjoints import replay
 from jaxode.adjoints.ends import distance
 from jaxode.adjoints.inputs import join, of_parts
-from jaxode.batch.plans import alone
+from jaxode.batch.lanes import first_of
+from jaxode.batch.plans import alone, go_in_turn
 from jaxode.batch.vmap_rules import Form, Part, axes_of, summed
-from jaxode.kernels.forms import PLAIN
-from jaxode.methods.reversible import Pair, made_reversible
+from jaxode.kernels.forms import ONE_CALL, PLAIN
+from jaxode.kernels.one_call import one_call
+from jaxode.kernels.stages import Stages, vjp_of_added
+from jaxode.methods.reversible import made_reversible
 from jaxode.stepping import loop
 from jaxode.stepping.loop import Recorded
 from jaxode.stepping.stability import differentiated
@@ -83,7 +87,7 @@ class Joins(NamedTuple):
         """The pair from which a trial step begins. It is written over unless that step makes one of them."""
         y, memory = pair
         row = jnp.minimum(memory.joins.astype(jnp.int32), len(self.at) - 1)
-        pairs = tree.put(row, (y, memory.z, memory.error), self.pairs)
+        pairs = tree.put(row, (y, memory.z), self.pairs)
         grid = self.grid if self.grid is None else tree.put(n + 1, lax.stop_gradient(s1), self.grid)
         return self._replace(pairs=pairs, at=tree.put(row, n, self.at), grid=grid)
 
@@ -94,7 +98,7 @@ class Joins(NamedTuple):
 def room(keep: int, integrator, y0, dtype) -> Joins:
     """Room for what is stored; its last row is for what need not be."""
     zero = jnp.zeros((), jnp.int32)
-    pairs = tree.rooms((y0, y0, jnp.zeros((), dtype)), keep + 1)
+    pairs = tree.rooms((y0, y0), keep + 1)
     grid = jnp.zeros(integrator.max_steps + 1, dtype) if integrator.adaptive else None
     return Joins(pairs, jnp.zeros(keep + 1, jnp.int32), grid, zero)
 
@@ -111,32 +115,62 @@ def record(keep: int, x, rest, kernel=PLAIN):
     return ys, report, Recorded(tape, slope0, state.y, state.memory, report)
 
 
-def by_inversion(steps, own, y0, recorded: Recorded, visit, carry):
-    """visit(carry, s, s1, y, memory) for the last step to the first, from the end alone; and whether all
-    that was needed was stored and has led to y0."""
-    integrator, f, ss = own
-    f, method, tape = steps.field(f), integrator.method, recorded.tape
+def by_inversion(steps, own, mask, y0, recorded: Recorded, gathered, inside: bool, carry):
+    """The cotangents before the first step, from the end alone; and whether all that was needed was stored
+    and has led to y0."""
+    integrator, _, ss = own
+    tape = recorded.tape
 
     def place(n):
         return integrator.place(n, ss[-1]) if tape.grid is None else tree.row(tape.grid, n)
 
     def back(state):
-        n, k, y1, memory, carry = state
+        n, k, y1, z1, carry = state
         n, s, s1 = n - 1, place(n - 1), place(n)
-        error = jnp.full_like(memory.error, jnp.inf)  # with which no step makes the states one
-        found = *method.before(f, s, y1, memory, s1 - s), error
         last = jnp.maximum(k - 1, 0)
-        here = (k > 0) & (tree.row(tape.at, last) == n)
-        y, z, error = tree.where(here, tree.row(tape.pairs, last), found)
-        memory = Pair(z, f(y, s), error, memory.joins)
-        return n, k - here.astype(k.dtype), y, memory, visit(carry, s, s1, y, memory)
+        joins = (k > 0) & (tree.row(tape.at, last) == n)
+        stored = joins, tree.row(tape.pairs, last)
+        y, z, carry = back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside)
+        return n, k - joins.astype(k.dtype), y, z, carry
 
     joins = recorded.memory.joins.astype(jnp.int32)
-    begin = tape.steps, joins, recorded.y, recorded.memory, carry
+    begin = tape.steps, joins, recorded.y, recorded.memory.z, carry
     _, _, y, _, carry = lax.while_loop(lambda state: state[0] > 0, back, begin)
     off, size = distance(y, y0, recorded.y)
     eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0)), default=1.0)
     return carry, (joins < len(tape.at)) & (off <= eps ** (1 / 3) * size)
+
+
+def back_a_step(steps, own, mask, carry, s, s1, y1, z1, stored, gathered, inside: bool):
+    """The two states before a step, and the cotangents there.
+
+    The slopes of each half are computed once, to take it back and for its vjp. `stored` says whether the
+    states were made one in this step, and what they were. The slope in the memory has no cotangent: at the
+    end of a solve it moves rows in time, by nothing.
+    """
+    stages = Stages(steps.method.method, steps.problems, steps.kernel)
+    half = partial(vjp_of_added, stages, own, mask)
+    (joins, pair), h, plus = stored, s1 - s, partial(jax.tree.map, jnp.add)
+
+    back, _, vjp = half(s1, y1, -h, False)  # z1 = z - Psi_-h(y1)
+    z = tree.where(joins, pair[0], plus(z1, back))
+    y_bar, f_bar = vjp(carry.f, [jax.tree.map(jnp.negative, carry.memory.z)])
+    carry = carry._replace(f=f_bar)
+    y_bar = straight = plus(carry.y, y_bar)
+
+    there, d, vjp = half(s, z, h, inside)  # y1 = y + Psi_h(z)
+    y, z_before = tree.where(joins, pair, (tree.difference(y1, there), z))
+    d_bar = []
+    if inside:
+        carry, of_rows, d_bar = gathered(carry, s, h, y, d)
+        straight = plus(y_bar, of_rows)
+    z_bar, f_bar = vjp(carry.f, [y_bar, *d_bar])
+    z_bar = plus(carry.memory.z, z_bar)
+
+    zero = jax.tree.map(jnp.zeros_like, z_bar)
+    y_bar, z_bar = tree.where(joins, (plus(straight, z_bar), zero), (straight, z_bar))
+    memory = carry.memory._replace(z=z_bar)
+    return y, z_before, carry._replace(y=y_bar, f=f_bar, memory=memory)
 
 
 def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
@@ -145,19 +179,31 @@ def pull(x, rest, recorded: Recorded, bars, kernel=PLAIN):
 
 
 def run_record(keep: int, form: Form, x, rest):
-    """Of many solves JAX batches the loop."""
-    of_one = partial(record, keep)
-    if form.size is not None:
-        return jax.vmap(of_one, axes_of(form.flags), axis_size=form.size)(x, rest)
-    return alone(form, of_one, join(x, rest)[1])(x, rest)
+    """The solve, and what its backward pass needs."""
+    return run_each(form, partial(record, keep), x, rest)
 
 
 def run_pull(form: Form, x, rest, recorded, bars):
-    """The same of the way back; the cotangents of what all solves share are summed."""
-    if form.size is not None:
-        back = jax.vmap(pull, axes_of(form.flags), axis_size=form.size)
-        return summed(back(x, rest, recorded, bars), form.flags[0])
-    return alone(form, pull, join(x, rest)[1])(x, rest, recorded, bars)
+    """The way back; the cotangents of what many solves share are summed."""
+    found = run_each(form, pull, x, rest, recorded, bars)
+    return found if form.size is None else summed(found, form.flags[0])
+
+
+def run_each(form: Form, fn, x, rest, *args):
+    """fn of one solve, or of each of many: in turn if they are small, on a CPU; else JAX batches the loop."""
+    args = x, rest, *args
+    if form.size is None:
+        return alone(form, fn, join(x, rest)[1])(*args)
+    batched = jax.vmap(fn, axes_of(form.flags), axis_size=form.size)
+    if not go_in_turn(form, *join(*first_of((x, rest), form.flags[:2]))[1]):
+        return batched(*args)
+
+    def in_turn(*args):
+        own, shared = eqx.partition(args, form.flags)
+        one = lambda _, own: (None, fn(*eqx.combine(own, shared), kernel=ONE_CALL))
+        return lax.scan(one, None, own, length=form.size)[1]
+
+    return one_call(in_turn, batched)(*args)
 
 
 def like_record(keep: int, x, rest):

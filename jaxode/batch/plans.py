@@ -66,6 +66,14 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), 0, False)
 
 
+def go_in_turn(form: Form, f, y0, ss) -> bool:
+    """Whether many solves that are no lanes are one call, one after another."""
+    if form.platform != "cpu" or not isinstance(form.size, int):
+        return False
+    small = suits(lambda f, y, s: f(y, s), f, y0, ss[0])
+    return small and operations(f, y0, ss[0]) <= CHEAP
+
+
 def lanes_in_one_call(count: int) -> int:
     return next(width for most, width in LANES.items() if count <= most)
 

@@ -22,7 +22,7 @@ from jaxode.kernels.forms import CALLS, ONE_CALL
 from jaxode.kernels.one_call import REDUCED
 from jaxode.methods.explicit import Tableau, matrix
 from jaxode.methods.method import Step
-from jaxode.stepping.problems import Problems
+from jaxode.stepping.problems import Problems, pullback
 
 
 def product(weights, ks, fused: bool):
@@ -61,6 +61,7 @@ class Stages(NamedTuple):
         Every y_i goes into a row of `seen`, if that is given.
         """
         a, c = matrix(self.table, stop > len(self.table.c))
+        a = a[:, : len(jax.tree.leaves(ks)[0])]
         slopes = apart(self.problems.slopes) if self.kernel == CALLS else self.problems.slopes
 
         def stage(state):
@@ -97,8 +98,7 @@ class Stages(NamedTuple):
         ks = tree.put(0, memory, tree.rooms(y, count))  # zeros: 0 times an old NaN would be NaN
         y1, ks, _ = self.run(own, s, y, ks, h, 1, count)
         k1 = tree.row(ks, count - 1)
-        zero = jax.tree.map(jnp.zeros_like, y)
-        errors = [self.problems.moved(zero, h, self.product(e, ks)) for e in self.table.estimates]
+        errors = self.sums(y, h, ks, self.table.estimates)
         return Step(y1, k1, k1, errors, ks, evaluations=count - 1)
 
     def inside(self, own, s, y, h, step: Step) -> list[PyTree]:
@@ -107,61 +107,83 @@ class Stages(NamedTuple):
         if more:
             pad = lambda k: jnp.concatenate([k, jnp.zeros((more, *k.shape[1:]), k.dtype)])
             ks = self.run(own, s, y, jax.tree.map(pad, ks), h, count, count + more)[1]
-        return self.coefficients(y, h, ks)
+        return self.sums(y, h, ks, self.table.dense)
 
-    def coefficients(self, y, h, ks) -> list[PyTree]:
-        """d_p = h sum_i B_pi k_i."""
+    def sums(self, y, h, ks, weights) -> list[PyTree]:
+        """h sum_i w_i k_i for each row of weights."""
         zero = jax.tree.map(jnp.zeros_like, y)
-        return [
-            self.problems.moved(zero, h, self.product(weights, ks)) for weights in self.table.dense
-        ]
+        return [self.problems.moved(zero, h, self.product(w, ks)) for w in weights]
 
-    def seen(self, own, s, y, memory, h, inside: bool):
-        """The slopes and the y_i of a step, all in rows: what `back` needs."""
-        total = len(self.table.c) + inside * len(self.table.extra_c)
-        ks, seen = tree.put(0, memory, tree.rooms(y, total)), tree.rooms(y, total)
-        return self.run(own, s, y, ks, h, 1, total, seen)[1:]
+    def seen(self, own, s, y, h, total: int, memory=None):
+        """The slopes and the y_i of so many stages, all in rows: what `back` needs.
 
-    def back(self, pull: Callable, seen, s, h, ends, f_bar, d_bar=None):
-        """The vjp of a step, stage by stage: cotangents of y and of its first slope, and f_bar with
-        those of f added.
+        `memory` is the first slope, where that is known.
+        """
+        ks = rooms = tree.rooms(y, total)
+        if memory is not None:
+            ks = tree.put(0, memory, ks)
+        return self.run(own, s, y, ks, h, int(memory is not None), total, rooms)[1:]
+
+    def pull_of_slopes(self, own, mask) -> Callable:
+        """The vjp of f, (y, s, k_bar) -> (f_bar, y_bar), which `back` asks for."""
+        fn = lambda problems, own, *args: problems.slopes(own, *args)
+        return lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
+
+    def back(self, pull: Callable, seen, s, h, f_bar, weights, sums_bar, ends=None):
+        """The vjp of stages, one after another: cotangents of y and of the first slope, and f_bar with those of
+        f added.
 
         With y_i = y + h sum_j a_ij k_j and k_i = f(y_i), the cotangents from the last stage to the
-        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. The step ends at its last
-        y_i, and k of the next step is its last k_i: `ends` are the cotangents of these two. `d_bar`
-        are those of the d_p; `pull(y, s, w)` is the vjp of f.
+        first are k_i' = h sum_(j > i) a_ji y_j' and y_i' = (df/dy)^T k_i'. To k_i' comes h sum_p w_pi d_p',
+        where `sums_bar` are the cotangents d_p' of h sum_i w_pi k_i. Of a whole step `ends` are the cotangents
+        of its last y_i, where it ends, and its last k_i, which is the first of the next step; its own first
+        slope is of the step before. Without them that slope is one of the stages, and has no cotangent.
         """
-        table = self.table
-        total, last = len(jax.tree.leaves(seen)[0]), len(table.c) - 1
-        a, c = matrix(table, total > len(table.c))
-        zero = jax.tree.map(jnp.zeros_like, ends[0])
-        dense = np.zeros((len(table.dense), total))
-        for p, weights in enumerate(table.dense):
-            dense[p, : len(weights)] = weights[:total]
-        if d_bar is not None:
-            d_bar = jax.tree.map(lambda *d: jnp.stack(d), *d_bar)
+        total, first = len(jax.tree.leaves(seen)[0]), int(ends is not None)
+        a, c = matrix(self.table, total > len(self.table.c))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), seen)
+        columns = [np.pad(w, (0, max(0, total - len(w))))[:total] for w in weights]
+        of_sums = jax.tree.map(lambda *d: jnp.stack(d), *sums_bar) if sums_bar else None
 
         def slope_bar(i, ys_bar):
             """The cotangent of k_i, but for that of the next step."""
-            k_bar = self.problems.moved(
-                zero, h, self.product(tree.row(jnp.asarray(a.T), i), ys_bar)
-            )
-            if d_bar is None:
+            column = tree.row(jnp.asarray(a[:total, :total].T), i)
+            k_bar = self.problems.moved(zero, h, self.product(column, ys_bar))
+            if of_sums is None:
                 return k_bar
-            weights = tree.row(jnp.asarray(dense.T), i)
-            return self.problems.moved(k_bar, h, self.product(weights, d_bar))
+            column = tree.row(jnp.asarray(np.stack(columns, 1)), i)
+            return self.problems.moved(k_bar, h, self.product(column, of_sums))
 
         def stage(state):
             i, f_bar, ys_bar = state
             at_last = lambda x: jax.tree.map(lambda x: jnp.where(i == last, x, 0), x)
-            k_bar = jax.tree.map(jnp.add, slope_bar(i, ys_bar), at_last(ends[1]))
+            k_bar = slope_bar(i, ys_bar)
+            if ends is not None:
+                k_bar = jax.tree.map(jnp.add, k_bar, at_last(ends[1]))
             s_i = s + tree.row(jnp.asarray(c, h.dtype), i) * h
             f_more, y_bar = pull(tree.row(seen, i), s_i, k_bar)
-            y_bar = jax.tree.map(jnp.add, y_bar, at_last(ends[0]))
+            if ends is not None:
+                y_bar = jax.tree.map(jnp.add, y_bar, at_last(ends[0]))
             return i - 1, jax.tree.map(jnp.add, f_bar, f_more), self.put(i, y_bar, ys_bar)
 
+        last = len(self.table.c) - 1
         state: Any = jnp.asarray(total - 1, jnp.int32), f_bar, tree.rooms(zero, total)
-        first, f_bar, ys_bar = lax.while_loop(lambda state: state[0] > 0, stage, state)
+        i, f_bar, ys_bar = lax.while_loop(lambda state: state[0] >= first, stage, state)
         narrow = lambda x, like: lax.convert_element_type(x, like.dtype)
         y_bar: PyTree = jax.tree.map(narrow, self.product(np.ones(total), ys_bar), zero)
-        return y_bar, slope_bar(first, ys_bar), f_bar
+        return y_bar, None if ends is None else slope_bar(i, ys_bar), f_bar
+
+
+def vjp_of_added(stages: Stages, own, mask, s, y, h, inside: bool):
+    """What a step of the table adds to y; the d_p, `d()`, if there are rows `inside`; and the vjp of both.
+
+    That is (f_bar, [cotangents of what is added, and of the d_p]) -> (y_bar, f_bar). The last slope of a step,
+    at its end, is one that only the d_p need.
+    """
+    table, pull = stages.table, stages.pull_of_slopes(own, mask)
+    weights = [table.b[:-1], *(table.dense if inside else ())]
+    total = len(table.c) + len(table.extra_c) if inside else len(table.c) - 1
+    ks, seen = stages.seen(own, s, y, h, total)
+    sums = lambda weights: stages.sums(y, h, ks, weights)
+    back = lambda f_bar, bars: stages.back(pull, seen, s, h, f_bar, weights, bars)[::2]
+    return sums(weights[:1])[0], lambda: sums(weights[1:]), back

@@ -142,7 +142,7 @@ class Stepper(NamedTuple):
         `outputs.gather`.
         """
         if self.loops.backward:
-            return self.back_by_stages(own, mask, carry, s, y, memory, h, gathered, inside)
+            return back_by_stages(self, own, mask, carry, s, y, memory, h, gathered, inside)
 
         def step_of(integrator, f, ss, y, memory, s, h):
             f = self.field(f, mask)
@@ -163,27 +163,18 @@ class Stepper(NamedTuple):
         f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
         return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
 
-    def back_by_stages(self, own, mask, carry, s, y, memory, h, gathered, inside):
-        """The same, stage by stage."""
-        ks, seen = self.stages.seen(own, s, y, memory, h, inside)
-        straight, d_bar = None, None
-        if inside:
-            carry, straight, d_bar = gathered(carry, lambda: self.stages.coefficients(y, h, ks))
-        fn = lambda problems, own, *args: problems.slopes(own, *args)
-        pull = lambda y, s, w: pullback(self.problems, own, mask, fn, (y,), (s,))[1](w)
-        found = self.stages.back(pull, seen, s, h, (carry.y, carry.memory), carry.f, d_bar)
-        y_bar, memory_bar, f_bar = found
-        return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
 
-    def back_at_start(self, own, mask, y0, memory_bar, slope_bar):
-        """The vjp of the start: cotangents of f and of y0."""
-
-        def start(integrator, f, ss, y0):
-            memory = self.method.start(f, 0 * end_of(ss), y0)
-            return memory, self.method.slope(f, 0 * end_of(ss), y0, memory)
-
-        fn = lambda problems, own, y0: problems.each(start)(own, y0)
-        return pullback(self.problems, own, mask, fn, (y0,))[1]((memory_bar, slope_bar))
+def back_by_stages(steps: Stepper, own, mask, carry, s, y, memory, h, gathered, inside):
+    """`Stepper.back`, stage by stage."""
+    table, stages, ends = steps.method, steps.stages, (carry.y, carry.memory)
+    total = len(table.c) + inside * len(table.extra_c)
+    ks, seen = stages.seen(own, s, y, h, total, memory)
+    straight, weights, d_bar = None, table.dense, []
+    if inside:
+        carry, straight, d_bar = gathered(carry, lambda: stages.sums(y, h, ks, weights))
+    pull = stages.pull_of_slopes(own, mask)
+    y_bar, memory_bar, f_bar = stages.back(pull, seen, s, h, carry.f, weights, d_bar, ends)
+    return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
 
 
 def controlled(steps: Stepper, f):

@@ -82,18 +82,22 @@ class Reversible(Around):
 
     def step(self, f, s, y: PyTree, memory: Pair, h, norm) -> Step:
         z, joins, error = self.joined(y, memory, norm)
-        there = self.method.step(f, s, z, f(z, s), h)
-        y1 = moved(y, there.y, z)
-        slope = f(y1, s + h)
-        back = self.method.step(f, s + h, y1, slope, -h)
-        z1 = moved(z, y1, back.y)
-        if there.errors:
-            norms = (measured(norm, e, y1, error) for e in there.errors)
+        there, _, step = self.psi(f, s, z, h)
+        y1 = jax.tree.map(lax.add, y, there)
+        back, slope, _ = self.psi(f, s + h, y1, -h)
+        z1 = tree.difference(z, back)
+        if step.errors:
+            norms = (measured(norm, e, y1, error) for e in step.errors)
             error = jnp.maximum(error, combined(*norms))
-        memory1, stages = Pair(z1, slope, error, memory.joins + joins), (there, z)
-        return Step(
-            y1, memory1, slope, there.errors, stages, evaluations=self.step_evaluations or 0
-        )
+        memory1, stages = Pair(z1, slope, error, memory.joins + joins), (step, z)
+        return Step(y1, memory1, slope, step.errors, stages, evaluations=self.step_evaluations or 0)
+
+    def psi(self, f, s, x: PyTree, h) -> tuple[PyTree, PyTree, Step]:
+        """Psi_h(x), the slope at x, and the step of the table."""
+        table, slope = self.method, f(x, s)
+        step = table.step(f, s, x, slope, h)
+        terms = [(b, k) for b, k in zip(table.b, step.stages) if b]  # type: ignore[attr-defined]
+        return tree.weighted_sum(h, terms), slope, step
 
     def joined(self, y: PyTree, memory: Pair, norm):
         """The second state where a step begins, whether it was made the first one, and the error.
@@ -110,22 +114,10 @@ class Reversible(Around):
             joins = apart > APART * error
         return tree.where(joins, y, memory.z), joins.astype(memory.joins.dtype), error
 
-    def before(self, f, s, y1: PyTree, memory: Pair, h) -> tuple[PyTree, PyTree]:
-        """The two states from which the step from s to s + h began, once they were made one or not."""
-        back = self.method.step(f, s + h, y1, memory.slope, -h)
-        z = moved(memory.z, back.y, y1)
-        there = self.method.step(f, s, z, f(z, s), h)
-        return moved(y1, z, there.y), z
-
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """Dense output of the step from z: what it adds, y gains."""
         there, z = step.stages
         return self.method.inside(f, s, z, h, there)
-
-
-def moved(y: PyTree, to: PyTree, start: PyTree) -> PyTree:
-    """y + (to - start)."""
-    return jax.tree.map(lambda y, a, b: y + (a - b), y, to, start)
 
 
 def measured(norm, x: PyTree, y: PyTree, like) -> Array:
