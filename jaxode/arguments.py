@@ -675,7 +675,9 @@ def like_leaf(role: Role, path, k, y):
             f"{name} returned shape {k.shape} where y0{where} has shape {y.shape}. {role.order}"
         )
     if not jnp.issubdtype(k.dtype, jnp.inexact):
-        raise TypeError(f"{name} returned dtype {k.dtype} where y0{where} is {y.dtype}: use floats.")
+        raise TypeError(
+            f"{name} returned dtype {k.dtype} where y0{where} is {y.dtype}: use floats."
+        )
     if jnp.iscomplexobj(k) and not jnp.iscomplexobj(y):
         raise TypeError(
             f"{name} returned {k.dtype} where y0{where} is real: pass a complex y0, or the real part."

@@ -1,8 +1,8 @@
-"""Learnt corrections of steps: how the function of a `jaxode.methods.Hypersolver`, and its arrays, reach a step.
+"""Learnt corrections: how the function of a `jaxode.methods.Hypersolver`, and its arrays, reach a step.
 
 A method is static, and what a correction is made of are arrays, traced ones too. So the function is traced at
-the door. Its trace, which is a value, stays with the method; its arrays become leaves of the field, beside those
-of func, where every adjoint and every batch finds them.
+the door. Its trace, which is a value, stays with the method; its arrays become leaves of the field, beside
+those of func, where every adjoint and every batch finds them.
 """
 
 import dataclasses

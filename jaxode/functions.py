@@ -55,9 +55,7 @@ SAVE = Role("`save`", "save(y, t, *args)")
 CONDITION = Role("the condition of an Event", "condition(y, t, *args)")
 CHANGE = Role("the change of an Event", "change(y, t, *args)")
 CHANGE_BY = Role("the change of an Event with `values`", "change(y, t, value, *args)", pair=True)
-CORRECTION = Role(
-    "the correction of a Hypersolver", "correction(y, t, h, slope, *args)", pair=True
-)
+CORRECTION = Role("the correction of a Hypersolver", "correction(y, t, h, slope, *args)", pair=True)
 FOLD = Role("the function of a `fold`", "function(value, y, t, *args)", pair=True)
 
 TIMES = ("t", "time")

@@ -40,7 +40,7 @@ class MLPCorrection(eqx.Module):
         size: int,
         *,
         width: int = 32,
-        depth: int = 1,
+        depth: int = 2,
         time=True,
         dtype=None,
         key: PRNGKeyArray,
@@ -75,9 +75,9 @@ def residuals(func: Callable, ys: PyTree, ts, *args, method: str | Tableau) -> R
 
         (y(t + h) - y(t) - h psi(t, y(t))) / h^(p+1)
 
-    (residual fitting, Poli et al. 2020), for steps from each row to the next one. A correction g is fitted to it,
-    mean |residual - g(y, t, h, slope)|^2. In place of a share delta of it the solution may itself be off by
-    delta h^(p+1): a tolerance of 1e-10 in float64 is enough for most; float32 is for large h.
+    (residual fitting, Poli et al. 2020), for steps from each row to the next. A correction g is fitted to it,
+    by mean |residual - g(y, t, h, slope)|^2. An error of the solution is divided by h^(p+1), too: solve in
+    float64, at a tolerance of 1e-9 for instance, where steps are short.
 
     Args:
         func, args: the derivative func(y, t, *args).
@@ -106,6 +106,6 @@ def residuals(func: Callable, ys: PyTree, ts, *args, method: str | Tableau) -> R
         left = tree.difference(y1, step.y)
         return slope, jax.tree.map(lambda x: tree.scale(h ** -(table.order + 1), x), left)
 
-    begin, end = (jax.tree.map(lambda y: y[part], ys) for part in (slice(-1), slice(1, None)))
+    begin, end = (jax.tree.map(pick, ys) for pick in (lambda y: y[:-1], lambda y: y[1:]))
     t, h = ts[:-1], ts[1:] - ts[:-1]
     return Residuals(begin, t, h, *jax.vmap(one)(begin, end, t, h))
