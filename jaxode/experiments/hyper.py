@@ -41,6 +41,12 @@ class Settings(Options):
     bases: str = option(
         "euler,heun", "Methods that are corrected.", quick="heun", words=("euler", "heun")
     )
+    method: str = option(
+        "tsit5",
+        "Of the solver that the flow is trained with.",
+        quick="bosh3",
+        choices=("bosh3", "tsit5"),
+    )
     cloud: str = option("pinwheel", "What the flow samples.", choices=tuple(flow.CLOUDS))
     states: int = option(
         2000, "Initial states to learn from, and to be measured with.", quick=200, low=2
@@ -107,7 +113,8 @@ def problems(settings, folder, progress) -> list[Problem]:
 def trained_flow(settings, folder, progress):
     """A continuous normalizing flow, fitted to points of the plane by likelihood."""
     field = ConcatSquash(2, width=settings.width, depth=2, key=jax.random.key(settings.seed))
-    model = ContinuousFlow(field, Normal(2), rtol=1e-3, atol=1e-3, max_steps=1024)
+    solver: dict = dict(method=settings.method, rtol=1e-3, atol=1e-3, max_steps=1024)
+    model = ContinuousFlow(field, Normal(2), **solver)
     cloud = flow.CLOUDS[settings.cloud]
     model, _ = fitted(
         model, flow.likelihood_loss, lambda step: cloud(jax.random.key(step), settings.batch),
