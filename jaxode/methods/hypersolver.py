@@ -7,6 +7,7 @@ Models, arXiv 2007.09601.
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 from jaxtyping import PyTree
 
 from jaxode import tree
@@ -60,7 +61,7 @@ class Hypersolver(eqx.Module, Method):
     correction: Callable
     error_order = None
 
-    def __init__(self, method: str | Tableau, correction: Callable):
+    def __init__(self, method: str | Method, correction: Callable):
         table = named(method)
         if not isinstance(table, Tableau):
             raise ValueError(
@@ -120,6 +121,12 @@ class Hypersolver(eqx.Module, Method):
         for p, weight in ((1, 3.0), (2, -2.0)):
             d[p] = tree.combine(d[p], 1.0, [weight], [correction])
         return d
+
+    def residual(self, f, s, y: PyTree, slope: PyTree, h, y1: PyTree) -> PyTree:
+        """What the correction of a step from y should have been, for it to lead to y1, without that which
+        there is: (y1 - y - h psi) / h^(p+1)."""
+        left = tree.difference(y1, self.method.step(f, s, y, slope, h).y)
+        return jax.tree.map(lambda x: tree.scale(h ** -(self.order + 1), x), left)
 
     def backwards(self) -> Method:
         """The table: the correction is not one of the continuous adjoint."""
