@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -313,9 +314,10 @@ def step_size(dt, method: Method, name):
     """`dt` as a number, if there is one; None for adaptive steps."""
     if dt is None:
         if method.error_order is None:
+            of = repr(name) if isinstance(name, str) else f"of class {type(method).__name__}"
             raise ValueError(
-                f"Method {name if isinstance(name, str) else 'of this table'!r} has no error "
-                "estimate: pass a step size `dt=`, or choose an adaptive method such as 'tsit5'."
+                f"Method {of} has no error estimate: pass a step size `dt=`, or choose an adaptive method "
+                "such as 'tsit5'."
             )
         return None
     if not method.equal_steps:
@@ -692,8 +694,9 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
     return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 
 
-def like_state(k, y):
-    """What func returned, if it is a derivative of y; else a TypeError that says what it is."""
+def like_state(k, y, role: Role = FUNC):
+    """What func returned, or another function whose results are like its own, if it is a derivative of y; else
+    a TypeError that says what it is."""
     if isinstance(k, Parts):
         return Parts(*(like_state(part, y) for part in k))
     one = jax.tree.structure(0)
@@ -703,30 +706,31 @@ def like_state(k, y):
         k = type(y)(k)
     if jax.tree.structure(k) != jax.tree.structure(y):
         raise TypeError(
-            f"func must return a derivative like y0: y0 is {jax.tree.structure(y)}, func returned "
-            f"{jax.tree.structure(k)}. Its arguments are (y, t, *args), in this order.{no_vector(y)}"
+            f"{role.name} must return a derivative like y0: y0 is {jax.tree.structure(y)}, {role.name} "
+            f"returned {jax.tree.structure(k)}. {role.order}{no_vector(y)}"
         )
-    return jax.tree_util.tree_map_with_path(like_leaf, k, y)
+    return jax.tree_util.tree_map_with_path(partial(like_leaf, role), k, y)
 
 
-def like_leaf(path, k, y):
-    where = jax.tree_util.keystr(path)
+def like_leaf(role: Role, path, k, y):
+    name, where = role.name, jax.tree_util.keystr(path)
     k = jnp.asarray(k)
     if k.shape != y.shape:
         raise TypeError(
-            f"func returned shape {k.shape} where y0{where} has shape {y.shape}. "
-            "Its arguments are (y, t, *args), in this order."
+            f"{name} returned shape {k.shape} where y0{where} has shape {y.shape}. {role.order}"
         )
     if not jnp.issubdtype(k.dtype, jnp.inexact):
-        raise TypeError(f"func returned dtype {k.dtype} where y0{where} is {y.dtype}: use floats.")
+        raise TypeError(
+            f"{name} returned dtype {k.dtype} where y0{where} is {y.dtype}: use floats."
+        )
     if jnp.iscomplexobj(k) and not jnp.iscomplexobj(y):
         raise TypeError(
-            f"func returned {k.dtype} where y0{where} is real: pass a complex y0, or the real part."
+            f"{name} returned {k.dtype} where y0{where} is real: pass a complex y0, or the real part."
         )
     if jnp.finfo(k.dtype).eps > jnp.finfo(y.dtype).eps:
         warnings.warn(
-            f"func returned {k.dtype} where y0{where} is {y.dtype}: the solution is only as accurate "
-            "as func.",
+            f"{name} returned {k.dtype} where y0{where} is {y.dtype}: the solution is only as accurate "
+            f"as {name}.",
             stacklevel=2,
         )
     return k.astype(y.dtype)

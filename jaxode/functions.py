@@ -34,6 +34,11 @@ class Role(NamedTuple):
         """The names in its call."""
         return self.call[self.call.index("(") + 1 : -1].split(", ")
 
+    @property
+    def order(self) -> str:
+        """What its arguments are, as a sentence."""
+        return f"Its arguments are ({', '.join(self.parameters)}), in this order."
+
     def state(self, given: PyTree) -> PyTree:
         """y, of what is traced."""
         return given[self.parameters.index("y")] if self.pair else given
@@ -50,6 +55,7 @@ SAVE = Role("`save`", "save(y, t, *args)")
 CONDITION = Role("the condition of an Event", "condition(y, t, *args)")
 CHANGE = Role("the change of an Event", "change(y, t, *args)")
 CHANGE_BY = Role("the change of an Event with `values`", "change(y, t, value, *args)", pair=True)
+CORRECTION = Role("the correction of a Hypersolver", "correction(y, t, h, slope, *args)", pair=True)
 FOLD = Role("the function of a `fold`", "function(value, y, t, *args)", pair=True)
 
 TIMES = ("t", "time")

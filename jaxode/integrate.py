@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxode import arguments, constraints, outputs, stiffness, switches
 from jaxode.controllers import Controller
+from jaxode.corrections import correction_of
 from jaxode.events import look_for
 from jaxode.folds import fold_of
 from jaxode.methods.linear import Linear
@@ -249,7 +250,8 @@ def solve(
         if len(t) == 0:
             return no_times(y0 if saved is None else saved.like(), t, folding.start)
         happening = look_for(events, func, *at, (heuristics, mass, driven, after_events))
-        extras = Extras(beside, watched, happening.arrays, folding.arrays)
+        method, correction = correction_of(method, exact, *at)
+        extras = Extras(beside, watched, happening.arrays, folding.arrays, correction)
         arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))
         problem = constraints.Problem(trace, of_jac, method, func_time)
         y0, consistent = constraints.check(problem, leaves, beside, y0, t, rtol, atol, driven)

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from jaxode import arguments, constraints, outputs, tree
 from jaxode.adjoints.failed import poisoned
 from jaxode.controllers import Controller
+from jaxode.corrections import with_correction
 from jaxode.dense import of_steps
 from jaxode.events import Given, occurrences, with_events
 from jaxode.folds import Fold, with_fold
@@ -65,12 +66,14 @@ def output_of(dense: bool, saved: Trace | None, save_steps: bool, max_steps: int
 
 class Extras(NamedTuple):
     """Arrays of what else there is to a solve, None for what is not: its mass matrix and Jacobian (`system`),
-    what is `saved` of the state, `events`, a `fold`, and the state `before`, from which it goes on."""
+    what is `saved` of the state, `events`, a `fold`, the `correction` of its steps, and the state `before`,
+    from which it goes on."""
 
     system: constraints.Beside | None
     saved: Any
     events: Any
     fold: Any
+    correction: Any
     before: State | None = None
 
 
@@ -132,6 +135,9 @@ def adjoint_of(static: Static, extras: Extras, happening: Given | None, given) -
         adjoint = with_events(adjoint, happening, t0, span, func_time)
     if extras.fold is not None:
         adjoint = with_fold(adjoint, Fold(static.fold, extras.fold), given[:4])
+    if extras.correction is not None:
+        method: Any = static.method
+        adjoint = with_correction(adjoint, Field(method.correction, extras.correction, *given[:4]))
     if extras.system is not None:
         of_jac = None if static.jac is None else Field(static.jac, extras.system.jac, *given)
         consistent = static.consistent or extras.before is not None

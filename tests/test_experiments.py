@@ -18,6 +18,7 @@ FIGURES = {
     "augment": {"augment.png"},
     "regularize": {"regularize.png"},
     "physics": {"physics.png"},
+    "hyper": {"hyper.png"},
     "resnet-limit": {"resnet_limit.png"},
     "cde": {"cde.png"},
     "mnist": {"training.png", "figure_3.png", "memory.png", "between.png"},

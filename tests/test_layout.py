@@ -10,7 +10,7 @@ ORDER = """
     methods.reversible methods.tables methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
-    methods.names
+    methods.names methods.hypersolver
     controllers kernels.one_call kernels.calls kernels.forms kernels.traces
     stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.stepper
@@ -19,8 +19,8 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
-    signals functions arguments events folds constraints stiffness dense resuming program integrate findings
-    diagnosis perturbations trust evidence gradients
+    signals functions arguments events folds corrections constraints stiffness dense resuming program integrate
+    findings diagnosis perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits nn data run_folder train experiments
 """.split()

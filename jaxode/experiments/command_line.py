@@ -14,6 +14,7 @@ EXPERIMENTS = {  # module: what --help says of it; a module is imported when its
     "augment": "What plain neural ODEs cannot represent, and augmented ones do.",
     "regularize": "Cheaper dynamics: kinetic energy, Jacobian norm, random end time, solver estimates.",
     "physics": "Hamiltonian and divergence-free fields, symplectic methods, forcing, real dynamics.",
+    "hyper": "Hypersolvers: a learnt correction makes a cheap method more accurate.",
     "resnet-limit": "A ResNet is Euler's method: the same weights at more and more steps.",
     "cde": "Neural controlled differential equations on series with missing values, against RNNs.",
 }

@@ -5,6 +5,7 @@
 | every method by its name, as a value | `methods`, `named` |
 | an explicit Runge-Kutta method of one's own | `tableau`, `Tableau` |
 | a symplectic one | `composed`, `Splitting` |
+| an explicit method with a learnt correction of its steps | `Hypersolver` |
 | implicit methods, and a choice between both kinds | `Rosenbrock`, `Esdirk`, `Collocation`, `Auto` |
 | `linear=`, the structure of df/dy | `Dense`, `Banded`, `BlockDiagonal`, `Diagonal`, `Sparse`, `Krylov` |
 | a method, or a structure, of another kind | `Method`, `Step`, `Linear` |
@@ -14,6 +15,7 @@ from jaxode.methods.auto import Auto
 from jaxode.methods.collocation import Collocation
 from jaxode.methods.esdirk import Esdirk
 from jaxode.methods.explicit import Tableau, tableau
+from jaxode.methods.hypersolver import Hypersolver
 from jaxode.methods.krylov import Krylov
 from jaxode.methods.linear import Dense, Linear
 from jaxode.methods.method import Method, Step
@@ -30,6 +32,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "Tableau",
     "composed",
     "Splitting",
+    "Hypersolver",
     "Rosenbrock",
     "rodas4",
     "rodas4p",

@@ -5,6 +5,7 @@
 | a field dy/dt = f(y, t) | `MLPField`, `ConvField`, `ConcatSquash`, `PlanarField` |
 | one that keeps energy, or volume | `HamiltonianField`, `SeparableHamiltonian`, `DivergenceFreeField` |
 | a solve as a layer | `NeuralODE`, with more dimensions than its input `Augmented` |
+| the correction of a `jaxode.methods.Hypersolver`, and what it is fitted to | `MLPCorrection`, `residuals` |
 | integrals beside a solve | `WithIntegrals`, `kinetic_energy`, `JacobianNorm`, `divergence`, `Hutchinson` |
 | classifiers | `classifier`, `Classifier`, `MLPClassifier`, `ResidualBlock`, `ResidualBlocks` |
 | densities and samples | `ContinuousFlow`, `PlanarFlow`, `Normal` |
@@ -17,6 +18,7 @@
 from jaxode.nn.augmented import Augmented
 from jaxode.nn.classifiers import Classifier, MLPClassifier, classifier
 from jaxode.nn.controlled import ControlledField, NeuralCDE, control_path
+from jaxode.nn.corrections import MLPCorrection, residuals
 from jaxode.nn.fields import ConvField, MLPField
 from jaxode.nn.flows import ConcatSquash, ContinuousFlow, Normal, PlanarField, PlanarFlow
 from jaxode.nn.hamiltonian import DivergenceFreeField, HamiltonianField, SeparableHamiltonian
@@ -37,6 +39,8 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "DivergenceFreeField",
     "NeuralODE",
     "Augmented",
+    "MLPCorrection",
+    "residuals",
     "WithIntegrals",
     "kinetic_energy",
     "JacobianNorm",
