@@ -19,6 +19,7 @@ FIGURES = {
     "regularize": {"regularize.png"},
     "physics": {"physics.png"},
     "resnet-limit": {"resnet_limit.png"},
+    "match": {"clouds.png", "digits.png", "evaluations.png"},
     "mnist": {"training.png", "figure_3.png", "memory.png", "between.png"},
 }
 

@@ -15,6 +15,7 @@ EXPERIMENTS = {  # module: what --help says of it; a module is imported when its
     "regularize": "Cheaper dynamics: kinetic energy, Jacobian norm, random end time, solver estimates.",
     "physics": "Hamiltonian and divergence-free fields, symplectic methods, forcing, real dynamics.",
     "resnet-limit": "A ResNet is Euler's method: the same weights at more and more steps.",
+    "match": "Flow matching along three paths against maximum likelihood, on clouds and digits.",
 }
 SMOKE_TEST = (
     "This was --quick, a smoke test: everything runs, but hardly anything is trained. Leave it out for "
