@@ -29,7 +29,7 @@ KINDS = {  # how a field is trained: None by maximum likelihood, else options of
 METHODS = {"euler": 1, "midpoint": 2, "rk4": 4}  # with equal steps, and the evaluations of one
 BUDGETS = (4, 8, 16, 32, 64)  # evaluations of these
 TIMES = np.linspace(0, 1, 11, dtype=np.float32)  # of the paths that are drawn
-TOLERANCES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of tsit5, which chooses its steps
+TOLERANCES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the method that chooses its steps
 SHOWN = 8  # evaluations: a budget that the table shows
 PIXELS, LEVELS = 64, 17  # of a digit, each a whole number from 0 to 16
 
@@ -51,13 +51,20 @@ class Settings(Options):
         words=tuple(CLOUDS),
     )  # fmt: skip
     fits: str = option(
-        ",".join(KINDS), "Of " + ", ".join(KINDS) + ", on digits.", quick="optimal", words=tuple(KINDS),
+        ",".join(KINDS), "Of " + ", ".join(KINDS) + ", on clouds.",
+        quick="likelihood,optimal,diffusion", words=tuple(KINDS),
     )  # fmt: skip
+    digit_fits: str = option(
+        ",".join(KINDS), "The same, on digits.", quick="optimal", words=tuple(KINDS)
+    )
     methods: str = option(
-        "euler,midpoint,rk4", "Of euler, midpoint, rk4, beside tsit5.", quick="euler", words=tuple(METHODS),
+        "euler,midpoint,rk4", "Of euler, midpoint, rk4, with equal steps.", quick="euler", words=tuple(METHODS),
     )  # fmt: skip
     method: str = option(
-        "tsit5", "Of the solver in training.", quick="bosh3", choices=("tsit5", "bosh3", "dopri5")
+        "tsit5",
+        "That chooses its steps.",
+        quick="heun",
+        choices=("tsit5", "dopri5", "bosh3", "heun"),
     )
     width: int = option(64, "Of the field on clouds.", quick=32, low=1)
     depth: int = option(3, "Hidden layers of both fields.", quick=2, low=1)
@@ -116,7 +123,10 @@ def carried(flow, z, context, method, dt, tolerance):
 
 
 def curves(flow, z, context, held, settings):
-    """For each method evaluations, and the distance of samples from data, with more and more; and paths."""
+    """For each method evaluations, and the distance of samples from data, with more and more; and paths.
+
+    The last method is the one that chooses its steps.
+    """
     runs = {
         method: [
             carried(flow, z, context, method, jnp.asarray(METHODS[method] / n), None)
@@ -124,15 +134,15 @@ def curves(flow, z, context, held, settings):
         ]
         for method in settings.listed("methods")
     }
-    adaptive = lambda tolerance: carried(flow, z, context, "tsit5", None, jnp.asarray(tolerance))
-    runs["tsit5"] = [adaptive(tolerance) for tolerance in TOLERANCES]
+    adaptive = lambda tolerance: carried(flow, z, context, settings.method, None, tolerance)
+    runs[settings.method] = [adaptive(jnp.asarray(tolerance)) for tolerance in TOLERANCES]
 
     def told(path, evaluations):
         distance = float(energy_distance(path[-1], held))
         return {"evaluations": int(evaluations), "distance": distance}
 
     found = {method: [told(*run) for run in several] for method, several in runs.items()}
-    return found, runs["tsit5"][-1][0]
+    return found, runs[settings.method][-1][0]
 
 
 @jax.jit
@@ -159,8 +169,8 @@ def on_cloud(cloud, settings, folder, progress):
     start = untrained(field, Normal(2), settings)
     before = float(jnp.mean(nats(start, held)))
     found, shown = {}, {"data": held[None]}
-    for kind, how in KINDS.items():
-        steps = settings.likelihood_steps if how is None else settings.steps
+    for kind in settings.listed("fits"):
+        steps = settings.likelihood_steps if kind == "likelihood" else settings.steps
         flow, cost = trained(
             kind, start, lambda step: (sample(jax.random.key(step), settings.batch), None), steps,
             cloud, settings, folder, progress,
@@ -254,7 +264,7 @@ def on_digits(settings, folder, progress):
         return dequantised(digits.train[0][i], rng), one_hot(digits.train[1][i])
 
     found, shown = {}, {"held out": digits.test[0]}
-    for kind in settings.listed("fits"):
+    for kind in settings.listed("digit_fits"):
         likelihood = kind == "likelihood"
         steps = settings.digit_likelihood_steps if likelihood else settings.digit_steps
         flow, cost = trained(kind, start, batches, steps, "digits", settings, folder, progress)
@@ -328,7 +338,7 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
         "Nats of held-out data: less is better. Of the normal distribution of a cloud's covariance "
         + ", ".join(f"{found['normal']:.2f} ({cloud})" for cloud, found in clouds.items())
         + f".\nThose of digits: of 64 pixels, whole numbers with uniform noise of 1, given the class;\n"
-        f"{PIXELS * np.log(LEVELS):.1f} for equal probabilities. Evaluations: of samples by tsit5 to 1e-4.\n"
+        f"{PIXELS * np.log(LEVELS):.1f} for equal probabilities. Evaluations: by {settings.method} to 1e-4.\n"
         f"A method, {SHOWN}: energy distance from held-out data of samples by {SHOWN} evaluations; less is\n"
         f"better, of other real data {each('distance', '.3f')}.\n"
         "Read: the part that a classifier reads as its class. Told apart: by the nearest neighbour, from\n"
@@ -342,22 +352,27 @@ def distance(result, method, budget=SHOWN):
     return result["curves"][method][BUDGETS.index(budget)]["distance"]
 
 
+def evaluations(result):
+    """Of samples to the least tolerance."""
+    *_, adaptive = result["curves"].values()
+    return adaptive[-1]["evaluations"]
+
+
 def row(name, result):
     """A line of the table; "" for what there is not."""
     shown = lambda key, form: form.format(result[key]) if key in result else ""
     line = {"fit": name, "steps": shown("steps", "{}"), "ms a step": shown("ms a step", "{:.1f}")}
     line |= {"nats": shown("nats", "{:.2f}"), "evaluations": ""}
     if "curves" in result:
-        *methods, adaptive = result["curves"]
-        line["evaluations"] = str(result["curves"][adaptive][-1]["evaluations"])
-        line |= {f"{method}, {SHOWN}": f"{distance(result, method):.3f}" for method in methods}
+        line["evaluations"] = str(evaluations(result))
+        *equal, _ = result["curves"]
+        line |= {f"{method}, {SHOWN}": f"{distance(result, method):.3f}" for method in equal}
     return line | {"read": shown("accuracy", "{:.3f}"), "told apart": shown("told apart", "{:.3f}")}
 
 
 def claimed(settings, clouds, digits) -> dict[str, bool]:
     """What holds at every size, and what needs training."""
     of_clouds = [found["kinds"] for found in clouds.values()]
-    evaluations = lambda result: result["curves"]["tsit5"][-1]["evaluations"]
     likelier = lambda found, than: all(
         result["nats"] < found[than] for kind, result in found["kinds"].items() if "nats" in result
         and kind not in ("likelihood", "normal")
@@ -366,15 +381,16 @@ def claimed(settings, clouds, digits) -> dict[str, bool]:
         "Matching makes held-out data likelier, on clouds and digits": all(
             likelier(found, "before") for found in (*clouds.values(), digits)
         ),
-        "Samples along optimal pairs take no more evaluations than along diffusion": all(
-            evaluations(found["optimal"]) <= evaluations(found["diffusion"]) for found in of_clouds
-        ),
     }
-    if "euler" in settings.listed("methods"):
-        claims["By 4 steps of Euler's method they are nearer to the cloud"] = all(
-            distance(found["optimal"], "euler", 4) < distance(found["diffusion"], "euler", 4)
-            for found in of_clouds
+    if {"optimal", "diffusion"} <= set(settings.listed("fits")):
+        claims["Samples along optimal pairs take no more evaluations than along diffusion"] = all(
+            evaluations(found["optimal"]) <= evaluations(found["diffusion"]) for found in of_clouds
         )
+        if "euler" in settings.listed("methods"):
+            claims["By 4 steps of Euler's method they are nearer to the cloud"] = all(
+                distance(found["optimal"], "euler", 4) < distance(found["diffusion"], "euler", 4)
+                for found in of_clouds
+            )
     if settings.steps >= 2000:
         claims["Every matched cloud is likelier than a normal distribution"] = all(
             likelier(found, "normal") for found in clouds.values()
@@ -392,12 +408,12 @@ def claimed(settings, clouds, digits) -> dict[str, bool]:
 
 def cloud_figure(clouds, shown):
     """Each cloud, and samples of each field with the paths of some of them."""
-    columns = ["data", *KINDS]
+    columns = max(map(len, shown.values()))
     figure, axes = plt.subplots(
-        len(clouds), len(columns), figsize=(3 * len(columns), 3.2 * len(clouds)), squeeze=False
+        len(clouds), columns, figsize=(3 * columns, 3.2 * len(clouds)), squeeze=False
     )
     for axes_row, (cloud, found) in zip(axes, clouds.items()):
-        for axis, kind in zip(axes_row, columns):
+        for axis, kind in zip(axes_row, shown[cloud]):
             path = np.asarray(shown[cloud][kind])
             axis.plot(*path[-1].T, ".", ms=2)
             axis.plot(*path[:, :60].T, color="#D55E00", lw=0.7)
@@ -424,12 +440,16 @@ def digit_figure(digits, shown, labels):
 
 def evaluation_figure(everything):
     """The distance of samples from held-out data against their evaluations, by each method."""
+    curves = {
+        name: {kind: r["curves"] for kind, r in found["kinds"].items() if "curves" in r}
+        for name, found in everything.items()
+    }
+    rows, columns = len(curves), max(map(len, curves.values()))
     figure, axes = plt.subplots(
-        len(everything), len(KINDS), figsize=(15, 3.4 * len(everything)), sharey="row", sharex=True
+        rows, columns, figsize=(3.8 * columns, 3.4 * rows), sharey="row", sharex=True, squeeze=False
     )
     for axes_row, (name, found) in zip(axes, everything.items()):
-        curves = {kind: r["curves"] for kind, r in found["kinds"].items() if "curves" in r}
-        for axis, (kind, by_method) in zip(axes_row, curves.items()):
+        for axis, (kind, by_method) in zip(axes_row, curves[name].items()):
             for method, runs in by_method.items():
                 points = [(run["evaluations"], run["distance"]) for run in runs]
                 axis.loglog(*zip(*points), "o-", ms=5, label=method)

@@ -93,7 +93,7 @@ def flow_matching_loss(
     >>> import jax, optax
     >>> from jaxode import train
     >>> from jaxode.nn import ConcatSquash, ContinuousFlow, Normal
-    >>> flow = ContinuousFlow(ConcatSquash(2, width=16, key=jax.random.key(0)), Normal(2))
+    >>> flow = ContinuousFlow(ConcatSquash(2, depth=1, key=jax.random.key(0)), Normal(2))
     >>> optimiser = optax.sgd(0.1)
     >>> state = train.start(flow, optimiser, jax.random.key(1))
     >>> batches = lambda step: 3 + jax.random.normal(jax.random.key(step), (128, 2))
