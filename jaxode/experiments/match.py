@@ -421,7 +421,7 @@ def cloud_figure(clouds, shown):
         for axis, kind in zip(axes_row, shown[cloud]):
             path = np.asarray(shown[cloud][kind])
             axis.plot(*path[-1].T, ".", ms=2)
-            axis.plot(*path[:, :60].T, color="#D55E00", lw=0.7)
+            axis.plot(path[:, :60, 0], path[:, :60, 1], color="#D55E00", lw=0.7)
             nats = f": {found['kinds'][kind]['nats']:.2f} nats" if kind in KINDS else ""
             axis.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
             axis.set_title(f"{cloud}, {kind}{nats}", fontsize=11)
@@ -437,7 +437,8 @@ def digit_figure(digits, shown, labels):
     for axis, (name, levels) in zip(axes.flat, shown.items()):
         of_class = [levels[labels[: len(levels)] == label] for label in range(10)]
         images = np.stack([np.resize(some, (3, 8, 8)) for some in of_class], axis=1)
-        axis.imshow(images.transpose(0, 2, 1, 3).reshape(24, 80), cmap="gray_r")
+        images = np.pad(images, [(0, 0), (0, 0), (1, 1), (1, 1)])
+        axis.imshow(images.transpose(0, 2, 1, 3).reshape(30, 100), cmap="gray_r")
         apart = digits["kinds"].get(name, digits["real"])["told apart"]
         axis.set_title(f"{name}: told apart {apart:.2f}")
     return figure
