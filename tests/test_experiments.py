@@ -21,6 +21,7 @@ FIGURES = {
     "hyper": {"hyper.png"},
     "resnet-limit": {"resnet_limit.png"},
     "cde": {"cde.png"},
+    "match": {"clouds.png", "digits.png", "evaluations.png"},
     "mnist": {"training.png", "figure_3.png", "memory.png", "between.png"},
 }
 

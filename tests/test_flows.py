@@ -16,8 +16,12 @@ from jaxode.nn import (
     PlanarField,
     PlanarFlow,
     WithIntegrals,
+    diffusion_path,
     divergence,
+    flow_matching_loss,
     kinetic_energy,
+    linear_path,
+    optimal_pairs,
 )
 
 KEY = jax.random.key(0)
@@ -166,3 +170,103 @@ def test_a_planar_flow_has_the_determinant_of_its_jacobian(density):
     wrong = flow.sample_and_log_prob if density else flow.log_prob
     with pytest.raises(ValueError, match="density="):
         wrong(*((KEY, 3) if density else (z,)))
+
+
+PATHS = {"linear": linear_path, "diffusion": diffusion_path}
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_a_path_goes_from_the_base_to_the_data_and_its_velocity_is_its_derivative(name, dtype):
+    path, z, x = PATHS[name](), points(6, dtype), 2 + points(6, dtype)
+    at = jax.jit(path.at)
+    ends = [at(jnp.full(6, t, dtype), z, x)[0] for t in (0.0, 1.0)]
+    assert ends[0].dtype == dtype
+    np.testing.assert_allclose(ends[0], z, atol=0.05)  # diffusion keeps 0.0066 of x
+    np.testing.assert_allclose(ends[1], x, atol=1e-6)
+    t, h = jnp.linspace(0.05, 0.95, 6, dtype=dtype), 1e-6 if dtype == "float64" else 1e-2
+    moved = [at(t + d, z, x)[0] for d in (h, -h)]
+    tolerance = 1e-6 if dtype == "float64" else 2e-2
+    np.testing.assert_allclose(
+        at(t, z, x)[1], (moved[0] - moved[1]) / (2 * h), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_diffusion_keeps_the_variance_and_forgets_at_its_rate():
+    path, t = diffusion_path(0.2, 10.0), jnp.linspace(0.0, 0.99, 7)
+    np.testing.assert_allclose(path.mean(t) ** 2 + path.spread(t) ** 2, 1.0, rtol=1e-12)
+    slope = jax.jit(jax.vmap(jax.grad(lambda t: jnp.log(path.mean(t)))))(t)
+    np.testing.assert_allclose(slope, (0.2 + 9.8 * (1 - t)) / 2, rtol=1e-12)  # half of beta(1 - t)
+
+
+class OfNormal(eqx.Module):
+    """The field that carries a normal distribution to N(mean, scale^2) along straight lines, and a bit more.
+
+    E[x - z | y] of the two normal distributions, by the formula of conditional normal ones.
+    """
+
+    mean: float
+    scale: float
+    more: float
+
+    def __call__(self, y, t):
+        variance = (t * self.scale) ** 2 + (1 - t) ** 2
+        slope = (t * self.scale**2 - (1 - t)) / variance
+        return self.mean + slope * (y - t * self.mean) + self.more * jnp.sin(3 * y + t)
+
+
+def test_the_loss_of_matching_is_least_for_the_field_that_makes_the_data():
+    x = 1.5 + 0.5 * points(100_000)
+    flow = lambda more: ContinuousFlow(OfNormal(1.5, 0.5, more), Normal(2), rtol=1e-8, atol=1e-8)
+    loss = jax.jit(jax.vmap(lambda more: flow_matching_loss(flow(more), x, KEY)))
+    values = loss(jnp.array([-0.2, 0.0, 0.2])).tolist()
+    slope = (values[2] - values[0]) / 0.4  # of the mean of squares, exactly
+    spread = 2 * (values[1] / len(x)) ** 0.5  # of 2 (field - velocity) sin(...), |sin| at most 1
+    assert values[1] < min(values[0], values[2]) - 0.005 and abs(slope) < 5 * spread
+    exact = Normal(2, scale=0.5).log_prob(x[:20] - 1.5)
+    np.testing.assert_allclose(flow(0.0).log_prob(x[:20]), exact, atol=1e-6)
+
+
+def test_optimal_pairs_cost_little_more_than_the_best_and_use_every_sample_equally_often(dtype):
+    from scipy.optimize import linear_sum_assignment
+
+    z, x = points(64, dtype), 2 * jax.random.normal(jax.random.key(4), (64, 2), dtype) ** 2
+    costs = np.sum((np.asarray(z)[None] - np.asarray(x)[:, None]) ** 2, axis=-1)
+    draw = jax.jit(jax.vmap(lambda key: optimal_pairs(key, z, x)))
+    drawn = draw(jax.random.split(KEY, 500))
+    assert drawn.dtype == dtype
+    cost = float(jnp.mean(jnp.sum((drawn - x[None]) ** 2, axis=-1)))
+    least = costs[linear_sum_assignment(costs)].mean()
+    assert least < cost + 1e-3 and cost - least < 0.05 * (costs.mean() - least)
+    often = np.sum(np.asarray(drawn)[:, :, None, 0] == np.asarray(z)[None, None, :, 0], axis=(0, 1))
+    assert often.sum() == 500 * 64 and np.all(np.abs(often / 500 - 1) < 0.25)
+
+
+def test_optimal_pairs_stay_in_their_context():
+    z, x, group = points(60), 1 + points(60)[::-1], jnp.arange(60) % 3
+    context = jax.nn.one_hot(group, 3, dtype=x.dtype)
+    pairs = jax.jit(lambda context: optimal_pairs(KEY, z, x, context))
+    drawn = np.asarray(pairs(context))
+    origin = np.argmax(np.all(drawn[:, None] == np.asarray(z)[None], axis=-1), axis=1)
+    np.testing.assert_array_equal(origin % 3, group)
+    assert np.sum((drawn - x) ** 2) < 0.7 * np.sum((z - x) ** 2)
+    all_differ = jnp.tile(jnp.arange(60.0)[:, None], (1, 3))
+    np.testing.assert_array_equal(pairs(all_differ), z)
+
+
+def test_matching_has_gradients_in_its_dtype_and_every_row_has_a_time_and_a_context(dtype):
+    field = ConcatSquash(2, width=8, depth=1, context=1, dtype=dtype, key=KEY)
+    flow, x = ContinuousFlow(field, Normal(2)), points(8, dtype)
+    context = jnp.ones((8, 1), dtype)
+    loss = lambda flow: flow_matching_loss(
+        flow, x, KEY, path=diffusion_path(), optimal=True, context=context
+    )
+    value, bar = eqx.filter_jit(eqx.filter_value_and_grad(loss))(flow)
+    assert value.dtype == dtype and value.shape == ()
+    for leaf in jax.tree.leaves(bar):
+        assert leaf.dtype == dtype and np.all(np.isfinite(leaf)) and np.any(leaf)
+
+
+def test_a_field_of_another_shape_is_refused():
+    flow = ContinuousFlow(lambda y, t: y[:, :1], Normal(2))
+    with pytest.raises(ValueError, match=r"\(8, 2\) in all; it returned \(8, 1\)"):
+        jax.eval_shape(lambda x: flow_matching_loss(flow, x, KEY), points(8))

@@ -17,6 +17,7 @@ EXPERIMENTS = {  # module: what --help says of it; a module is imported when its
     "hyper": "Hypersolvers: a learnt correction makes a cheap method more accurate.",
     "resnet-limit": "A ResNet is Euler's method: the same weights at more and more steps.",
     "cde": "Neural controlled differential equations on series with missing values, against RNNs.",
+    "match": "Flow matching along three paths against maximum likelihood, on clouds and digits.",
 }
 SMOKE_TEST = (
     "This was --quick, a smoke test: everything runs, but hardly anything is trained. Leave it out for "

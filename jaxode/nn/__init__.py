@@ -9,6 +9,7 @@
 | integrals beside a solve | `WithIntegrals`, `kinetic_energy`, `JacobianNorm`, `divergence`, `Hutchinson` |
 | classifiers | `classifier`, `Classifier`, `MLPClassifier`, `ResidualBlock`, `ResidualBlocks` |
 | densities and samples | `ContinuousFlow`, `PlanarFlow`, `Normal` |
+| flow matching | `flow_matching_loss`, `ProbabilityPath`, `linear_path`, `diffusion_path`, `optimal_pairs` |
 | irregular series | `LatentODE`, `RecognitionRNN`, `RNN`, `ODERNN`, `Series` |
 | states driven by data | `NeuralCDE`, `ControlledField`, `control_path` |
 | events in time | `PointProcess`, `JointModel` |
@@ -25,6 +26,13 @@ from jaxode.nn.hamiltonian import DivergenceFreeField, HamiltonianField, Separab
 from jaxode.nn.integrals import Hutchinson, JacobianNorm, WithIntegrals, divergence, kinetic_energy
 from jaxode.nn.latent import ODERNN, RNN, LatentODE, RecognitionRNN, Series
 from jaxode.nn.layers import Conv, GroupNorm
+from jaxode.nn.matching import (
+    ProbabilityPath,
+    diffusion_path,
+    flow_matching_loss,
+    linear_path,
+    optimal_pairs,
+)
 from jaxode.nn.neural_ode import NeuralODE
 from jaxode.nn.point_process import JointModel, PointProcess
 from jaxode.nn.resnet import ResidualBlock, ResidualBlocks
@@ -54,6 +62,11 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "ContinuousFlow",
     "PlanarFlow",
     "Normal",
+    "flow_matching_loss",
+    "ProbabilityPath",
+    "linear_path",
+    "diffusion_path",
+    "optimal_pairs",
     "LatentODE",
     "RecognitionRNN",
     "RNN",
