@@ -18,6 +18,8 @@ from jaxode.methods.method import Around, Method, Step, combined
 # By so many errors of a step, the largest one so far, the two states may differ; and where the table has no
 # estimate of them, by so many times the distance after one step.
 APART, GROWN = 3, 100
+# By so many roundings they may in any case: over thousands of tiny steps roundings alone are more than the errors.
+ROUNDINGS = 64
 
 
 class Pair(NamedTuple):
@@ -111,7 +113,9 @@ class Reversible(Around):
             joins = apart > GROWN * error
             error = jnp.where(joins, -error, error)
         else:
-            joins = apart > APART * error
+            of = lambda y: ROUNDINGS * float(jnp.finfo(y.dtype).eps) * y
+            least = measured(norm, jax.tree.map(of, y), y, error)
+            joins = apart > jnp.maximum(APART * error, least)
         return tree.where(joins, y, memory.z), joins.astype(memory.joins.dtype), error
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
