@@ -27,7 +27,7 @@ class Hypersolver(eqx.Module, Method):
     h^(p+1)) (theorem 1): the order of the solution is still p. `jaxode.nn.residuals` finds what g should be at
     rows of accurate solutions, and `jaxode.nn.MLPCorrection` is a network to be fitted to it.
 
-    A correction costs no evaluation of func, and `Stats` count none: that pays where g is far cheaper than func.
+    A correction costs no evaluation of func, and `Stats` count none: it pays where g is far cheaper than func.
     Steps have the size `dt`: nothing estimates what is left of their errors, so that steps that adapt are
     refused.
 
