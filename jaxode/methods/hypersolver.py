@@ -41,7 +41,7 @@ class Hypersolver(eqx.Module, Method):
     Attributes:
         method: an explicit Runge-Kutta method, or its name: "euler", "heun", "rk4", ...
         correction: g, called as `correction(y, t, h, slope, *args)`: y as func sees it, t and h numbers in the
-            unit of time of func, h < 0 where times decrease, `slope` what func returns there. It returns a
+            unit of time of func, h < 0 where times decrease, slope what func returns there. It returns a
             pytree like y.
 
     Raises:
