@@ -134,7 +134,8 @@ def solve(
             `jaxode.Signal` makes, or with an `Event` at the known time when it begins: there a step ends.
         method: the name of a table (`jaxode.methods.methods`) or a table; or, for a state (q, p) of
             a separable problem, a symplectic method ("leapfrog", "yoshida4"; with `dt`); or, for a
-            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...). Outputs come from dense
+            stiff problem, an implicit one ("rodas5p", "rodas4", "kvaerno5", ...); or a
+            `jaxode.methods.Hypersolver`, which corrects an explicit one (with `dt`). Outputs come from dense
             output: steps do not stop at output times.
         adjoint: how to differentiate: "replay" (reverse mode), "backsolve" (the continuous adjoint, constant
             memory), "reversible" (steps that can be taken back, constant memory), "direct" (any mode and

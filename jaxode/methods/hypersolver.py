@@ -27,18 +27,20 @@ class Hypersolver(eqx.Module, Method):
     h^(p+1)) (theorem 1): the order of the solution is still p. `jaxode.nn.residuals` finds what g should be at
     rows of accurate solutions, and `jaxode.nn.MLPCorrection` is a network to be fitted to it.
 
-    A correction costs no evaluation of func, and `Stats` count none: that pays where g is far cheaper
-    than func. Its arrays are found wherever `solve` finds those of func: in an equinox module, in args, in what
-    it closes over. So it may be made under `jit`, batched by `vmap`, and trained through a solve by every
-    adjoint but "backsolve", which knows of the differential equation alone: derivatives in weights of the
-    correction are not to be had from it. A Hypersolver is a pytree, of which the correction is a part: it may
-    be an argument of a function, and a model to be trained. Steps have the size `dt`: nothing estimates what is
-    left of their errors, so that steps that adapt are refused.
+    A correction costs no evaluation of func, and `Stats` count none: it pays where g is far cheaper than func.
+    Steps have the size `dt`: nothing estimates what is left of their errors, so that steps that adapt are
+    refused.
+
+    The arrays of a correction are found wherever `solve` finds those of func: in an equinox module, in args, in
+    what it closes over. So it may be made under `jit`, batched by `vmap`, and trained through a solve, by
+    "replay", "direct" or "forward". The adjoint "backsolve" knows of the differential equation alone, and is
+    refused: derivatives in weights are not to be had from it. A Hypersolver is a pytree, of which the correction is a part: it may be an argument of a function, and
+    a model to be trained.
 
     Attributes:
         method: an explicit Runge-Kutta method, or its name: "euler", "heun", "rk4", ...
         correction: g, called as `correction(y, t, h, slope, *args)`: y as func sees it, t and h numbers in the
-            unit of time of func, h < 0 where times decrease, and last what func returns there. It returns a
+            unit of time of func, h < 0 where times decrease, slope what func returns there. It returns a
             pytree like y.
 
     Raises:
@@ -129,5 +131,7 @@ class Hypersolver(eqx.Module, Method):
         return jax.tree.map(lambda x: tree.scale(h ** -(self.order + 1), x), left)
 
     def backwards(self) -> Method:
-        """The table: the correction is not one of the continuous adjoint."""
-        return self.method
+        raise ValueError(
+            "adjoint='backsolve' differentiates the differential equation, and knows nothing of the correction of "
+            "a Hypersolver, whose weights would have gradients of 0: use adjoint='replay'."
+        )
