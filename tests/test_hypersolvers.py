@@ -184,7 +184,7 @@ def test_so_are_derivatives_in_forward_mode_by_direct():
 
 
 def test_backsolve_which_would_not_see_the_weights_is_refused():
-    with pytest.raises(ValueError, match="Hypersolver.*use adjoint='replay'"):
+    with pytest.raises(ValueError, match=r"Hypersolver.*use adjoint='replay'"):
         value(*ARGS[:2], NET, "backsolve")
 
 

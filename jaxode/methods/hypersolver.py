@@ -34,8 +34,8 @@ class Hypersolver(eqx.Module, Method):
     The arrays of a correction are found wherever `solve` finds those of func: in an equinox module, in args, in
     what it closes over. So it may be made under `jit`, batched by `vmap`, and trained through a solve, by
     "replay", "direct" or "forward". The adjoint "backsolve" knows of the differential equation alone, and is
-    refused: derivatives in weights are not to be had from it. A Hypersolver is a pytree, of which the correction is a part: it may be an argument of a function, and
-    a model to be trained.
+    refused: derivatives in weights are not to be had from it. A Hypersolver is a pytree, of which the
+    correction is a part: it may be an argument of a function, and a model to be trained.
 
     Attributes:
         method: an explicit Runge-Kutta method, or its name: "euler", "heun", "rk4", ...
@@ -132,6 +132,6 @@ class Hypersolver(eqx.Module, Method):
 
     def backwards(self) -> Method:
         raise ValueError(
-            "adjoint='backsolve' differentiates the differential equation, and knows nothing of the correction of "
-            "a Hypersolver, whose weights would have gradients of 0: use adjoint='replay'."
+            "adjoint='backsolve' differentiates the differential equation, and knows nothing of the "
+            "correction of a Hypersolver, whose weights would have gradients of 0: use adjoint='replay'."
         )

@@ -18,7 +18,7 @@ from jaxode.methods.method import Around, Method, Step, combined
 # By so many errors of a step, the largest one so far, the two states may differ; and where the table has no
 # estimate of them, by so many times the distance after one step.
 APART, GROWN = 3, 100
-# By so many roundings they may in any case: over thousands of tiny steps roundings alone are more than the errors.
+# By so many roundings they may in any case: over thousands of tiny steps these are more than the errors.
 ROUNDINGS = 64
 
 
