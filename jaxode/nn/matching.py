@@ -129,7 +129,7 @@ def optimal_pairs(
 ) -> Float[Array, "n d"]:
     """Samples of the base for the rows of x: rows of z, drawn from an optimal plan between the two.
 
-    Minibatch optimal transport (Tong et al. 2024, section 3.2): row i has z_j with a probability that is
+    Minibatch optimal transport (Tong et al. 2024): row i has z_j with a probability that is
     proportional to P_ij, the plan that carries the rows of z to those of x with the least mean of
     |z_j - x_i|^2, but for a little entropy (Cuturi 2013, arXiv 1306.0895). Paths then seldom cross, and
     the field's lines are straighter. A z may be drawn twice, and another one not.
