@@ -2,7 +2,8 @@
 
 A state that is driven by the path of a series, dz = f(z) dX, for three kinds of path (arXiv 2106.11028),
 against a GRU with time differences and an ODE-RNN of about as many parameters, which read the same values,
-when more and more of these are left out.
+when more and more of these are left out. It learns in forty steps which way spirals turn, which these two do
+not; in a hundred steps on the vowels these two are better, and take a fraction of the time.
 """
 
 import bisect
