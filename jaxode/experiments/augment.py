@@ -166,7 +166,7 @@ def figure(found, models):
         axes[0, i].plot(ts, paths, color="#0072B2", lw=1.3)
         axes[0, i].plot(np.ones(11), -x, "o", color="black", mfc="none", clip_on=False, label="-x")
         axes[0, i].set(xlabel="t", ylabel="first component", title=f"x to -x, {name}")
-        axes[0, i].legend(loc="upper right")
+        axes[0, i].legend(loc="upper center")
         features(axes[1, i], models["disc in a ring", name])
         axes[1, i].set(title=f"disc in a ring at t = 1, {name}")
     axes[1, 0].legend(fontsize=10)
