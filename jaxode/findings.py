@@ -203,8 +203,9 @@ def discontinuity(facts: Facts) -> Finding | None:
         f"There is a discontinuity: {lost} of the {np.sum(facts.rejected)} rejected steps crossed "
         f"t = {times}{more} again and again{facts.because(facts.rejected)}, where func, or a derivative of it, "
         "jumps",
-        "let steps end there: pass jaxode.Event(times=[...]) where the times are known, or what func switches "
-        "at as the condition of a jaxode.Event; what drives func may be a jaxode.Signal",
+        "let no step see both sides: func compares nothing, but reads a part of the state that the `change` "
+        "of a jaxode.Event sets (with `times`, or with what func switches at as its condition); or what drives "
+        "func is a jaxode.Signal",
     )
 
 

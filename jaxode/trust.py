@@ -391,7 +391,8 @@ def jump_of_time(e: Evidence) -> Finding | None:
     return Finding(
         "jump",
         f"func, or a derivative of it, jumps near t = {times}, which does not harm the gradient here",
-        "steps need not search for it with a jaxode.Event(times=[...]), or a jaxode.Signal",
+        "steps need not search for it if the `change` of a jaxode.Event sets a component of the state that "
+        "func reads, or with a jaxode.Signal",
     )
 
 
