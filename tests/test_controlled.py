@@ -167,3 +167,9 @@ def test_wrong_arguments_of_a_path_are_refused():
         control_path(series(), "cubic")
     with pytest.raises(ValueError, match="mask of a series"):
         control_path(series()._replace(mask=jnp.ones((3, 4), bool)))
+
+
+def test_a_path_of_other_channels_is_refused():
+    series = Series(jnp.zeros((2, 3)), jnp.ones((2, 3, 2)), jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="made for paths of 7 channels"):
+        NeuralCDE(7, 4, key=jax.random.key(0))(control_path(series))

@@ -270,3 +270,9 @@ def test_a_field_of_another_shape_is_refused():
     flow = ContinuousFlow(lambda y, t: y[:, :1], Normal(2))
     with pytest.raises(ValueError, match=r"\(8, 2\) in all; it returned \(8, 1\)"):
         jax.eval_shape(lambda x: flow_matching_loss(flow, x, KEY), points(8))
+
+
+def test_matching_data_of_another_size_than_the_base_is_refused():
+    flow = ContinuousFlow(ConcatSquash(2, depth=1, key=jax.random.key(0)), Normal(2))
+    with pytest.raises(ValueError, match="like the base of the flow"):
+        flow_matching_loss(flow, jnp.zeros((5, 3)), jax.random.key(1))

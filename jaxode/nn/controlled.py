@@ -101,7 +101,17 @@ class NeuralCDE(eqx.Module):
         self.options = tuple(sorted(options.items()))
 
     def solve(self, control: Signal, ts=None) -> Solution:
-        """z at ts, by default at the first and the last knot, with the statistics of the solve."""
+        """z at ts, by default at the first and the last knot, with the statistics of the solve.
+
+        Raises:
+            ValueError: the path has another number of channels.
+        """
+        channels = self.initial.in_features
+        if control.us.shape[-1:] != (channels,):
+            raise ValueError(
+                f"This NeuralCDE was made for paths of {channels} channels, and gets values of shape "
+                f"{control.us.shape}: NeuralCDE(channels, outputs, ...) wants the last of these numbers."
+            )
         ts = jnp.stack([control.ts[0], control.ts[-1]]) if ts is None else jnp.asarray(ts)
 
         def velocity(z, t, control):

@@ -88,7 +88,8 @@ def flow_matching_loss(
         context: a row for each row of x, for a field that takes one.
 
     Raises:
-        ValueError: the field returns another shape than that of its argument.
+        ValueError: x has other rows than the base of the flow, or the field returns another shape than
+            that of its argument.
 
     >>> import jax, optax
     >>> from jaxode import train
@@ -104,6 +105,11 @@ def flow_matching_loss(
     path = linear_path() if path is None else path
     base_key, time_key, pair_key = jax.random.split(key, 3)
     z = flow.base.sample(base_key, len(x)).astype(x.dtype)
+    if z.shape != x.shape:
+        raise ValueError(
+            f"x must have a row for each sample, like the base of the flow, whose samples here are of shape "
+            f"{z.shape}; got {x.shape}."
+        )
     if optimal:
         z = optimal_pairs(pair_key, z, x, context)
     t = path.end * jax.random.uniform(time_key, (len(x),), x.dtype)
