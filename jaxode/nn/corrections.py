@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.methods import Hypersolver, Method
 from jaxode.nn.fields import linears, perceptron
+from jaxode.nn.layers import as_channel
 
 
 class MLPCorrection(eqx.Module):
@@ -53,9 +54,7 @@ class MLPCorrection(eqx.Module):
         self, y: Float[Array, "*batch size"], t, h, slope: Float[Array, "*batch size"], *args
     ) -> Float[Array, "*batch size"]:
         numbers = [h, t] if self.time else [h]
-        columns = [
-            jnp.broadcast_to(jnp.asarray(x).astype(y.dtype), (*y.shape[:-1], 1)) for x in numbers
-        ]
+        columns = [as_channel(x, y) for x in numbers]
         return perceptron(self.layers, jnp.concatenate([y, slope, *columns], axis=-1), jnp.tanh)
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode.nn.layers import Conv, GroupNorm
+from jaxode.nn.layers import Conv, GroupNorm, as_channel
 
 
 class MLPField(eqx.Module):
@@ -41,8 +41,7 @@ class MLPField(eqx.Module):
     def __call__(self, y: Float[Array, "*batch size"], t) -> Float[Array, "*batch size"]:
         h = y
         if self.time:
-            time = jnp.broadcast_to(jnp.asarray(t).astype(y.dtype), (*y.shape[:-1], 1))
-            h = jnp.concatenate([y, time], axis=-1)
+            h = jnp.concatenate([y, as_channel(t, y)], axis=-1)
         return perceptron(self.layers, h, jnp.tanh)
 
 

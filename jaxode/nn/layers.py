@@ -39,7 +39,7 @@ class Conv(eqx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"], t=None) -> Float[Array, "n h1 w1 d"]:
         if self.with_time:
-            t = jnp.broadcast_to(jnp.asarray(t).astype(x.dtype), (*x.shape[:3], 1))
+            t = as_channel(t, x)
             y = by_rows(jnp.concatenate([x, t], axis=-1), self.weight, self.stride)
         else:
             stride, order = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
@@ -62,6 +62,11 @@ def by_rows(
     x = jnp.concatenate([x[:, :, j : j + w : stride] for j in range(3)], axis=-1)
     rows = weight.reshape(3, -1, weight.shape[-1])
     return sum((x[:, i : i + h : stride] @ rows[i] for i in (1, 2)), x[:, :h:stride] @ rows[0])
+
+
+def as_channel(number, like):
+    """A number, such as a time, as one more channel of an array: along its last axis, of size 1."""
+    return jnp.broadcast_to(jnp.asarray(number).astype(like.dtype), (*like.shape[:-1], 1))
 
 
 class GroupNorm(eqx.Module):
