@@ -148,7 +148,7 @@ class Stepper(NamedTuple):
             f = self.field(f, mask)
             step = trial_step(integrator, f, s, y, memory, h)
             d = self.method.inside(f, s, y, h, step) if inside else []
-            fold, added = integrator.fold, None
+            fold, added = (None if carry.folded is None else integrator.fold), None
             if fold is not None:
                 found = fold.of_step(self.method, s, y, memory, h, step)
                 added = fold.add(fold.begin(found), found)
