@@ -26,6 +26,7 @@ WRITES: dict[str, Callable] = {
     "scatter-min": lax.min,
     "scatter-max": lax.max,
 }
+TINY = 64  # numbers of an array, each of which is asked whether it is written
 FEW = 16  # pieces that are written by one operation
 
 
@@ -44,6 +45,8 @@ def evaluate(jaxpr, consts, args) -> list:
         name, places = eqn.primitive.name, [read(x, known) for x in eqn.invars]
         if name in WRITES and (starts := starts_of(eqn, places)) is not None:
             outs = [written(eqn, starts, xs[0], xs[2])]
+        elif name in WRITES and is_tiny(eqn):
+            outs = [written_anywhere(eqn, *xs)]
         elif name in ("jit", "pjit") and holds_writes(inner := eqn.params["jaxpr"].jaxpr):
             outs = evaluate(inner, eqn.params["jaxpr"].consts, xs)
         else:
@@ -111,16 +114,48 @@ def window(eqn) -> list[int]:
     return [1 if axis in numbers.inserted_window_dims else next(sizes) for axis in axes]
 
 
-def written(eqn, starts: np.ndarray, x, updates):
-    """The array after the writes, one after another."""
+def rows_of(eqn, updates) -> list:
+    """What is written, one window after another, each with all axes of the array."""
     inner = eqn.params["dimension_numbers"].update_window_dims
     outer = [i for i in range(updates.ndim) if i not in inner]
-    shape = window(eqn)
-    rows = lax.transpose(updates, (*outer, *inner)).reshape(-1, *shape)
-    for row, start in enumerate(starts):
+    count = math.prod(updates.shape[i] for i in outer)
+    return list(lax.transpose(updates, (*outer, *inner)).reshape(count, *window(eqn)))
+
+
+def written(eqn, starts: np.ndarray, x, updates):
+    """The array after writes at known places, one after another."""
+    combine, shape = WRITES[eqn.primitive.name], window(eqn)
+    for row, start in zip(rows_of(eqn, updates), starts, strict=True):
         if min(start, default=0) >= 0:
             old = lax.slice(x, start, start + shape)
-            x = put(x, WRITES[eqn.primitive.name](old, rows[row]), start)
+            x = put(x, combine(old, row), start)
+    return x
+
+
+def is_tiny(eqn) -> bool:
+    """Whether each number of the array can be asked whether it is written: a few times, of a few."""
+    numbers, x = eqn.params["dimension_numbers"], eqn.invars[0].aval
+    batched = numbers.operand_batching_dims or numbers.scatter_indices_batching_dims
+    places = math.prod(eqn.invars[1].aval.shape[:-1])
+    indexed = numbers.scatter_dims_to_operand_dims
+    whole = all(
+        size == (1 if axis in indexed else x.shape[axis]) for axis, size in enumerate(window(eqn))
+    )
+    return bool(whole and not batched and places <= FEW and x.size <= TINY)
+
+
+def written_anywhere(eqn, x, indices, updates):
+    """The array after writes at places that are not known before."""
+    numbers, combine = eqn.params["dimension_numbers"], WRITES[eqn.primitive.name]
+    axes = numbers.scatter_dims_to_operand_dims
+    rows = rows_of(eqn, updates)
+    for row, place in zip(rows, indices.reshape(len(rows), len(axes)), strict=True):
+        here = jnp.ones(x.shape, bool)
+        for axis, i in zip(axes, place):
+            if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+                i = jnp.clip(i, 0, x.shape[axis] - 1)
+            here = here & (lax.broadcasted_iota(i.dtype, x.shape, axis) == i)
+        x = jnp.where(here, combine(x, jnp.broadcast_to(row, x.shape)), x)
     return x
 
 
