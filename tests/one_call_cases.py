@@ -87,6 +87,7 @@ def mixed(y):
 square3 = lambda y: jnp.outer(y[:3], y[1:])
 bits = lambda y: jnp.int64 if y.dtype == jnp.float64 else jnp.int32
 mask = lambda y: jnp.stack([y > 0.41, y < 0.62])
+STEPS = np.array([0.1, 0.33, 0.41, 0.77])
 ELEMENTWISE = {
     "abs": lambda y: lax.abs(y - 0.43),
     "acos": lambda y: lax.acos(y / 3),
@@ -129,6 +130,8 @@ ELEMENTWISE = {
     "log1p": lax.log1p,
     "logistic": lax.logistic,
     "lt": lambda y: y * weight(lax.lt(y, 0.41 * jnp.ones_like(y)), y),
+    "lt_to": lambda y: y * weight(jnp.searchsorted(STEPS.astype(y.dtype), y, side="right"), y),
+    "le_to": lambda y: y * weight(jnp.searchsorted(STEPS.astype(y.dtype), y, side="left"), y),
     "max": lambda y: lax.max(y, 0.43 * jnp.ones_like(y)),
     "min": lambda y: lax.min(y, 0.43 * jnp.ones_like(y)),
     "mul": lambda y: lax.mul(y, y),

@@ -11,9 +11,9 @@ ORDER = """
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names methods.hypersolver
-    controllers kernels.one_call kernels.calls kernels.forms kernels.traces
+    controllers kernels.one_call kernels.calls kernels.forms kernels.writes kernels.traces
     stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
-    stepping.problems kernels.stages outputs kernels.stepper
+    stepping.problems kernels.stages outputs kernels.eventful kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming
     batch.vmap_rules batch.layout batch.queue batch.plans batch.lanes
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
@@ -29,6 +29,7 @@ EXTENDS = {
     "kernels/traces.py": "a jaxpr as a comparable value",
     "kernels/forms.py": "which form of a step suits a field: reads its jaxpr",
     "kernels/one_call.py": "which operations one call can hold: reads a jaxpr; the mark of the call",
+    "kernels/writes.py": "a write into an array as pieces: reads a jaxpr",
     "kernels/rules.py": "a derivative rule that JAX does not forget is a primitive's",
     "kernels/calls.py": "the mark of a call that stays one",
     "batch/vmap_rules.py": "the parts of a solve are primitives, with rules of their own",

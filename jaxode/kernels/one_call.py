@@ -57,7 +57,7 @@ def is_real(eqn) -> bool:
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj copy cos
     cosh convert_element_type digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
+    is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not one_minus_square or
     polynomial pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )

@@ -6,6 +6,7 @@
 | a loop over stages | a method with a table | stage by stage, in a loop |
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxode import tree
-from jaxode.kernels import forms
+from jaxode.kernels import eventful, forms
 from jaxode.kernels.calls import in_calls
 from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
 from jaxode.kernels.stages import Stages
@@ -23,7 +24,7 @@ from jaxode.methods.explicit import Tableau
 from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
 from jaxode.stepping import events, stability
-from jaxode.stepping.events import Eventful
+from jaxode.stepping.events import Eventful, WithEvents
 from jaxode.stepping.integrator import next_end_or_event, trial_step, watched
 from jaxode.stepping.problems import Problems, end_of, pullback
 
@@ -82,9 +83,13 @@ class Stepper(NamedTuple):
     def trial(self, own, state):
         """A trial step: the state after it, its size, and what `inside` needs of it."""
         if not self.loops.forward:
-            new, h, step, found = self.problems.each(self.trial_of_one)(own, state)
+            alone = state.watch is None
+            trial = (
+                self.problems.each(self.trial_of_one) if alone else partial(eventful.trial, self)
+            )
+            new, found, h, step = trial(own, state)
             new = folded(self, own, state, new, found)
-            return steadied(self, own, new, state.y, step.y), h, step
+            return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
@@ -102,13 +107,9 @@ class Stepper(NamedTuple):
         s1, h, go = self.move(integrator, f, ss, state)
         step = trial_step(integrator, self.field(f), state.s, state.y, state.memory, h)
         new = integrator.accept_or_reject(state, step, s1, h, go)
-        if state.watch is not None:
-            cut = next_end_or_event(integrator, state, end_of(ss))[2]
-            seen = events.watched(self.method, f, state, new, step, h, cut)
-            new = seen if go is True else tree.where(go, seen, new)
         new, fold = watched(integrator, state, new, h, step, go), integrator.fold
         given = self.method, state.s, state.y, state.memory, h, step
-        return new, h, arrays_of(step), None if fold is None else fold.of_step(*given)
+        return new, None if fold is None else fold.of_step(*given), h, arrays_of(step)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -120,18 +121,37 @@ class Stepper(NamedTuple):
 
     def inside(self, own, s, y, h, step) -> list[PyTree]:
         """The d_p of dense output inside a step."""
+        if isinstance(self.method, WithEvents):
+            inner, own_inner = self.without_events(own)
+            return inner.inside(own_inner, s, y, h, step.stages[0])
         if self.loops.forward:
             return self.stages.inside(own, s, y, h, step)
         one = lambda integrator, f, ss, *args: self.method.inside(self.field(f), *args)
         return self.problems.each(one)(own, s, y, h, step)
 
+    def step(self, own, s, y, memory, h) -> Step:
+        """A step, whatever comes of it."""
+        if self.loops.forward:
+            return self.stages.step(own, s, y, memory, h)
+        one = lambda integrator, f, ss, *args: trial_step(integrator, self.field(f), *args)
+        return self.problems.each(one)(own, s, y, memory, h)
+
     def again(self, own, s, y, memory, h):
         """y and the memory at the end of a step that is known to be accepted."""
-        if self.loops.forward:
-            step = self.stages.step(own, s, y, memory, h)
-            return step.y, step.memory
-        one = lambda integrator, f, ss, *args: trial_step(integrator, self.field(f), *args)[:2]
-        return self.problems.each(one)(own, s, y, memory, h)
+        return self.step(own, s, y, memory, h)[:2]
+
+    def without_events(self, own) -> tuple["Stepper", Any]:
+        """The steps between events, of one solve as ever, of many as if there were no events; and what is the
+        solves' own."""
+        method = self.method.method
+
+        def plain(x):
+            integrator, f, ss = x
+            return dataclasses.replace(integrator, method=method), f.field, ss
+
+        many = self.problems.axis is not None and isinstance(method, Tableau)
+        problems = self.problems._replace(shared=plain(self.problems.shared))
+        return Stepper(problems, method, self.kernel, forms.Loops(many, many)), plain(own)
 
     # Backwards.
 
@@ -190,12 +210,11 @@ def expects_event(steps: Stepper, own, state):
 
 def quiet_trial(steps: Stepper, own, state):
     """A trial step of one solve with events; if one happens, none, and that it does."""
-    integrator, f, ss = steps.problems.of(own)
+    integrator, _, ss = steps.problems.of(own)
     s1, h, cut = next_end_or_event(integrator, state, end_of(ss))
-    quiet = events.quiet(integrator)
-    step = trial_step(quiet, f, state.s, state.y, state.memory, h)
-    happens = events.may_happen(steps.method, f, state, step, h, cut)
-    new = quiet.accept_or_reject(state, step, s1, h, veto=happens)
+    step = eventful.quiet_step(steps, own, state, h)
+    happens = state.is_due | eventful.looked_at(steps, own, state, step, h, cut)[-1]
+    new = integrator.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     new = watched(integrator, state, new, h, step)
     return steadied(steps, own, new, state.y, step.y), h, arrays_of(step), happens

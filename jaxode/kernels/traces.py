@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from jaxode.kernels.writes import evaluate
 from jaxode.methods.method import Parts
 
 RULES = ("custom_jvp_call", "custom_vjp_call", "ruled")
@@ -71,8 +72,7 @@ class Trace:
         @jax.jit
         def func(leaves, y, t):
             count = len(self.jaxpr.constvars)
-            closed = core.ClosedJaxpr(self.jaxpr, leaves[:count])
-            return core.jaxpr_as_fun(closed)(*leaves[count:], *y, t)
+            return evaluate(self.jaxpr, leaves[:count], [*leaves[count:], *y, t])
 
         return func
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.kernels.traces import Trace
-from jaxode.methods.method import Around, Method, Step, chosen, of_all
+from jaxode.methods.method import Around, Method, Step, chosen
 from jaxode.solution import Status
 from jaxode.stepping.field import AroundField, unravelled
 
@@ -163,18 +163,20 @@ class WithEvents(Around):
 
     def step(self, f: Eventful, s, y: PyTree, memory: Memory, h, *norm) -> Step:
         inner = self.method.step(f.field, s, y, memory.inner, h, *norm)
-        none = Record(jnp.zeros((), jnp.int32), jnp.zeros_like(s), y, jnp.zeros_like(memory.due))
+        none = nothing(s, y, memory)
         plain = inner.y, memory._replace(inner=inner.memory), inner.slope, none
         if self.quiet:
             return with_record(inner, plain, inner)
         is_due = jnp.any(memory.due > 0)
         change = lambda: self.change(f, s, y, memory)
-        y1, memory1, slope, record = chosen(is_due, change, lambda: plain)
-        evaluations = jnp.where(is_due, 1, jnp.asarray(inner.evaluations, jnp.int32))
-        converged = True if inner.converged is True else inner.converged | is_due
-        errors = [jax.tree.map(lambda e: jnp.where(is_due, 0, e), e) for e in inner.errors]
-        changed = inner._replace(errors=errors, converged=converged, evaluations=evaluations)
-        return with_record(changed, (y1, memory1, slope, record), inner)
+        found = chosen(is_due, change, lambda: plain)
+        return with_record(of_change(inner, is_due), found, inner)
+
+    def changed(self, f: Eventful, s, y: PyTree, memory: Memory, quiet: Step) -> Step:
+        """The step of size 0 of an event that is due, from the quiet step that would be taken there."""
+        y1, memory1, slope, record = self.change(f, s, y, memory)
+        step = of_change(quiet)._replace(y=y1, memory=memory1, slope=slope)
+        return step._replace(stages=(None, record))
 
     def change(self, f: Eventful, s, y: PyTree, memory: Memory):
         """The change of the first event that is due: the state, the memory, the slope, the record."""
@@ -196,6 +198,21 @@ class WithEvents(Around):
         due = jnp.where(again & (s < 1), jnp.ones_like(due), due)
         memory1 = Memory(inner, lax.stop_gradient(due), counts)
         return y1, memory1, self.method.slope(f.field, s, y1, inner), Record(row, s_at, y_kept, one)
+
+
+def nothing(s, y: PyTree, memory: Memory) -> Record:
+    """What a step adds to the log at which nothing happens."""
+    return Record(jnp.zeros((), jnp.int32), jnp.zeros_like(s), y, jnp.zeros_like(memory.due))
+
+
+def of_change(step: Step, is_due: Any = True) -> Step:
+    """A step that has no error and costs one evaluation where it is the change of an event."""
+    none = lambda e: jnp.where(is_due, jnp.zeros_like(e), e)
+    return step._replace(
+        errors=[jax.tree.map(none, error) for error in step.errors],
+        converged=True if step.converged is True else step.converged | is_due,
+        evaluations=jnp.where(is_due, 1, jnp.asarray(step.evaluations, jnp.int32)),
+    )
 
 
 def with_record(step: Step, found, inner: Step) -> Step:
@@ -246,11 +263,10 @@ def delay(f: Eventful, which, s, y: PyTree, slack, count):
         value = lambda i: f.condition(i, there, s + d) if f.has_condition[i] else jnp.zeros_like(d)
         return one_of(f, which, value)
 
-    def newton(d, _):
+    d = jnp.zeros_like(s)
+    for _ in range(2):  # written out: `vmap` of a loop would transpose all that it reads
         value, rate = jax.jvp(g, (d,), (jnp.ones_like(d),))
-        return d - jnp.where(rate == 0, 0, value / jnp.where(rate == 0, 1, rate)), None
-
-    d, _ = lax.scan(newton, jnp.zeros_like(s), None, length=2)
+        d = d - jnp.where(rate == 0, 0, value / jnp.where(rate == 0, 1, rate))
     far = ~(jnp.abs(d) <= 2 * slack)
     return d - jnp.where(far, lax.stop_gradient(d), 0) + known
 
@@ -301,32 +317,6 @@ def signs_of(f: Eventful, y: PyTree, s, slack) -> Array:
     return jnp.stack([sign(i, slack[i]) for i in range(len(f.events))])
 
 
-def watched(method: WithEvents, f: Eventful, old, new, step: Step, h, cut):
-    """The state after a trial step, from what was decided of its error: with its events.
-
-    `cut` says whether the step ended before it would have without events.
-    """
-    f, old_, new_, step = lax.stop_gradient((f, old, new, step))
-    accepted = new.accepted > old.accepted
-    signs, found = watch_inside(method, f, old_, step, h, accepted)
-    is_due = old_.is_due
-    nothing = jnp.array(False), changes_of(new_, new.watch._replace(signs=signs), new_.memory.due)
-
-    def something():
-        decided = after_step(method, f, old_, new_, step, h, cut, signs, found)
-        return tree.where(is_due, after_event(f, old_, new_, step), decided)
-
-    some = of_all(is_due | (cut & accepted) | jnp.any(found.there))[0]
-    again, changes = lax.cond(some, something, lambda: nothing)
-    memory = new.memory._replace(due=changes.pop("due"))
-    # Not the log, which is as it was: what this step adds is added after it, for all solves at once.
-    before = old._replace(
-        tried=new.tried, evaluations=new.evaluations, since=new.since, folded=None
-    )
-    after = new._replace(memory=memory, folded=None)
-    return tree.where(again, before, after)._replace(folded=new.folded, **changes)
-
-
 def quiet(integrator):
     """The integrator of steps at which nothing happens."""
     return dataclasses.replace(
@@ -334,33 +324,18 @@ def quiet(integrator):
     )
 
 
-def may_happen(method: WithEvents, f: Eventful, old, step: Step, h, cut):
-    """Whether an event is due, or there is one in a step: or at least a condition that changes its sign."""
-    f, old, step = lax.stop_gradient((f, old, step))
-    found = old.is_due | cut
-    if f.has_condition.any():
-        changed = jnp.stack(places(method, f, old, step, h)) * old.watch.signs[None] <= 0
-        found = found | jnp.any(changed & f.has_condition[None])
-    return found
-
-
-def places(method: WithEvents, f: Eventful, old, step: Step, h) -> list[Array]:
-    """The signs at several places of a step."""
-    d = method.inside(f, old.s, old.y, h, step)
-    thetas = [jnp.asarray(n / PLACES, h.dtype) for n in range(1, PLACES)]
-    inside = [signs_at(f, tree.polynomial(old.y, theta, d), old.s + theta * h) for theta in thetas]
-    return [*inside, signs_at(f, step.y, old.s + h)]
-
-
-def changes_of(state, watch: Watch, due) -> dict:
-    """What events may change in a state, beside what they undo."""
-    return dict(h=state.h, ratio=state.ratio, history=state.history, watch=watch, due=due)
+def may_happen(f: Eventful, old, cut, values: Array) -> Array:
+    """Whether there is an event in a step, or it ends at one: or at least a condition changes its sign
+    between the places of `values`."""
+    changed = jnp.sign(values) * old.watch.signs[None] <= 0  # not if NaN
+    return cut | jnp.any(changed & f.has_condition[None])
 
 
 def after_event(f: Eventful, old, new, step: Step):
-    """After a step of size 0 that has made the change of an event: as `after_step`."""
-    watch, memory, s = old.watch, new.memory, new.s
-    one, at = step.stages[1].counts > 0, step.stages[1].s
+    """The state after a step of size 0 that has made the change of an event."""
+    f, old, seen, record = lax.stop_gradient((f, old, new, step.stages[1]))
+    watch, memory, s = old.watch, seen.memory, seen.s
+    one, at = record.counts > 0, record.s
     terminal = np.array([event.terminal for event in f.events], s.dtype)
     ended = jnp.any(one & (terminal > 0) & (memory.counts >= terminal))
     soon = AT_ONCE * float(jnp.finfo(s.dtype).eps) * jnp.maximum(s, watch.last)
@@ -368,15 +343,14 @@ def after_event(f: Eventful, old, new, step: Step):
     status = jnp.where(for_ever, Status.EVENTS_ACCUMULATE.value, 0)
     status = jnp.where(ended, Status.EVENT.value, status).astype(jnp.int32)
     watch = watch._replace(
-        signs=signs_of(f, new.y, s, jnp.where(one, old.memory.due, 0)),
+        signs=signs_of(f, seen.y, s, jnp.where(one, old.memory.due, 0)),
         last=jnp.where(one, at, watch.last), cuts=watch.cuts + 1, status=status,
     )  # fmt: skip
     fine = new.accepted > old.accepted
-    watch = with_next(f, watch, memory.counts, s)
-    changes = changes_of(new, watch, memory.due)
-    changes["h"] = jnp.where(fine & (status == 0), old.h, 0)
-    changes["ratio"] = jnp.where(fine, old.ratio, new.ratio)
-    return jnp.array(False), {**changes, "history": old.history}
+    return new._replace(
+        h=jnp.where(fine & (status == 0), old.h, 0), ratio=jnp.where(fine, old.ratio, seen.ratio),
+        history=old.history, watch=with_next(f, watch, memory.counts, s),
+    )  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -388,38 +362,37 @@ class Found(NamedTuple):
     sign: Array
 
 
-def after_step(method: WithEvents, f: Eventful, old, new, step: Step, h, cut, signs, found: Found):
-    """After any other step: whether it is to be taken again, because a condition has a root inside of it that
-    is not at its end; and what changes in the state."""
+def after_step(f: Eventful, old, new, h, cut, signs, theta):
+    """The state after an accepted step, at the end of which conditions have these signs, and in which they
+    have their first roots at `theta`.
+
+    If one is not at its end, that before the step, so that it is taken again and ends there.
+    """
+    before = old
+    f, old, seen = lax.stop_gradient((f, old, new))
     watch, counts = old.watch, old.memory.counts
-    accepted = new.accepted > old.accepted
-    slack = slack_of(h, new.s)
-    theta = first_roots(method, f, old, step, h, found)
+    slack = slack_of(h, seen.s)
     first = jnp.min(theta)
-    behind = accepted & (first <= 1) & (first * h < h - slack)
+    behind = (first <= 1) & (first * h < h - slack)
+    # So that it is behind the root, and yet so close that the next step ends there.
+    closer = watch._replace(target=old.s + first * h + slack_of(first * h, seen.s) / 2)
+    again = before._replace(
+        tried=seen.tried, evaluations=seen.evaluations, since=seen.since, watch=closer
+    )
     reached = (theta <= 1) & (theta * h >= h - slack)
     times = f.next_times(counts)
-    due = jnp.where(reached | ((times <= new.s) & (new.s < 1)), slack, 0)
-    due = jnp.where(accepted & ~behind, due, 0)
-    on = with_next(f, watch, counts, new.s)
+    due = jnp.where(reached | ((times <= seen.s) & (seen.s < 1)), slack, 0)
+    on = with_next(f, watch, counts, seen.s)
     on = on._replace(signs=signs, cuts=watch.cuts + cut.astype(jnp.int32))
-    # So that it is behind the root, and yet so close that the next step ends there.
-    closer = watch._replace(target=old.s + first * h + slack_of(first * h, new.s) / 2)
-    watch = tree.where(behind, closer, tree.where(accepted, on, watch))
-    h = jnp.where(cut & accepted, jnp.maximum(new.h, old.h), new.h)
-    of = lambda state, h: changes_of(state._replace(h=h), watch, due)
-    return behind, tree.where(behind, of(old, old.h), of(new, h))
+    h = jnp.where(cut, jnp.maximum(seen.h, old.h), seen.h)
+    on = new._replace(h=h, watch=on, memory=new.memory._replace(due=due))
+    return tree.where(behind, again, on)
 
 
 def slack_of(h, s) -> Array:
     """How far behind a root a step of size h may end, at s."""
     eps = float(jnp.finfo(h.dtype).eps)
     return jnp.maximum(eps**NEAR * h, 64 * eps * s)
-
-
-def signs_at(f: Eventful, y: PyTree, s) -> Array:
-    """The sign of each condition; 0 for known times."""
-    return jnp.sign(values_at(f, y, s))
 
 
 def values_at(f: Eventful, y: PyTree, s) -> Array:
@@ -430,64 +403,84 @@ def values_at(f: Eventful, y: PyTree, s) -> Array:
     ])  # fmt: skip
 
 
-def watch_inside(method: WithEvents, f: Eventful, old, step: Step, h, accepted):
-    """The signs after a step; and in which part of it conditions have roots in their directions."""
+def watch_inside(f: Eventful, old, values: Array):
+    """The signs after a step, and in which part of it conditions have roots in their directions: from their
+    values at its places."""
     sign = old.watch.signs
     found = Found(jnp.zeros(sign.shape, bool), jnp.zeros_like(sign), sign)
-    if not f.has_condition.any():
-        return sign, found
     directions = np.array([event.direction for event in f.events], sign.dtype)
-    for n, there in enumerate(places(method, f, old, step, h)):
+    for n, there in enumerate(jnp.sign(values)):
         crossed = (sign * there <= 0) & (sign != 0) & (directions * sign <= 0)  # not if NaN
         here = Found(crossed, jnp.full_like(sign, n / PLACES), sign)
         found = tree.where(found.there, found, here)
         sign = jnp.where(there * there > 0, there, sign)
-    return jnp.where(accepted, sign, old.watch.signs), found._replace(there=found.there & accepted)
+    return sign, found
 
 
-def first_roots(method: WithEvents, f: Eventful, old, step: Step, h, found: Found):
-    """Where in a step each condition has its first root, on [0, 1], infinity for none: right behind it.
+class Bracket(NamedTuple):
+    """Where in a step each condition has its first root, on [0, 1], and its values there, positive where the
+    root is yet to come; the place to look at next, and the value there. `reach` bounds how far from the
+    middle that may be; it is halved in each turn.
 
-    By the ITP method (Oliveira and Takahashi 2020, doi 10.1145/3423597): the secant's point, moved a little
-    towards the middle, so that both ends come closer, and never so far from it that more than one turn is
-    lost on bisection. Each condition has a root of its own; all are looked for at the same time.
+    Where `theta` is, is decided in one turn and used in the next: so all that is computed to get there, and
+    there, has one reader, and is not computed again for each of the four ends.
     """
-    if not f.has_condition.any():
-        return jnp.full_like(found.start, jnp.inf)
-    d = method.inside(f, old.s, old.y, h, step)
 
-    close = float(jnp.finfo(h.dtype).eps) ** NEAR / 16
+    reach: Array
+    low: Array
+    high: Array
+    g_low: Array
+    g_high: Array
+    theta: Any = None
+    g: Any = None
+
+
+def part(found: Found) -> tuple[Array, Array]:
+    """Where the part of a step starts and ends in which each condition has its first root: infinity if none."""
+    low = jnp.where(found.there, found.start, jnp.inf)
+    return low, low + 1 / PLACES
+
+
+def bracket(low, high, g_low, g_high) -> Bracket:
+    """That of the first roots in parts of a step, with the values of conditions at both ends."""
+    close = close_in(low.dtype)
     # As many turns as bisection takes, and one.
     most = int(np.ceil(np.log2(1 / (PLACES * close)))) + 1
+    return Bracket(jnp.full((), close / 2 * 2.0**most, low.dtype), low, high, g_low, g_high)
 
-    def before(theta):
-        """Each condition at a place of its own, positive where its root is yet to come."""
-        at = lambda theta: values_at(f, tree.polynomial(old.y, theta, d), old.s + theta * h)
-        return found.sign * jnp.stack([at(theta[i])[i] for i in range(len(theta))])
 
-    def nearer(state):
-        n, low, high, g_low, g_high = state
-        width, middle = high - low, (low + high) / 2
-        secant = low + width * g_low / jnp.where(g_low > g_high, g_low - g_high, jnp.nan)
-        away = jnp.where((secant > low) & (secant < high), middle - secant, 0)
-        shift = 0.2 * PLACES * width**2
-        away = jnp.sign(away) * jnp.maximum(jnp.abs(away) - shift, 0)
-        far = jnp.maximum(close / 2 * 2.0 ** (most - n).astype(h.dtype) - width / 2, 0)
-        theta = middle - jnp.clip(away, -far, far)
-        g = before(theta)
-        low, g_low = tree.where(g > 0, (theta, g), (low, g_low))
-        high, g_high = tree.where(g > 0, (high, g_high), (theta, g))
-        return n + 1, low, high, g_low, g_high
+def close_in(dtype) -> float:
+    """How near to each other the ends of a `Bracket` are in the end."""
+    return float(jnp.finfo(dtype).eps) ** NEAR / 16
 
-    def far_apart(state):
-        n, low, high, *_ = state
-        return (n < most) & jnp.any(high - low > close)
 
-    low = found.start
-    high = low + jnp.where(found.there, jnp.asarray(1 / PLACES, h.dtype), 0)
-    begin = jnp.zeros((), jnp.int32), low, high, before(low), before(high)
-    high = lax.while_loop(far_apart, nearer, begin)[2]
-    return jnp.where(found.there, high, jnp.inf)
+def is_wide(b: Bracket) -> Array:
+    """Whether a turn more is needed."""
+    close = close_in(b.low.dtype)
+    return (b.reach > close / 2) & jnp.any(b.high - b.low > close)
+
+
+def narrowed(b: Bracket) -> Bracket:
+    """With the value at the next place used."""
+    low, g_low = tree.where(b.g > 0, (b.theta, b.g), (b.low, b.g_low))
+    high, g_high = tree.where(b.g > 0, (b.high, b.g_high), (b.theta, b.g))
+    return Bracket(b.reach / 2, low, high, g_low, g_high)
+
+
+def next_place(b: Bracket) -> Array:
+    """Where to look for the root: by the ITP method (Oliveira and Takahashi 2020, doi 10.1145/3423597).
+
+    It is the secant's point, moved a little towards the middle, so that both ends come closer, and never so far
+    from it that more than one turn is lost on bisection.
+    """
+    width, middle = b.high - b.low, (b.low + b.high) / 2
+    fall = jnp.where(b.g_low > b.g_high, b.g_low - b.g_high, jnp.nan)
+    secant = b.low + width * b.g_low / fall
+    away = jnp.where((secant > b.low) & (secant < b.high), middle - secant, 0)
+    shift = 0.2 * PLACES * width**2
+    away = jnp.sign(away) * jnp.maximum(jnp.abs(away) - shift, 0)
+    far = jnp.maximum(b.reach - width / 2, 0)
+    return middle - jnp.clip(away, -far, far)
 
 
 # What is kept.

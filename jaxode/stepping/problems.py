@@ -53,6 +53,20 @@ class Problems(NamedTuple):
         """y + h k."""
         return jax.tree.map(lambda y, k: tree.moved(y, self.spread(h, k) * k), y, k)
 
+    def along(self, y: PyTree, theta, d: list[PyTree]) -> PyTree:
+        """y + sum_p theta^(p+1) d_p, where each solve has a theta of its own: `tree.polynomial`."""
+        if self.axis is None:
+            return tree.polynomial(y, theta, d)
+
+        def leaf(y, *d):
+            times = lambda x: lax.mul(jnp.broadcast_to(self.spread(theta, x), x.shape), x)
+            total = tree.wide(d[-1])
+            for term in d[-2::-1]:
+                total = lax.add(tree.wide(term), times(total))
+            return tree.moved(y, times(total))
+
+        return jax.tree.map(leaf, y, *d)
+
     def put(self, rows, xs: PyTree, rooms: PyTree, by_lane: bool) -> PyTree:
         """The arrays with xs in a row of every solve; `by_lane` writes one after another, as suits one call."""
         axis = self.axis
