@@ -105,8 +105,8 @@ def mass_of(mass, y0: PyTree):
             shaped = [numpy_or_jax(m).broadcast_to(m, y.shape) for m, y in zip(parts, leaves)]
         except ValueError as error:
             raise ValueError(
-                f"`mass` must be an {n} x {n} array, which acts on y0 as one vector of {n} numbers, or its "
-                f"diagonal: {n} numbers, or a pytree like y0. Got shapes "
+                f"`mass` must be an array of {n} x {n} numbers, which acts on y0 as one vector of {n} numbers, "
+                f"or its diagonal: {n} numbers, or a pytree like y0. Got shapes "
                 f"{jax.tree.map(np.shape, mass)}."
             ) from error
         join = np if known(shaped) else jnp

@@ -112,7 +112,8 @@ def solve(
             100 cos(t) second: 1,010 in place of 60; see `jaxode.methods.kencarp`).
         y0: the initial state, a pytree of real or complex arrays of any shapes. Integers and
             booleans become floats. float16 and bfloat16 states are kept; their errors, tolerances
-            and times are computed in float32.
+            and times are computed in float32. A list of numbers is a pytree, and then y and `ys` are
+            lists, too: pass an array for a vector.
         t: the times of the outputs, shape (n,), increasing or decreasing, equal times allowed. The
             first is that of y0. In the unit of time of func; float32 or wider. Large ones that float32
             cannot tell apart (seconds since 1970) are subtracted in float64, if they are known and
@@ -123,7 +124,8 @@ def solve(
             reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,
             among the args or wherever func has it from.
         rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
-            pytree like y0 or a prefix of it. A step is accepted if the root mean square of
+            pytree like y0 or a prefix of it (for a y0 that is an array an array, not a list, of a number for
+            each component). A step is accepted if the root mean square of
             error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to 1.4e-8, or
             to 8 machine epsilons of y0 where that is more (float32 9.5e-7, float16 7.8e-3, bfloat16
             6.3e-2). May be traced: other values do not compile again.
