@@ -143,6 +143,34 @@ def neuron_work():
     return Work(lambda solve: lambda y0: solve(axon, y0, ts), y0)
 
 
+def cascade_work():
+    """What is given passes through a chain of 6 compartments, of which each is written by itself."""
+
+    def cascade(y, t, rates):
+        flows = rates * y / (1 + 0.1 * y)
+        dy = jnp.zeros(6).at[0].set(2 * jnp.exp(-0.1 * t) - flows[0])
+        for i in range(1, 6):
+            dy = dy.at[i].set(flows[i - 1] - flows[i])
+        return dy
+
+    ts, rates = jnp.linspace(0.0, 40.0, 81), jnp.array([0.9, 0.7, 0.5, 0.6, 0.4, 0.3])
+    return Work(lambda solve: lambda rates: solve(cascade, jnp.zeros(6), ts, (rates,)), rates)
+
+
+def quake_work():
+    """An oscillator that is shaken by a record, which is interpolated."""
+    times = jnp.linspace(0.0, 20.0, 101)
+    record = jnp.sin(2 * times) * jnp.exp(-0.1 * times) + 0.3 * jnp.sin(7 * times)
+
+    def shaken(y, t, p):
+        stiffness, damping = p
+        force = jnp.interp(t, times, record)
+        return jnp.stack([y[1], -stiffness * y[0] - damping * y[1] - force])
+
+    ts, p = jnp.linspace(0.0, 20.0, 201), jnp.array([9.0, 0.4])
+    return Work(lambda solve: lambda p: solve(shaken, jnp.zeros(2), ts, (p,)), p)
+
+
 def epidemic(many=None):
     """Susceptible, infected and recovered in 12 groups that meet: a tuple of three arrays."""
     contacts = jax.random.uniform(jax.random.key(1), (12, 12), minval=0.05, maxval=0.3)
@@ -209,6 +237,8 @@ WORKS = {
         "Kepler, 201 outputs, 1e-8": kepler_work,
         "Hodgkin-Huxley, 501 outputs": neuron_work,
         "SIR in 12 groups, 61 days": epidemic,
+        "6 compartments by `.at[i].set`": cascade_work,
+        "an oscillator shaken by `jnp.interp`": quake_work,
     },
     "lanes": {
         "Lotka-Volterra fit, 64 starts": partial(fit, 64),
