@@ -38,7 +38,6 @@ class Event:
     before t[-1]; a condition that changes its sign at t[-1] is recorded, without its change. A condition that
     is at its root at t[0], or right after its own change, is not found there again; one that touches its root
     without crossing it may be missed, and so may two roots within an eighth of a step (bound it by `hmax`).
-    An argument that switches is a part of the state whose derivative is 0.
 
     Times, states, and all that comes after have derivatives, with respect to y0, args, known times and values,
     and whatever the functions depend on, by every adjoint: that of a root by the implicit function rule,
@@ -59,6 +58,10 @@ class Event:
         keep: how many times and states are recorded; by default all known times, `count` of a terminal
             condition, and 16 of others. Memory: so many states; twice as many in a gradient by "backsolve".
         values: a pytree of arrays with one row for each of `times`, such as doses.
+        change_args: `change_args(y, t, *args)`, the arguments of func from there on, a tuple like args, of
+            which floats and arrays of floats may change: a heater that is switched, a rate after a dose. With
+            `values`: `change_args(y, t, value, *args)`. It is given the state before the event, as `change`
+            is. Every other function of the solve sees the changed ones too. Not with `mass`, `jac` or `linear`.
 
     Raises:
         TypeError: neither or both of `condition` and `times` are given; an argument is of the wrong kind.
@@ -71,6 +74,11 @@ class Event:
     >>> sol = solve(fall, jnp.array([1.0, 0.0]), [0.0, 1.0], events=[floor])
     >>> int(sol.events[0].count), [round(float(t), 3) for t in sol.events[0].times[:2]]
     (2, [0.452, 0.903])
+    >>> heat = lambda y, t, power: power - 0.1 * y
+    >>> off = Event(lambda y, t, power: y - 5.0, direction="up", change_args=lambda y, t, power: (0.0,))
+    >>> sol = solve(heat, jnp.array(0.0), [0.0, 10.0], 1.0, events=[off])
+    >>> round(float(sol.events[0].times[0]), 3), round(float(sol.ys[-1]), 3)
+    (6.931, 3.679)
     """
 
     condition: Callable | None = None
@@ -81,13 +89,14 @@ class Event:
     count: int = 1
     keep: int | None = None
     values: PyTree = None
+    change_args: Callable | None = None
 
     def __post_init__(self):
         if (self.condition is None) == (self.times is None):
             raise TypeError(
                 "An Event has a condition(y, t, *args), or known `times`: pass one of the two."
             )
-        for name in ("condition", "change"):
+        for name in ("condition", "change", "change_args"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(

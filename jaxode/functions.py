@@ -55,6 +55,8 @@ SAVE = Role("`save`", "save(y, t, *args)")
 CONDITION = Role("the condition of an Event", "condition(y, t, *args)")
 CHANGE = Role("the change of an Event", "change(y, t, *args)")
 CHANGE_BY = Role("the change of an Event with `values`", "change(y, t, value, *args)", pair=True)
+CHANGE_ARGS = Role("`change_args` of an Event", "change_args(y, t, *args)")
+CHANGE_ARGS_BY = Role("`change_args` of an Event with `values`", "change_args(y, t, value, *args)")
 CORRECTION = Role("the correction of a Hypersolver", "correction(y, t, h, slope, *args)", pair=True)
 FOLD = Role("the function of a `fold`", "function(value, y, t, *args)", pair=True)
 

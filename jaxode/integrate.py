@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, constraints, outputs, stiffness, switches
+from jaxode import arguments, constraints, outputs, stiffness, switches, switching
 from jaxode.controllers import Controller
 from jaxode.corrections import correction_of
 from jaxode.events import look_for
@@ -232,6 +232,9 @@ def solve(
     >>> sol.status.item(), sol.ys["x"].shape
     (0, (2,))
     """
+    given = dict(locals())
+    if switching.asked(events):
+        return switching.solve(solve, given)
     with switches.moving():
         func, y0 = arguments.present(unknown, func, t), arguments.as_state(y0)
         throw = None if throw is None else arguments.flag("throw", throw)
@@ -273,8 +276,8 @@ def solve(
             budget=budget, output=output_of(dense, saved, save_steps, most, bool(after_events)),
             observers=arguments.watched(log, progress, most, driven),
         )  # fmt: skip
-        given = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras
-        return answer(from_knot_to_knot if driven else compiled, *given, throw)
+        of = static, (leaves, y0), (t, since), (rtol, atol, *limits, dt), extras
+        return answer(from_knot_to_knot if driven else compiled, *of, throw)
 
 
 def answer(program, static, given, times, limits, extras, throw: bool | None) -> Solution:
