@@ -62,8 +62,11 @@ def reversible(keep: int = KEEP):
                 "adjoint='reversible' keeps nothing of the steps that were taken: with `dense` or "
                 "`save_steps` use adjoint='replay'; or ask for as many times in `t` as are needed."
             )
-        method = made_reversible(integrator.method)
-        return part(dataclasses.replace(integrator, method=method), f, y0, ss)
+        before, method = integrator.method, made_reversible(integrator.method)
+        budget = integrator.budget
+        if budget is not None:
+            budget = budget.with_steps_of(method, before, "adjoint='reversible'")
+        return part(dataclasses.replace(integrator, method=method, budget=budget), f, y0, ss)
 
     def derivative(form: Form):
         return of_parts(form, part, record_part, pull_part, differentiated)
