@@ -4,7 +4,7 @@ What a user says of them, checked at the door; `jaxode.stepping.events` finds th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -146,7 +146,7 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """
     heuristics, mass, driven, after = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
-    several = isinstance(events, Sequence) and not isinstance(events, str)
+    several = isinstance(events, list | tuple)
     kinds = [type(e).__name__ for e in events] if several else [type(events).__name__]
     if set(kinds) - {"Event"}:
         raise TypeError(

@@ -42,7 +42,9 @@ def reversible(keep: int = KEEP):
 
     The gradient is NaN if there was more to be stored than `keep` pairs (stiff problems, and those that decay
     over hundreds of time constants), or if the state at t0 comes back off by more than the cube root of a
-    rounding of its size (root mean squares): use `replay` there, or a larger `keep`.
+    rounding of its size (root mean squares): use `replay` there, or a larger `keep`. Along a mode that decays,
+    and that the solution does not excite (a component that is 0), the two states do not come apart, and the
+    gradient grows as e^t in its time constants, unseen: use `replay` for that, too.
 
     Args:
         keep: how many pairs of states there is room for.
