@@ -25,7 +25,7 @@ from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
 from jaxode.methods.names import by_name, methods, named
 from jaxode.signals import asks, crowded
-from jaxode.stepping.budget import START, Budget
+from jaxode.stepping.budget import Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.switches import tracing
 from jaxode.tree import known
@@ -538,12 +538,7 @@ def budget_of(evaluations, name, method: Method, dt, kept, driven: bool, happeni
     times, dense, save_steps = kept
     inside = dense or (times > 2 and not save_steps)
     cost = method.step_evaluations + (method.inside_evaluations if inside else 0)
-    if evaluations < START + cost:
-        raise ValueError(
-            f"`max_evaluations` = {evaluations} cannot pay a step of {name!r}, which takes {cost}, and {START} "
-            f"to begin: pass at least {START + cost}."
-        )
-    return Budget(evaluations, cost)
+    return Budget.of(evaluations, cost, repr(name))
 
 
 def wants_heuristics(heuristics, adjoint, method: Method) -> bool:

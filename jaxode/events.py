@@ -4,7 +4,7 @@ What a user says of them, checked at the door; `jaxode.stepping.events` finds th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -37,16 +37,18 @@ class Event:
     output at just that time is, rounding decides: take what is recorded. Known times count from t[0] on, and
     before t[-1]; a condition that changes its sign at t[-1] is recorded, without its change. A condition that
     is at its root at t[0], or right after its own change, is not found there again; one that touches its root
-    without crossing it may be missed, and so may two roots within an eighth of a step (bound it by `hmax`).
+    without crossing it may be missed, and so may two roots within an eighth of a step (bound it by `hmax`). A
+    change of the state that takes another condition over its root is no event of that one.
 
     Times, states, and all that comes after have derivatives, with respect to y0, args, known times and values,
-    and whatever the functions depend on, by every adjoint: that of a root by the implicit function rule,
-    first and second ones. Those by "backsolve" are NaN if there are more events in all than the `keep` of all
-    together.
+    and whatever the functions depend on, by every adjoint but "reversible": that of a root by the implicit
+    function rule, first and second ones. Those by "backsolve" are NaN if there are more events in all than the
+    `keep` of all together.
 
     Args:
         condition: `condition(y, t, *args)`, a number whose sign is watched, or a boolean, which has no
-            derivative.
+            derivative, and whose time is found to a millionth of a step in float64 (a number that jumps
+            as well).
         times: known times instead, in any order; NaN pads. May be traced, and differ per sample under
             `jax.vmap`.
         change: `change(y, t, *args)`, the state right after: a pytree like y. With `values`:
@@ -115,6 +117,8 @@ class Event:
             arguments.whole("keep", self.keep)
         if self.times is None and self.values is not None:
             raise TypeError("`values` are rows for known `times`; a condition has none.")
+        if self.values is not None and self.change is None and self.change_args is None:
+            raise TypeError("`values` are for change(y, t, value, *args): pass `change` with them.")
         if self.times is not None and self.direction != "both":
             raise ValueError("`direction` is that of a condition; known times have none.")
 
@@ -151,11 +155,8 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
     """
     heuristics, mass, driven, after = other
     events = [events] if isinstance(events, Event) else [] if events is None else events
-    kinds = (
-        [type(e).__name__ for e in events]
-        if isinstance(events, Sequence)
-        else [type(events).__name__]
-    )
+    several = isinstance(events, list | tuple)
+    kinds = [type(e).__name__ for e in events] if several else [type(events).__name__]
     if set(kinds) - {"Event"}:
         raise TypeError(
             f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
@@ -197,7 +198,7 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
         condition, of_condition = trace(CONDITION, event.condition, as_condition)
         keep = event.keep or (event.count if event.terminal else KEEP)
     else:
-        times = known_times(event.times, t, real)
+        times = known_times(event, t, real)
         values, rows = event.values, len(times)
         if values is not None:
             if isinstance(values, list | tuple) and all(np.ndim(v) == 0 for v in values):
@@ -233,13 +234,15 @@ class WithValue(eqx.Module):
         return self.change(y, t, value, *args)
 
 
-def known_times(times, t, dtype):
+def known_times(event: Event, t, dtype):
     """The times of an event: an array of shape (n,)."""
+    times = event.times
     if isinstance(times, list | tuple) and not known(times):
         times = jnp.stack([jnp.asarray(time, dtype) for time in times])
     if not arguments.is_real(times) or np.ndim(times) > 1:
         raise TypeError(f"`times` of an Event must be real numbers of shape (n,); got {times!r}.")
     times = jnp.atleast_1d(jnp.asarray(times, dtype))
+    most = len(times)
     if known(times, t) and len(t):
         low, high = np.min(t), np.max(t)
         beyond = ~((np.asarray(times) >= low) & (np.asarray(times) <= high))
@@ -249,6 +252,12 @@ def known_times(times, t, dtype):
                 f"None of the `times` of an Event is from t[0] to t[-1], {low:g} to {high:g}; they are from "
                 f"{float(jnp.nanmin(times)):g} to {float(jnp.nanmax(times)):g}."
             )
+        most -= np.sum(beyond)
+    if event.terminal and most < event.count:
+        raise ValueError(
+            f"A terminal Event with count={event.count} never ends the solve: of its `times` only {most} can "
+            "be from t[0] to t[-1]."
+        )
     return times
 
 
@@ -257,6 +266,7 @@ def as_condition(g, y):
     shape = jnp.shape(g) if jax.tree.structure(g) == jax.tree.structure(0) else None
     if shape != () or jnp.iscomplexobj(g):
         what = type(g).__name__ if shape is None else f"an array of shape {shape}"
+        what = "a complex number" if shape == () else what
         raise TypeError(
             f"The condition of an Event must return one real number; it returned {what}. For the first of "
             "several pass several events, or jnp.min of them."

@@ -138,11 +138,14 @@ def pole(facts: Facts) -> Finding | None:
     """The solution grows without bound at a finite time, which steps approach without reaching it."""
     if not (facts.failed and len(facts.towards_end) == 2 and np.any(facts.sized)):
         return None
-    last = np.min(np.abs(facts.log.sizes[facts.sized][-5:]))
+    begins, sizes = facts.log.times[facts.sized], np.abs(facts.log.sizes[facts.sized])
+    last, way = np.min(sizes[-5:]), abs(facts.reached - facts.start)
     before, after = (probe.state for probe in facts.towards_end)
     growth = after / np.maximum(before, facts.tolerated(before))
-    shrunk = last < 1e-4 * abs(facts.reached - facts.start)
-    if not (shrunk and np.max(growth) > 3):
+    # Steps that stability holds short are short, too, but as long as ever.
+    nearby = np.max(sizes[np.abs(begins - facts.start) >= 0.8 * way], initial=last)
+    shrunk = last < min(1e-4 * way, SHRUNK * nearby)
+    if not (shrunk and np.max(growth) > 2):
         return None
     name = facts.names[int(np.argmax(growth))]
     return Finding(

@@ -289,6 +289,10 @@ def ratio(rise, width):
 
 
 SLOPES = {"cubic": central_slopes, "backward_hermite": backward_slopes}
+FEW, ROOM = (
+    8,
+    8,
+)  # of outputs of a stretch there is room for: at least, and over how many there are on average
 
 
 # The one operation that a signal asks.
@@ -500,24 +504,36 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> tuple[Solu
 
     `solve(leaves, y0, ts)`, the solve of `split.trace`, returns that of a stretch.
 
-    A stretch of the solve knows all outputs; those outside it are moved onto its ends, and cost
-    nothing. Costs two evaluations of func a stretch more than a solve that is not broken. Limits of
-    steps hold for each stretch.
+    A stretch of the solve has room for so many outputs (`most_inside`), those outside it moved onto its ends.
+    It ends, too, where that many outputs are over: with room for all of them in each of as many
+    stretches memory was quadratic (8,760 hours: 1.2 GiB). Costs two evaluations of func a stretch more than
+    a solve that is not broken. Limits of steps hold for each stretch.
     """
     knots, valid = split.knots(t.dtype)
     t_given = t
     # NaN in a sum: the solve is refused, and derivatives are those of a failed one.
     t = t + lax.stop_gradient(jnp.where(valid & valid_times(t), 0, jnp.nan).astype(t.dtype))
     low, high = jnp.minimum(t[0], t[-1]), jnp.maximum(t[0], t[-1])
-    knots = jnp.sort(tree.between(knots, low, high))
+    most = most_inside(len(t), len(knots))
+    full = lax.stop_gradient(t[most::most])
+    knots = jnp.sort(jnp.concatenate([tree.between(knots, low, high), full]))
     knots = jnp.where(t[-1] < t[0], knots[::-1], knots)
     # Not sorted with the others: the solve begins at t[0], and not at a knot that equals it.
     edges = jnp.concatenate([t[:1], knots, t[-1:]])
+    forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
+    # Row j belongs to the last stretch that starts before it (the first one has the start).
+    index = jnp.searchsorted(forward * edges[1:-1], forward * t)
+    numbers = partial(jnp.arange, dtype=index.dtype)
+    first_of = lambda index: jnp.searchsorted(index, numbers(len(edges) - 1))
+    # More than there is room for are at its end, where as many empty stretches follow.
+    index = index + (numbers(len(t)) - first_of(index)[index]) // most
+    first = first_of(index)
 
     def stretch(carry, ends):
         y, status, stats, reached = carry
-        a, b, middle = ends
-        within = tree.between(t, jnp.minimum(a, b), jnp.maximum(a, b))
+        a, b, middle, first = ends
+        rows = jnp.minimum(first + numbers(most), len(t) - 1)
+        within = tree.between(t[rows], jnp.minimum(a, b), jnp.maximum(a, b))
         ts = jnp.concatenate([a[None], within, b[None]])
         part, y = solve(split.held(middle), y, ts)
         fine = status == Status.SUCCESS.value
@@ -529,15 +545,18 @@ def piecewise(solve: Callable, split: Split, y0: PyTree, t: Array) -> tuple[Solu
 
     zero = jnp.zeros((), jnp.int32)
     start = (y0, zero, Stats(zero, zero, zero), lax.stop_gradient(t[0]))
-    ends = edges[:-1], edges[1:], middles(lax.stop_gradient(edges))
+    ends = edges[:-1], edges[1:], middles(lax.stop_gradient(edges)), first
     (end, status, stats, reached), (parts, estimates) = lax.scan(stretch, start, ends)
-    forward = jnp.where(t[-1] < t[0], -1, 1).astype(t.dtype)
-    # Row j belongs to the last stretch that starts before it (the first one has the start).
-    index = jnp.sum(forward * edges[1:-1, None] < forward * t[None], axis=0)
-    rows = jnp.arange(len(t))
+    rows = numbers(len(t)) - first[index]
     ys = jax.tree.map(lambda y: y[index, rows], parts)
     estimates = jax.tree.map(jnp.sum, estimates)
     return Solution(t_given, ys, status, stats, reached, estimates), end
+
+
+def most_inside(outputs: int, knots: int) -> int:
+    """For how many outputs there is room in a stretch: a few times as many as there are on average, so that few
+    stretches end because of it; at least `FEW`."""
+    return min(outputs, max(FEW, -(-ROOM * outputs // (knots + 1))))
 
 
 def middles(edges) -> Array:

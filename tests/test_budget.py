@@ -71,6 +71,17 @@ def test_derivatives_are_those_of_the_steps_that_were_taken():
     assert np.all(np.isfinite(many)) and succeeded(int(Status.BUDGET))
 
 
+def test_steps_that_can_be_taken_back_are_paid_for_as_what_they_cost():
+    of = lambda budget: solve(
+        pendulum, Y0, [0.0, 4.0], adjoint="reversible", max_evaluations=budget, **TOLERANCES
+    )
+    found = of(100)
+    assert Status(int(found.status)) == Status.BUDGET and found.reached == 4.0
+    assert 80 < int(found.stats.evaluations) <= 100 and np.all(np.isfinite(found.ys))
+    with pytest.raises(ValueError, match="'reversible', which takes 14"):
+        of(15)
+
+
 def test_a_solution_that_is_not_finite_is_a_failure():
     pole = lambda y, t: jnp.where(y > 1e6, jnp.nan, y**2)
     found = solve(pole, 1.0, [0.0, 5.0], max_evaluations=100, throw=False)

@@ -58,6 +58,18 @@ def test_a_pole_is_one_with_its_time_and_a_domain_that_is_left_too():
     assert explain(lambda y, t: y, 1.0, [0.0, 2000.0]).verdict == "not finite"
 
 
+def test_growth_where_stability_holds_steps_short_is_no_pole():
+    """From t = 3 pi / 2 on y follows a cosine up from 0, and the steps run out soon after."""
+    func = lambda y, t: {"infected": -1e4 * (y["infected"] - jnp.cos(t))}
+    found = explain(func, {"infected": jnp.ones(8)}, [0.0, 10.0])
+    assert 5.2 < float(found.solution.reached) < 5.6
+    assert found.verdict == "stiff" and "because of y['infected'][0]" in str(found)
+    slow = explain(
+        lambda y, t: jnp.exp(y), 0.0, [0.0, 3.0], method="dop853", rtol=1e-11, atol=1e-11
+    )
+    assert slow.verdict == "pole"  # like a logarithm
+
+
 def test_a_tolerance_too_small_for_float32_is_named():
     turns = lambda y, t: jnp.stack([y[1], -y[0]])
     y0 = jnp.array([1.0, 0.0], jnp.float32)

@@ -312,7 +312,15 @@ WRONG = [
         "`change` returned",
     ),
     (lambda: run(Event(times=[3.0], terminal=True)), ValueError, "from t\\[0\\] to t\\[-1\\]"),
-    (lambda: run(Event(times=[0.5], values=[1.0, 2.0])), ValueError, "a row for each"),
+    (lambda: run(Event(times=[0.5, 3.0], terminal=True, count=2)), ValueError, "only 1 can"),
+    (
+        lambda: run(Event(times=[0.5], values=[1.0, 2.0], change=lambda y, t, value: y)),
+        ValueError,
+        "a row for each",
+    ),
+    (lambda: Event(times=[0.5], values=[1.0]), TypeError, "pass `change`"),
+    (lambda: run(Event(lambda y, t: jax.lax.complex(y[0], y[1]))), TypeError, "a complex number"),
+    (lambda: solve(lambda y, t: -y, 1.0, [0.0, 1.0], events="floor"), TypeError, "got str."),
     (lambda: run(lambda y, t: y[0]), TypeError, "jaxode.Event"),
     (lambda: run(Event(lambda y: y[0])), TypeError, "condition"),
 ]

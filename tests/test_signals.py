@@ -591,3 +591,43 @@ def test_rows_before_a_failure_have_no_gradient_either():
     pole = lambda y, t, u: u(t) * y**2
     loss = lambda us: odeint(pole, jnp.array(1.0), [0.0, 0.5, 2.0], Signal([0, 0.7, 3], us))[1]
     assert np.all(np.isnan(jax.jit(jax.grad(loss))(jnp.ones(3))))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_outputs_may_crowd_in_a_stretch_or_at_one_time(backwards):
+    """Forty knots, and sixty outputs: some at every knot, most in one stretch, and many equal ones."""
+    knots = np.linspace(0.0, 4.0, 41)
+    values = np.cos(np.arange(41.0))
+    crowd, equal = np.linspace(1.51, 1.59, 25), np.full(30, 2.3)
+    ts = np.sort(np.concatenate([[0.0, 0.1, 0.2, 0.25, 4.0], crowd, equal]))
+    ts = ts[::-1].copy() if backwards else ts
+    whole = np.concatenate([[0.0], np.cumsum(0.05 * (values[1:] + values[:-1]))])
+
+    def area(t):
+        i = np.clip((t * 10 + 1e-9).astype(int), 0, 39)
+        part = t - knots[i]
+        return whole[i] + part * values[i] + part**2 * 5 * (values[i + 1] - values[i])
+
+    weights = np.sin(np.arange(60.0))
+    of = lambda y, t, u: odeint(lambda y, t, u: u(t) + 0 * y, y, t, Signal(knots, u))
+    found = of(jnp.array(1.0), ts, values)
+    np.testing.assert_allclose(found, 1 + area(ts) - area(ts[:1]), atol=1e-9)
+    by_y, by_t, by_u = jax.grad(lambda *given: weights @ of(*given), (0, 1, 2))(1.0, ts, values)
+    slopes = np.interp(ts, knots, values)
+    exact = weights * slopes
+    exact[0] -= np.sum(weights) * slopes[0]
+    np.testing.assert_allclose(by_t, exact, atol=1e-9)
+    np.testing.assert_allclose(by_y, np.sum(weights), rtol=1e-9)
+    np.testing.assert_allclose(values @ by_u, weights @ (area(ts) - area(ts[:1])), rtol=1e-9)
+
+
+def test_memory_grows_as_knots_and_outputs_do_and_not_as_their_product():
+    def of(count):
+        ts = np.arange(float(count))
+        fn = lambda us: jnp.sum(
+            odeint(lambda y, t, u: u(t) - y, jnp.array(0.0), ts, Signal(ts, us), method="bosh3")
+        )
+        program = jax.jit(jax.grad(fn)).lower(np.zeros(count)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert of(800) < 2.5 * of(400)

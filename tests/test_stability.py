@@ -70,6 +70,31 @@ def test_modes_that_the_solution_does_not_excite():
     np.testing.assert_allclose(gradient, [cos - sin, cos + sin, 0.0], atol=1e-5)
 
 
+def test_a_start_at_rest():
+    """An oscillator, of which no error is seen: steps of tsit5 as long as damped modes allow make the
+    gradient 17 times too large at t = 20, and 1e136 times at t = 2,000."""
+
+    def swings(y, t, damping):
+        return jnp.stack([y[1], -4 * y[0] - damping * y[1]])
+
+    def last(y, t1, damping, method="tsit5", **options):
+        t = jnp.stack([0 * t1, t1])
+        return odeint(swings, y, t, damping, method=method, **options)[-1, 0]
+
+    still, short = jnp.zeros(2), jnp.asarray(20.0)
+    exact = [np.cos(40.0), np.sin(40.0) / 2]
+    np.testing.assert_allclose(jax.grad(last)(still, short, 0.0), exact, atol=0.02)
+    assert np.max(np.abs(jax.grad(last)(still, 100 * short, 0.0))) < 2
+    np.testing.assert_allclose(jax.grad(last)(still, short, 0.0, "bosh3"), exact, atol=0.25)
+    np.testing.assert_allclose(
+        jax.grad(last)(still, short, 0.0, adjoint="direct", max_steps=200), exact, atol=0.02
+    )
+    many = jax.vmap(jax.grad(last), (None, None, 0))(still, short, jnp.array([0.0, 0.2]))
+    pace = np.sqrt(4 - 0.01)
+    faded = np.exp(-2.0) * (np.cos(20 * pace) + 0.1 * np.sin(20 * pace) / pace)
+    np.testing.assert_allclose(many[:, 0], [exact[0], faded], atol=0.02)
+
+
 def test_a_stiff_forced_problem():
     """The published explosion: 190 for 0 with tsit5, 2e10 with dopri5."""
 

@@ -42,7 +42,9 @@ def reversible(keep: int = KEEP):
 
     The gradient is NaN if there was more to be stored than `keep` pairs (stiff problems, and those that decay
     over hundreds of time constants), or if the state at t0 comes back off by more than the cube root of a
-    rounding of its size (root mean squares): use `replay` there, or a larger `keep`.
+    rounding of its size (root mean squares): use `replay` there, or a larger `keep`. Along a mode that decays,
+    and that the solution does not excite (a component that is 0), the two states do not come apart, and the
+    gradient grows as e^t in its time constants, unseen: use `replay` for that, too.
 
     Args:
         keep: how many pairs of states there is room for.
@@ -62,8 +64,11 @@ def reversible(keep: int = KEEP):
                 "adjoint='reversible' keeps nothing of the steps that were taken: with `dense` or "
                 "`save_steps` use adjoint='replay'; or ask for as many times in `t` as are needed."
             )
-        method = made_reversible(integrator.method)
-        return part(dataclasses.replace(integrator, method=method), f, y0, ss)
+        before, method = integrator.method, made_reversible(integrator.method)
+        budget = integrator.budget
+        if budget is not None:
+            budget = budget.with_steps_of(method, before, "adjoint='reversible'")
+        return part(dataclasses.replace(integrator, method=method, budget=budget), f, y0, ss)
 
     def derivative(form: Form):
         return of_parts(form, part, record_part, pull_part, differentiated)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxode.methods.method import Method
+
 START = 2  # evaluations before the first trial step
 # Of the budget, for what is not foreseen; and the power of the share that is spent with which steps are made
 # longer whatever their error.
@@ -31,6 +33,23 @@ class Budget(NamedTuple):
 
     evaluations: int
     cost: int
+
+    @classmethod
+    def of(cls, evaluations: int, cost: int, name: str) -> "Budget":
+        """One that can pay a step of the method of that name; else a ValueError."""
+        if evaluations < START + cost:
+            raise ValueError(
+                f"`max_evaluations` = {evaluations} cannot pay a step of {name}, which takes {cost}, and "
+                f"{START} to begin: pass at least {START + cost}."
+            )
+        return cls(evaluations, cost)
+
+    def with_steps_of(self, method: Method, before: Method, name: str) -> "Budget":
+        """The same for steps of another method than the one `before`, with the same outputs."""
+        assert method.step_evaluations is not None and before.step_evaluations is not None
+        return self.of(
+            self.evaluations, self.cost + method.step_evaluations - before.step_evaluations, name
+        )
 
 
 class Forced(NamedTuple):
