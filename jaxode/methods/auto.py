@@ -76,6 +76,10 @@ class Auto(Method):
     def stiff(self) -> Rosenbrock:
         return dataclasses.replace(rodas5p, linear=self.linear)
 
+    def jacobian(self, f, field, s, y: Array) -> PyTree:
+        """df/dy, with the structure that is declared."""
+        return self.stiff.jacobian(f, field, s, y)
+
     def suited_to(self, y0: PyTree) -> Method:
         size = sum(leaf.size for leaf in jax.tree.leaves(y0))
         return self if size <= LARGE or self.linear != DENSE else self.mild
