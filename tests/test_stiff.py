@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.linalg import expm
 
 from jaxode import Status, odeint, solve
 from jaxode.methods import Banded, Dense, Diagonal, named
@@ -232,6 +233,18 @@ def test_float32_stays_float32(name):
     ys = odeint(f, jnp.ones(2, jnp.float32), jnp.array([0.0, 1.0], jnp.float32), method=name)
     assert ys.dtype == jnp.float32
     np.testing.assert_allclose(ys[-1], np.cos(1.0), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
+def test_a_matrix_product_in_func_is_differentiated_in_all_directions_at_once(name):
+    rates = np.array([[-100.0, 1.0], [2.0, -1e3]])
+    func = lambda y, t: (y.reshape(3, 2) @ rates.T).reshape(
+        -1
+    )  # six directions of (2, 2) by (2, 3)
+    options = dict(method=name, rtol=1e-6, atol=1e-9)
+    found = odeint(func, jnp.arange(6.0), [0.0, 0.01], **options)[-1]
+    exact = np.arange(6.0).reshape(3, 2) @ expm(0.01 * rates).T
+    np.testing.assert_allclose(found, exact.reshape(-1), rtol=1e-4, atol=1e-7)
 
 
 def test_a_line_of_reactions_is_solved_without_its_band_too():
