@@ -10,11 +10,12 @@ from scipy.linalg import expm
 from jaxode import Status, odeint, solve
 from jaxode.methods import Banded, Dense, Diagonal, named
 from jaxode.methods.esdirk import methods as esdirk
+from jaxode.methods.kencarp import methods as kencarp
 from jaxode.methods.linear import LOOPED, solver
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.problems import problems
 
-METHODS = {**rosenbrock, **esdirk}
+METHODS = {**rosenbrock, **esdirk, **kencarp}
 method = pytest.mark.parametrize("name", METHODS)
 
 
