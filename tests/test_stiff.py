@@ -280,6 +280,22 @@ def test_equations_that_cannot_be_solved_are_a_status_of_their_own(name):
     assert many.status.tolist() == [Status.NOT_CONVERGED, Status.SUCCESS]
 
 
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3", "gauss4", "auto"])
+def test_a_func_without_forward_mode_is_refused_with_the_remedy(name):
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, bar: (jnp.cos(x) * bar,))
+    func = lambda y, t: -rule(y)
+    options = dict(method=name, rtol=1e-6, atol=1e-6) | (dict(dt=0.1) if name == "gauss4" else {})
+    with pytest.raises(TypeError, match="jacrev"):
+        odeint(func, jnp.ones(2), [0.0, 1.0], **options)
+    if name == "rodas4":
+        end = lambda y: odeint(func, y, [0.0, 1.0], jac=jax.jacrev(func), **options)[-1, 0]
+        value, slope = jax.value_and_grad(end)(jnp.ones(2))
+        exact = lambda y: 2 * np.arctan(np.exp(-1) * np.tan(y / 2))
+        np.testing.assert_allclose(value, exact(1.0), rtol=1e-5)
+        np.testing.assert_allclose(slope[0], (exact(1.001) - exact(0.999)) / 0.002, rtol=1e-4)
+
+
 def test_linear_is_for_implicit_methods():
     with pytest.raises(ValueError, match="implicit"):
         odeint(lambda y, t: -y, 1.0, [0.0, 1.0], linear=Banded(1, 1))
