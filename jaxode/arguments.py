@@ -286,14 +286,20 @@ def is_driven(trace: Trace, exact, func_time) -> bool:
     return asks(trace.jaxpr)
 
 
-def check_resolution(t, dtype, trace: Trace):
-    """Raise if func looks at the time and would be told times that are too coarse."""
-    if t is not None and trace.uses_time and crowded(t, dtype):
+def check_resolution(t, dtype, trace: Trace | None, role=FUNC):
+    """Raise if a function looks at the time and would be told times that are too coarse."""
+    if trace is not None and trace.uses_time:
+        needed = f"let {role.name} add to its time what it needs"
+        check_apart(t, dtype, f"in which {role.name} gets its time", needed)
+
+
+def check_apart(t, dtype, whose: str, remedy: str):
+    """Raise if times, in float64, lose in this dtype how far they are apart."""
+    if t is not None and crowded(t, dtype):
         raise ValueError(
             f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
-            f"{jnp.dtype(dtype).name}, in which func gets its time. Shift time to begin near 0 (pass "
-            "t - t[0], and let func add to its time what it needs), or use float64: set "
-            "jax_enable_x64, and pass `t` as a float64 array."
+            f"{jnp.dtype(dtype).name}, {whose}. Shift time to begin near 0 (pass t - t[0], and {remedy}), "
+            "or use float64: set jax_enable_x64, and pass `t` as a float64 array."
         )
 
 
@@ -608,10 +614,10 @@ def kept_together(dense, save, save_steps, t, exact, driven: bool) -> None:
 def kept(dense, save, save_steps, exact, driven: bool, y0, t, func_time, args):
     """What is to be kept of a solve, checked: `save` as a jaxpr, and the arrays that it looks at."""
     kept_together(dense, save, save_steps, t, exact, driven)
-    return saved_of(save, y0, t, func_time, args)
+    return saved_of(save, exact, y0, t, func_time, args)
 
 
-def saved_of(save, y0, t, func_time, args) -> tuple[Trace | None, list | None]:
+def saved_of(save, exact, y0, t, func_time, args) -> tuple[Trace | None, list | None]:
     """`save` as a jaxpr, and the arrays that it looks at; None if there is none."""
     if save is None:
         return None, None
@@ -621,6 +627,7 @@ def saved_of(save, y0, t, func_time, args) -> tuple[Trace | None, list | None]:
         )
     in_order(SAVE, save)
     trace, leaves = trace_of(save, y0, t, func_time, args, lambda kept, _: as_rows(kept), SAVE)
+    check_resolution(exact, func_time, trace, SAVE)
     return trace.needed(leaves)
 
 

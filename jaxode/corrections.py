@@ -40,7 +40,7 @@ def correction_of(method: Method, exact, y0, t, func_time, args) -> tuple[Method
     checked = lambda found, given: arguments.like_state(found, given[0], CORRECTION)
     given = (y0, jnp.zeros((), func_time), y0), t, func_time, args
     trace, leaves = arguments.trace_of(OfStep(function), *given, checked, CORRECTION)
-    arguments.check_resolution(exact, func_time, trace)
+    arguments.check_resolution(exact, func_time, trace, CORRECTION)
     trace, leaves = trace.needed(leaves)
     return dataclasses.replace(method, correction=trace), leaves  # type: ignore[type-var]
 

@@ -113,8 +113,13 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     times, steps = t.reshape(-1), dense.steps
     s = (times - dense.t0) / dense.span
     at = lax.stop_gradient(s)
+    low, high = jnp.minimum(dense.t0, dense.t1), jnp.maximum(dense.t0, dense.t1)
+    there = (times >= low) & (times <= high) & (at <= dense.reached)
+    like = lambda x: there.reshape((-1,) + (1,) * (x.ndim - 1))
     take = partial(jnp.take, indices=rows_of(dense, at), axis=0, mode="clip")
-    start, h, y, d = jax.tree.map(take, steps)
+    taken = jax.tree.map(take, steps)
+    # Zeros where there is none: a loss that leaves a failed solve out would have 0 times NaN in its gradient.
+    start, h, y, d = jax.tree.map(lambda x: jnp.where(like(x), x, 0), taken)
     theta = (s - start) / jnp.where(h == 0, 1, h)
     if derivative:
         found = jax.vmap(slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
@@ -122,12 +127,9 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
         if dense.start is not None:  # which moves along the first step, as any other state does
             y = jax.vmap(tree.where, (0, None, 0))(at <= 0, dense.start, y)
         found = jax.vmap(tree.polynomial)(y, theta, d)
-    low, high = jnp.minimum(dense.t0, dense.t1), jnp.maximum(dense.t0, dense.t1)
-    there = (times >= low) & (times <= high) & (at <= dense.reached)
 
     def leaf(x):
-        x = tree.or_nan(there.reshape((-1,) + (1,) * (x.ndim - 1)), x)
-        return x.reshape(*t.shape, *x.shape[1:])
+        return tree.or_nan(like(x), x).reshape(*t.shape, *x.shape[1:])
 
     return jax.tree.map(leaf, found)
 

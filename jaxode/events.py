@@ -146,11 +146,11 @@ class Given(NamedTuple):
         return jax.tree.unflatten(self.static, self.arrays)
 
 
-def look_for(events, func, y0, t, func_time, args, other) -> Given:
+def look_for(events, exact, y0, t, func_time, args, other) -> Given:
     """The events of a solve, traced: `Given(None, None)` if there are none.
 
-    `other` is what else was asked for: heuristics, a mass matrix, whether func asks signals, and
-    whether states after events are wanted.
+    `exact` are its times in float64, if their dtype loses how far they are apart. `other` is what else was
+    asked for: heuristics, a mass matrix, whether func asks signals, and whether states after events are wanted.
     Raises errors that say what to do.
     """
     heuristics, mass, driven, after = other
@@ -179,7 +179,13 @@ def look_for(events, func, y0, t, func_time, args, other) -> Given:
             "A solve has either events or a jaxode.Signal: let func interpolate (jnp.interp), and pass the "
             "knots as Event(times=knots)."
         )
+    if any(event.times is not None for event in events):
+        known = "in which the known `times` of an Event are", "times - t[0] for an Event"
+        arguments.check_apart(exact, t.dtype, *known)
     all_of_them = tuple(traced(event, y0, t, func_time, args) for event in events)
+    for event in all_of_them:
+        for role, function in ((CONDITION, event.condition), (CHANGE, event.change)):
+            arguments.check_resolution(exact, func_time, function, role)
     return Given(*jax.tree.flatten(all_of_them)[::-1])
 
 

@@ -73,7 +73,7 @@ def fold_of(fold, exact, y0, t, func_time, args) -> Fold:
     given = (start, y0), t, func_time, args
     in_order(FOLD, fold[1])
     trace, leaves = arguments.trace_of(OfPair(fold[1]), *given, checked, FOLD)
-    arguments.check_resolution(exact, func_time, trace)
+    arguments.check_resolution(exact, func_time, trace, FOLD)
     trace, leaves = trace.needed(leaves)
     return Fold(trace, (start, leaves))
 

@@ -255,7 +255,7 @@ def solve(
         )
         if len(t) == 0:
             return no_times(y0 if saved is None else saved.like(), t, folding.start)
-        happening = look_for(events, func, *at, (heuristics, mass, driven, after_events))
+        happening = look_for(events, exact, *at, (heuristics, mass, driven, after_events))
         method, correction = correction_of(method, exact, *at)
         extras = Extras(beside, watched, happening.arrays, folding.arrays, correction)
         arguments.no_varying(arrays := (leaves, y0, t, rtol, atol, limits, extras))

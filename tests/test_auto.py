@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxode import Status, odeint, solve
-from jaxode.methods import named
+from jaxode.methods import Banded, named
 from jaxode.methods.auto import CALM, LARGE, PATIENCE
 from jaxode.problems import problems
 
@@ -137,6 +137,19 @@ def test_a_large_state_takes_explicit_steps_alone():
     np.testing.assert_array_equal(found, expected)
     slope = jax.grad(lambda y0: odeint(f, y0, t, method="auto", adjoint="backsolve")[-1].sum())
     np.testing.assert_allclose(slope(y0), np.exp(-1.0), rtol=1e-5)
+
+
+def test_the_structure_of_its_jacobian_is_declared_and_looked_at():
+    rates = jnp.array([1.0, 1e2, 1e4, 1e5])
+    f = lambda y, t: -rates * y + jnp.pad(y[1:], (0, 1))  # an upper diagonal
+    options = dict(method="auto", rtol=1e-6, atol=1e-9)
+    dense, banded = (
+        odeint(f, jnp.ones(4), [0.0, 1.0], linear=linear, **options)
+        for linear in (None, Banded(0, 1))
+    )
+    np.testing.assert_allclose(banded, dense, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="df/dy has entries"):
+        odeint(f, jnp.ones(4), [0.0, 1.0], linear=Banded(1, 0), **options)
 
 
 def test_what_it_does_not_serve_is_refused_with_the_remedy():

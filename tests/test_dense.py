@@ -77,6 +77,22 @@ def test_dense_output_is_differentiated_in_the_time_the_start_and_the_arguments(
         np.testing.assert_allclose(t_bar, -1.5 * y, rtol=1e-5)
 
 
+@pytest.mark.parametrize("asked", ["value", "slope"])
+def test_dense_output_of_a_failed_solve_that_a_loss_leaves_out_spoils_no_gradient(asked):
+    def loss(rate, t, y0):
+        options = dict(dense=True, max_steps=60, throw=False)
+        sol = solve(lambda y, t, rate: rate * jnp.log(y), y0, [0.0, 1.0], rate, **options)
+        found = sol.dense(t) if asked == "value" else sol.dense.derivative(t)
+        return jnp.where(sol.status == 0, found, 0.0)
+
+    slopes = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)), (None, None, 0)))
+    found = np.stack(
+        slopes(1.0, 0.5, jnp.array([2.0, -1.0, 3.0])), 1
+    )  # -1 is outside of the domain
+    assert np.all(np.isfinite(found)) and np.all(found[[0, 2]] != 0)
+    np.testing.assert_array_equal(found[1], 0)
+
+
 def test_many_dense_outputs_are_one_pytree_and_differentiated():
     y0 = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 0.5]])
 

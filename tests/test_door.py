@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import SolveError, Status, odeint, solve
+from jaxode import Event, SolveError, Status, odeint, solve
 from jaxode.nn import NeuralODE
 
 decay = lambda y, t: -0.1 * y
@@ -61,6 +61,28 @@ def test_a_func_that_uses_large_times_is_told_how_to_have_them():
     np.testing.assert_allclose(ys, exact(np.array(t) - EPOCH), rtol=1e-5)
     with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
         odeint(timed, jnp.array(1.0), np.array(t))
+
+
+LOOKS_AT_TIME = {
+    "save": dict(save=lambda y, t: t - EPOCH),
+    "a fold": dict(fold=(jnp.float32(0), lambda value, y, t: t - EPOCH)),
+    "a condition": dict(events=[Event(lambda y, t: t - EPOCH - 5)]),
+    "a change": dict(events=[Event(lambda y, t: y - 0.5, change=lambda y, t: y * (t - EPOCH))]),
+    "known times": dict(events=[Event(times=[EPOCH + 5], change=lambda y, t: y + 1)]),
+}
+
+
+@pytest.mark.parametrize("what", LOOKS_AT_TIME)
+def test_what_else_uses_large_times_is_told_the_same(what):
+    t, y0 = [EPOCH, EPOCH + 10, EPOCH + 20], jnp.array(1.0, jnp.float32)
+    with pytest.raises(ValueError, match="begin near 0"):
+        solve(decay, y0, t, **LOOKS_AT_TIME[what])
+
+
+def test_events_of_the_state_alone_take_large_times():
+    jump = Event(lambda y, t: y - 0.5, change=lambda y, t: y + 1)
+    ys = odeint(decay, jnp.array(1.0, jnp.float32), [EPOCH, EPOCH + 10], events=[jump])
+    np.testing.assert_allclose(ys[-1], 1.5 * 2 * np.exp(-1), rtol=1e-5)
 
 
 def test_times_that_are_as_good_as_float32_are_not_refused():

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import one_call_cases as cases
 import pytest
+from jax import lax
 from jax.extend import core
 
 from jaxode.kernels import one_call
@@ -108,3 +110,19 @@ def test_random_fields_are_solved_and_differentiated_as_step_by_step(tmp_path):
     names = [f"seed:{seed}" for seed in range(5)]
     for name, result in solved(names, tmp_path).items():
         compare(name, result)
+
+
+@pytest.mark.parametrize(
+    "a, b, sums, fits",
+    [
+        ((2, 2), (2, 7), ((1,), (0,)), True),
+        ((2, 2), (2, 2, 3), ((1,), (1,)), True),
+        ((2, 2), (6, 2, 3), ((1,), (1,)), False),  # to XLA (2, 2) by (2, 18)
+        ((2, 7, 7), (7, 7, 2), ((1, 2), (0, 1)), False),  # (2, 49) by (49, 2)
+        ((7, 7, 2), (2,), ((2,), (0,)), True),  # of a vector
+    ],
+)
+def test_the_axes_of_a_tiny_matrix_count_together(a, b, sums, fits):
+    product = lambda a, b: lax.dot_general(a, b, (sums, ((), ())))
+    jaxpr = cases.jax.make_jaxpr(product)(jnp.ones(a), jnp.ones(b)).jaxpr
+    assert one_call.able(jaxpr) == fits

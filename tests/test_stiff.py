@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.linalg import expm
 
 from jaxode import Status, odeint, solve
 from jaxode.methods import Banded, Dense, Diagonal, named
 from jaxode.methods.esdirk import methods as esdirk
+from jaxode.methods.kencarp import methods as kencarp
 from jaxode.methods.linear import LOOPED, solver
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.problems import problems
 
-METHODS = {**rosenbrock, **esdirk}
+METHODS = {**rosenbrock, **esdirk, **kencarp}
 method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -234,6 +236,18 @@ def test_float32_stays_float32(name):
     np.testing.assert_allclose(ys[-1], np.cos(1.0), atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3"])
+def test_a_matrix_product_in_func_is_differentiated_in_all_directions_at_once(name):
+    rates = np.array([[-100.0, 1.0], [2.0, -1e3]])
+    func = lambda y, t: (y.reshape(3, 2) @ rates.T).reshape(
+        -1
+    )  # six directions of (2, 2) by (2, 3)
+    options = dict(method=name, rtol=1e-6, atol=1e-9)
+    found = odeint(func, jnp.arange(6.0), [0.0, 0.01], **options)[-1]
+    exact = np.arange(6.0).reshape(3, 2) @ expm(0.01 * rates).T
+    np.testing.assert_allclose(found, exact.reshape(-1), rtol=1e-4, atol=1e-7)
+
+
 def test_a_line_of_reactions_is_solved_without_its_band_too():
     p = problems["brusselator_line"]
     ys = odeint(p.f, p.y0, [0.0, 10.0], *p.args, method="rodas5p", rtol=1e-6, atol=1e-6)
@@ -264,6 +278,22 @@ def test_equations_that_cannot_be_solved_are_a_status_of_their_own(name):
     assert int(found.status) == Status.NOT_CONVERGED
     many = jax.vmap(lambda y: solve(root, y, [0.0, 1.0], method=name))(jnp.array([[0.0], [4.0]]))
     assert many.status.tolist() == [Status.NOT_CONVERGED, Status.SUCCESS]
+
+
+@pytest.mark.parametrize("name", ["rodas4", "kvaerno3", "gauss4", "auto"])
+def test_a_func_without_forward_mode_is_refused_with_the_remedy(name):
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, bar: (jnp.cos(x) * bar,))
+    func = lambda y, t: -rule(y)
+    options = dict(method=name, rtol=1e-6, atol=1e-6) | (dict(dt=0.1) if name == "gauss4" else {})
+    with pytest.raises(TypeError, match="jacrev"):
+        odeint(func, jnp.ones(2), [0.0, 1.0], **options)
+    if name == "rodas4":
+        end = lambda y: odeint(func, y, [0.0, 1.0], jac=jax.jacrev(func), **options)[-1, 0]
+        value, slope = jax.value_and_grad(end)(jnp.ones(2))
+        exact = lambda y: 2 * np.arctan(np.exp(-1) * np.tan(y / 2))
+        np.testing.assert_allclose(value, exact(1.0), rtol=1e-5)
+        np.testing.assert_allclose(slope[0], (exact(1.001) - exact(0.999)) / 0.002, rtol=1e-4)
 
 
 def test_linear_is_for_implicit_methods():

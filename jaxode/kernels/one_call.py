@@ -39,15 +39,22 @@ def is_of_lanes(eqn) -> bool:
 
 
 def is_no_matrix_product(eqn) -> bool:
-    """Whether a product is one of a vector, or of tiny matrices."""
-    (contract_a, contract_b), (batch, _) = eqn.params["dimension_numbers"]
+    """Whether a product is one of a vector, or of tiny matrices.
+
+    XLA takes the axes of a matrix together before it chooses: (2, 2) by (6, 2, 3) is (2, 2) by (2, 18), which
+    calls a library, and in one call there is none: "Fusion kind not implemented on CPU".
+    """
+    (contract_a, contract_b), (batch, batch_b) = eqn.params["dimension_numbers"]
     a, b = (x.aval.shape for x in eqn.invars)
-    if not contract_a or all(n <= TINY for n in (*a, *b)):
+    if not contract_a:
         return True
     free = lambda shape, axes: math.prod(n for i, n in enumerate(shape) if i not in axes)
-    free_a, free_b = free(a, contract_a), free(b, contract_b)
+    free_a, free_b = free(a, (*contract_a, *batch)), free(b, (*contract_b, *batch_b))
     depth = math.prod(a[i] for i in contract_a)
-    return not batch and min(free_a, free_b) <= 1 and (max(free_a, free_b) > 1 or depth <= REDUCED)
+    tiny = all(n <= TINY for n in (*a, *b))
+    if min(free_a, free_b) > 1:
+        return tiny and max(free_a, free_b, depth) <= TINY
+    return (tiny or not batch) and (max(free_a, free_b) > 1 or depth <= REDUCED)
 
 
 def is_real(eqn) -> bool:

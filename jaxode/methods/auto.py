@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.implicit import vectors
-from jaxode.methods.linear import DENSE, Linear
+from jaxode.methods.linear import DENSE, Linear, in_forward_mode
 from jaxode.methods.method import Method, Step, chosen
 from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
 from jaxode.methods.tables import methods as tables
@@ -75,6 +75,10 @@ class Auto(Method):
     @property
     def stiff(self) -> Rosenbrock:
         return dataclasses.replace(rodas5p, linear=self.linear)
+
+    def jacobian(self, f, field, s, y: Array) -> PyTree:
+        """df/dy, with the structure that is declared."""
+        return self.stiff.jacobian(f, field, s, y)
 
     def suited_to(self, y0: PyTree) -> Method:
         size = sum(leaf.size for leaf in jax.tree.leaves(y0))
@@ -148,7 +152,8 @@ def alike(step: Step, stages) -> Step:
 
 def fastest(f, y: PyTree, v: PyTree, products: int):
     """About the largest |lambda| of J = df/dy: |J v| / |v|, after so many products with J."""
-    push = jax.linearize(f, y)[1]
+    with in_forward_mode():
+        push = jax.linearize(f, y)[1]
     for _ in range(products):
         v = push(tree.unit(v))
     return tree.length(v)

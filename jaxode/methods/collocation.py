@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.methods.implicit import Implicit, vectors
-from jaxode.methods.linear import DENSE, Linear
+from jaxode.methods.linear import DENSE, Linear, in_forward_mode
 from jaxode.methods.method import Method, Step
 from jaxode.methods.newton import relative, simplified, solved
 
@@ -76,7 +76,8 @@ class Collocation(Implicit):
             return ks - join([field(y, s + tree.scale(c, h)) for y, c in each])
 
         a = np.asarray(self.a, y0.dtype)
-        jacobian = self.linear.jacobian_of_stages(a, lambda y: field(y, s), y0)
+        with in_forward_mode():
+            jacobian = self.linear.jacobian_of_stages(a, lambda y: field(y, s), y0)
         factors = linear.factor(lax.stop_gradient(linear.shifted(jacobian, h)))
         substitute = partial(linear.substitute, factors)
         place = lambda ks: join(states(ks))

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.methods.linear import Linear, solver
+from jaxode.methods.linear import Linear, in_forward_mode, solver
 from jaxode.methods.method import Method
 
 
@@ -37,7 +37,8 @@ class Implicit(Method):
         """df/dy of the field as one of vectors: the user's own, or by derivatives of the field."""
         jac = getattr(f, "jac", None)
         if jac is None:
-            return self.linear.jacobian(lambda y: field(y, s), y)
+            with in_forward_mode():
+                return self.linear.jacobian(lambda y: field(y, s), y)
         return self.linear.matrix(jac(y, s))
 
     def slope_of_system(self, f, s, y: PyTree, known: PyTree) -> PyTree:

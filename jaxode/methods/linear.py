@@ -7,6 +7,7 @@ ever goes through the elimination; its factors serve both.
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar
 
@@ -120,6 +121,22 @@ def by_rows(w, matrix: Array) -> Array:
 def numpy_or_jax(x):
     """The module of these numbers: those that are numpy's stay constants of the program."""
     return np if isinstance(x, np.ndarray) else jnp
+
+
+@contextmanager
+def in_forward_mode():
+    """Derivatives of func are taken here in forward mode: what to do where JAX has none."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "An implicit method needs df/dy, by derivatives of func in forward mode, and JAX has none of a "
+            "function with jax.custom_vjp: write its rule as a jax.custom_jvp; or pass "
+            "jac=lambda y, t, *args: jax.jacrev(func)(y, t, *args) with a method such as 'rodas5p'; or choose "
+            "an explicit method."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
