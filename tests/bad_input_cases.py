@@ -351,7 +351,7 @@ OF_ORDER = {
         **event(times=[1.0], values=[1.0], change=lambda y, value, t: y),
     ),
     "a change that takes the value last": door(
-        AttributeError, r"`values` is called as change\(y, t, value, \*args\)", args=(1.0,),
+        AttributeError, r"`values` is called as change\(y, t, value, \*args\)", lambda y, t, p: -y, args=(1.0,),
         **event(times=[1.0], values=[1.0], change=lambda y, t, p, value: p.no_such),
     ),
     "a fold": door(TypeError, r"`fold` takes \(value, t, y", fold=(0.0, lambda v, t, y: v)),
