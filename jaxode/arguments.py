@@ -397,6 +397,7 @@ def valid_limits(rtol, atol, mxstep, hmax):
 def number(name, value):
     """A real number that an argument has to be; a Python float, if it is known."""
     if not is_real(value) or np.ndim(value) != 0:
+        no_foreign(f"`{name}`", value)
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     return float(value) if known(value) else jnp.asarray(value, jnp.result_type(float))
 
@@ -407,9 +408,9 @@ def is_real(value) -> bool:
         return True
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    except (TypeError, ValueError):
+        return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    except (TypeError, ValueError):  # a dtype of torch is none
         return False
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def limit(name, value):

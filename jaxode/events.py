@@ -244,6 +244,7 @@ def known_times(times, t, dtype):
     if isinstance(times, list | tuple) and not known(times):
         times = jnp.stack([jnp.asarray(time, dtype) for time in times])
     if not arguments.is_real(times) or np.ndim(times) > 1:
+        no_foreign("`times` of an Event", times)
         raise TypeError(f"`times` of an Event must be real numbers of shape (n,); got {times!r}.")
     times = jnp.atleast_1d(jnp.asarray(times, dtype))
     if known(times, t) and len(t):

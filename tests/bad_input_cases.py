@@ -262,6 +262,7 @@ OF_ARGUMENTS = {
     "y0 has a tensor": door(TypeError, NUMPY, y0={"a": Tensor()}),
     "times are a tensor": door(TypeError, f"`t` is {NUMPY}", t=Tensor()),
     "an argument is a tensor": door(TypeError, f"argument of func.* is {NUMPY}", args=({"a": Tensor()},)),
+    "a step is a tensor": door(TypeError, f"`dt` is {NUMPY}", dt=Tensor(), method="rk4"),
     "a tolerance is a tensor": door(TypeError, f"`atol` is {NUMPY}", atol=Tensor()),
     "times first": door(ValueError, T_SPAN, y0=(0.0, 1e5), t=[1.0, 0.0, 2.0]),
     "times first, and a number": door(ValueError, T_SPAN, y0=(0.0, 1e5), t=1.0),

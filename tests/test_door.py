@@ -173,6 +173,7 @@ OBJECTS = {
     "SaveAt": (lambda x: dict(t=x(ts=[0.0, 1.0])), r"solve\(func, y0, ts\)"),
     "PIDController": (lambda x: dict(controller=x(1e-3, 1e-3)), r"controller=jaxode\.pid"),
     "ConstantStepSize": (lambda x: dict(controller=x()), "dt=0.1"),
+    "StepTo": (lambda x: dict(dt=x([0.0, 1.0]), method="rk4"), r"jaxode\.Event\(times=ts\)"),
     "RecursiveCheckpointAdjoint": (lambda x: dict(adjoint=x()), "adjoint='replay'"),
     "BacksolveAdjoint": (lambda x: dict(adjoint=x), "adjoint='backsolve'"),  # the class
     "ODETerm": (lambda x: dict(func=x(decay)), "func is the function itself"),
