@@ -40,6 +40,7 @@ from jaxode.gradients import gradient_report
 from jaxode.integrate import odeint, solve
 from jaxode.signals import Signal
 from jaxode.solution import Solution, SolveError, Stats, Status
+from jaxode.words import NAMES
 
 if TYPE_CHECKING:  # those that read a program do not run `__getattr__`
     from jaxode import adjoints, methods, nn, problems, train
@@ -71,6 +72,8 @@ def __getattr__(name: str):
     """`jaxode.nn` and the like without an import of their own, made when they are asked for."""
     if name in PACKAGES:
         return importlib.import_module(f"jaxode.{name}")
+    if name in NAMES:  # no AttributeError, of which `from jaxode import` would not keep the message
+        raise ImportError(f"There is no `{name}` in jaxode: {NAMES[name]}.")
     raise AttributeError(f"module 'jaxode' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -1,7 +1,6 @@
 """Arguments, checked at the door: before compilation where their values are known."""
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,107 +17,20 @@ from jaxode import tree
 from jaxode.adjoints import names as adjoints
 from jaxode.batch.vmap_rules import not_split
 from jaxode.controllers import Controller
-from jaxode.functions import FUNC, JAC, SAVE, Role, explained, in_order, no_vector
+from jaxode.functions import FUNC, JAC, SAVE, Role, explained, in_order, like_t_span, no_vector
 from jaxode.kernels.traces import Trace
 from jaxode.methods.compensated import Compensated
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
-from jaxode.methods.names import by_name, methods, named
+from jaxode.methods.names import methods, named
 from jaxode.signals import asks, crowded
 from jaxode.stepping.budget import Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.switches import tracing
 from jaxode.tree import known
+from jaxode.words import about_words, no_foreign
 
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
-
-# What the arguments of other libraries are called here.
-
-STEP = (
-    "the first step is chosen from func; `dt` takes steps of equal size, `hmax` bounds all of them"
-)
-CALLED = "func is called as func(y, t, *args); write lambda y, t: f(t, y) for a function of (t, y)"
-GRADIENTS = "`adjoint` is a name such as 'replay' or 'backsolve', or a function of jaxode.adjoints"
-
-WORDS = by_name({
-    "args": "pass them after t: solve(func, y0, t, *args)",
-    "p": "pass parameters after t: solve(func, y0, t, *args)",
-    "fun f terms rhs term": "the derivative is the first argument, `func`",
-    "t_eval t_span ts t0 t1 tspan tlist saveat":
-        "the output times are the third argument, `t`: solve(func, y0, [0.0, 1.0])",
-    "max_step hmax0 dtmax dt_max": "the largest step is `hmax`",
-    "min_step hmin dtmin dt_min force_dtmin": "there is no least step to choose",
-    "first_step h0 dt0 step_size": STEP,
-    "jac_sparsity col_deriv lband uband ml mu":
-        "the Jacobian is derived from func, where the method needs one; what is known of its "
-        "structure is `linear=`, such as jaxode.methods.Banded(lower, upper)",
-    "Dfun jacobian": "the Jacobian df/dy, for an implicit method, is `jac`, a function jac(y, t, *args)",
-    "mass_matrix M": "the mass matrix is `mass`",
-    "event event_fn callback callbacks cb discrete_terminating_event merge_callbacks cond_fn":
-        "events are `events=[jaxode.Event(...), ...]`",
-    "dense_output": "the solution at any time is `dense=True`, or many times in `t`",
-    "tfirst vectorized": CALLED,
-    "stepsize_controller controllers options":
-        "pass `rtol`, `atol` and `controller=jaxode.pid(...)`, or `dt` for steps of equal size",
-    "adjoint_method adjoint_rtol adjoint_atol adjoint_params adjoint_options sensealg odeint_interface":
-        GRADIENTS,
-    "solver alg integrator": "the method is `method`, a name such as 'tsit5'",
-    "tcrit tstops jump_ts jump_t step_ts step_t d_discontinuities":
-        "steps end at the knots of a `jaxode.Signal`, and at `jaxode.Event(times=...)`",
-    "max_num_steps maxiters nsteps": "the most steps are `max_steps`",
-    "full_output printmessg stats": "`solve` returns statistics and the status",
-    "reltol rel_tol": "the relative tolerance is `rtol`",
-    "abstol abs_tol": "the absolute tolerance is `atol`",
-    "ixpr mxhnil mxordn mxords with_jacobian order max_order_ns max_order_s max_hnil verbosity":
-        "it is one of LSODA or VODE, which are not here",
-    "solver_state controller_state made_jump":
-        "a solve that can go on is `resumable=True`, and `Solution.resume` goes on",
-    "progress_meter progress_bar progress_steps progress_name progress_message progress_id":
-        "a bar of a long solve is `progress=True`",
-    "u0": "the initial state is the second argument, `y0`",
-    "prob problem": "func, y0 and t are the arguments: solve(func, y0, [0.0, 1.0])",
-    "adaptive": "steps adapt, unless `dt` is given: the size of equal ones",
-    "reverse_time": "times may decrease: solve(func, y0, [1.0, 0.0])",
-    "save_everystep save_on save_start save_end initialize_save":
-        "rows of a solution are the times in `t`, or every step with save_steps=True",
-    "save_idxs save_func save_fn": "what is kept of the states is `save`, a function save(y, t, *args)",
-    "pcoeff icoeff dcoeff factormin factormax safety ifactor dfactor beta1 beta2 qmin qmax "
-    "qsteady_min qsteady_max qoldinit failfactor":
-        "the next step size is that of `controller`, such as jaxode.pid(integral=0.4, proportional=0.3, "
-        "safety=0.9, min_factor=0.2, max_factor=10.0)",
-    "beta gamma":
-        "pass parameters of func after t: solve(func, y0, t, *args); numbers of the step size are those of "
-        "`controller`, such as jaxode.pid(integral=0.4, proportional=0.3)",
-    "error_order": "the order of the error estimate is that of `method`",
-    "norm internalnorm":
-        "an error is measured as a root mean square; weigh its components by `rtol` and `atol` like y0",
-    "isoutofdomain": "a step is rejected where func is NaN: let it be NaN outside of its domain",
-    "unstable_check verbose":
-        "a solve that fails raises an error, or ends with a status: `throw`, `Solution.status`",
-    "initializealg du0 differential_vars":
-        "initial values of algebraic equations, with `mass`, are found by `jaxode.consistent`",
-    "alias alias_u0": "arrays of JAX never change, so that there is nothing to alias",
-    "calck": "the solution at any time is `dense=True`",
-    "timeseries_errors dense_errors": "problems with known answers are in `jaxode.problems`",
-    "alg_hints": "the method is `method`: 'tsit5', 'rodas5p' where a problem is stiff, or 'auto'",
-    "trajectories ensemblealg": "many solves are `jax.vmap` of one",
-    "root_finder": "the time of an event is found to rounding, by no other choice",
-    "wrap": "what is returned is always a `jaxode.Solution`",
-})  # fmt: skip
-OPTIONS = (
-    "rtol atol mxstep hmax method adjoint dt controller max_steps throw heuristics linear mass jac dense save "
-    "save_steps events after_events fold resumable log progress max_evaluations compensated"
-).split()
-
-
-def about_words(unknown) -> str:
-    """What to write instead of arguments that there are not."""
-    name = next(iter(unknown))
-    if name in WORDS:
-        return f"There is no argument `{name}=`: {WORDS[name]}."
-    close = difflib.get_close_matches(name, OPTIONS, 1)
-    hint = f" Did you mean `{close[0]}=`?" if close else ""
-    return f"There is no argument `{name}=`.{hint} Options: {', '.join(OPTIONS)}."
 
 
 def method_for(name, linear, y0, dt, compensated=False) -> tuple[Method, Any]:
@@ -197,6 +109,7 @@ def present(unknown, func, t) -> Callable:
         raise TypeError(about_words(unknown))
     if t is None:
         raise TypeError("The output times `t` are missing: solve(func, y0, t, *args).")
+    no_foreign("func", func)
     if callable(func):
         in_order(FUNC, func)
         return func
@@ -212,6 +125,12 @@ def present(unknown, func, t) -> Callable:
 
 def as_state(y0: PyTree) -> PyTree:
     """y0 as floating-point or complex arrays."""
+    no_foreign("y0", y0)
+    if y0 is None or isinstance(y0, str):
+        raise TypeError(
+            f"y0 must be an array of numbers, or a pytree of arrays, got {y0!r}: it is the state at t[0], the "
+            "second argument of solve(func, y0, t, method='tsit5')."
+        )
 
     def leaf(path, y):
         where = f"y0{jax.tree_util.keystr(path)}"
@@ -236,6 +155,7 @@ def fixed_size(where: str, x) -> None:
 
 def dtype_of(where: str, x, more: str = ""):
     """The dtype in which numbers are kept: integers and booleans become floats."""
+    no_foreign(where, x)
     try:
         dtype = jnp.result_type(x)
     except TypeError as error:
@@ -255,13 +175,18 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     """
     real = tree.widest(jnp.float32, *map(tree.real_dtype, jax.tree.leaves(y0)))
     listed = not hasattr(t, "dtype")
+    if not hasattr(t, "__array__"):  # a tensor that can be read as an array is one
+        no_foreign("`t`", t)
     try:
         t = np.asarray(t) if known(t) else jnp.asarray(t)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        no_foreign("`t`", t)
         raise TypeError(f"`t` must be an array of times, such as [0.0, 1.0]: {error}") from error
     fixed_size("`t`", t)
     if t.ndim != 1:
-        raise ValueError(f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.")
+        raise ValueError(
+            f"`t` must be one-dimensional, such as [0.0, 1.0]; got shape {t.shape}.{like_t_span(y0)}"
+        )
     number = jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating)
     if t.size and not number:
         raise TypeError(f"`t` must hold real numbers, got dtype {t.dtype}.")
@@ -271,7 +196,7 @@ def as_times(t, y0) -> tuple[Array | np.ndarray, np.ndarray | None, Any]:
     if not known(t):
         return t.astype(counted), None, seen
     exact = np.asarray(t, np.float64)
-    check_times(exact)
+    check_times(exact, y0)
     t = exact.astype(counted)
     if np.all(t == exact):
         return t, None, seen
@@ -303,16 +228,23 @@ def check_apart(t, dtype, whose: str, remedy: str):
         )
 
 
-def check_times(t):
+def check_times(t, y0=None):
+    """Raise if times that are known are not finite, or go back and forth."""
     if not np.all(np.isfinite(t)):
-        raise ValueError(f"The times `t` must be finite; got {t[~np.isfinite(t)][0]}.")
+        wrong = t[~np.isfinite(t)][0]
+        large = (
+            ""
+            if np.isnan(wrong)
+            else " Where a terminal event ends the solve, pass a large, finite one."
+        )
+        raise ValueError(f"The times `t` must be finite; got {wrong}.{large}")
     forward = t.size == 0 or t[-1] >= t[0]
     wrong = np.flatnonzero(np.diff(t) < 0 if forward else np.diff(t) > 0)
     if wrong.size:
         i = wrong[0]
         raise ValueError(
             "The times `t` must be increasing or decreasing; "
-            f"t[{i}] = {t[i]} is followed by t[{i + 1}] = {t[i + 1]}."
+            f"t[{i}] = {t[i]} is followed by t[{i + 1}] = {t[i + 1]}.{like_t_span(y0)}"
         )
 
 
@@ -418,14 +350,17 @@ def per_leaf(name, value, y0) -> PyTree:
     """A tolerance for every leaf of y0; a numpy array where its value is known."""
     if value is None:
         value = jax.tree.map(lambda y: max(TOLERANCE, 8 * float(jnp.finfo(y.dtype).eps)), y0)
+    no_foreign(f"`{name}`", value)
     try:
-        value = jax.tree.broadcast(value, y0)
-    except ValueError as error:
+        value = with_lists(value, y0)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`{name}` must be a number, an array, or a pytree like y0 (or a prefix of it): {error}"
+            f"`{name}` must be a number, an array or a list of numbers, or a pytree like y0 (or a prefix of "
+            f"it): y0 is {jax.tree.structure(y0)}, `{name}` is {jax.tree.structure(value)}."
         ) from error
 
     def leaf(path, tolerance, y):
+        no_foreign(f"`{name}`", tolerance)
         if not is_real(tolerance):
             raise TypeError(f"`{name}` must hold real numbers, got {tolerance!r}.")
         array = np.asarray if known(tolerance) else jnp.asarray
@@ -440,6 +375,16 @@ def per_leaf(name, value, y0) -> PyTree:
         return tolerance.reshape((1,) * (y.ndim - tolerance.ndim) + tolerance.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, value, y0)
+
+
+def with_lists(value: PyTree, y0: PyTree) -> PyTree:
+    """A value for every leaf of y0, where lists of numbers may stand for arrays."""
+    try:
+        return jax.tree.broadcast(value, y0)
+    except ValueError:  # y0 has an array where the value has a list
+        as_array = lambda x: np.asarray(x) if known(x) else jnp.stack([*map(jnp.asarray, x)])
+        listed = lambda _, x: as_array(x) if isinstance(x, list | tuple) else x
+        return jax.tree.broadcast(jax.tree.map(listed, y0, value), y0)
 
 
 def fits(shape: tuple[int, ...], like: tuple[int, ...]) -> bool:
@@ -458,6 +403,7 @@ def valid_limits(rtol, atol, mxstep, hmax):
 def number(name, value):
     """A real number that an argument has to be; a Python float, if it is known."""
     if not is_real(value) or np.ndim(value) != 0:
+        no_foreign(f"`{name}`", value)
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     return float(value) if known(value) else jnp.asarray(value, jnp.result_type(float))
 
@@ -468,9 +414,9 @@ def is_real(value) -> bool:
         return True
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    except (TypeError, ValueError):
+        return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    except (TypeError, ValueError):  # a dtype of torch is none
         return False
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def limit(name, value):
@@ -501,6 +447,7 @@ def controller_or_default(controller) -> Any:
     if controller is None:
         return Controller()
     if not callable(controller) or not hasattr(controller, "start"):
+        no_foreign("`controller`", controller)
         raise TypeError(
             "`controller` must be a controller such as jaxode.pid(integral=0.4, proportional=0.3); "
             f"got {type(controller).__name__}."
@@ -569,6 +516,7 @@ def for_solve_alone(options) -> None:
 def flag(name, value) -> bool:
     """An option that is True or False."""
     if not isinstance(value, bool | np.bool_):
+        no_foreign(f"`{name}`", value)
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
     return bool(value)
 
@@ -662,6 +610,7 @@ def no_varying(inputs) -> None:
 def named_adjoint(adjoint, method: Method) -> Callable:
     if adjoint == "backsolve":
         method.backwards()
+    no_foreign("`adjoint`", adjoint)
     if callable(adjoint):
         return adjoint
     if not isinstance(adjoint, str) or adjoint not in adjoints.named:
@@ -681,17 +630,19 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
     of_numbers = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic | float | complex)
     numbers, static = eqx.partition((func, args), of_numbers)
     arrays = jax.tree.map(jnp.asarray, numbers)
+    origin = jax.tree.flatten(static)[::-1]
+    for x in origin[1]:
+        no_foreign(f"an argument of {role.name}, or what it holds,", x)
 
     def derivative(arrays, y, t):
         func, args = eqx.combine(arrays, static)
-        with explained(role, y):
+        with explained(role, y, args):
             result = func(y, t, *args)
         return checked(result, y)
 
     time = jax.ShapeDtypeStruct((), func_time)
     with tracing():
         closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
-        origin = jax.tree.flatten(static)[::-1]
         trace = Trace(closed.jaxpr, jax.tree.structure(out), origin)
     return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 

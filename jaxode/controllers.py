@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxode import tree
+from jaxode.words import CONTROLLER_WORDS, answers
 
 
+@answers(CONTROLLER_WORDS)
 @dataclasses.dataclass(frozen=True)
 class Controller:
     """Proportional-integral-derivative control of the step size.

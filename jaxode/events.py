@@ -4,6 +4,7 @@ What a user says of them, checked at the door; `jaxode.stepping.events` finds th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,14 +16,16 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments, tree
-from jaxode.functions import CHANGE, CHANGE_BY, CONDITION, in_order
+from jaxode.functions import CHANGE, CHANGE_BY, CONDITION, Role, in_order
 from jaxode.stepping.events import Eventful, Log, Watched, WithEvents
 from jaxode.tree import known
+from jaxode.words import EVENT_WORDS, answers, no_foreign
 
 DIRECTIONS = {"up": 1, "down": -1, "both": 0}
 KEEP = 16  # times recorded of a condition, by default
 
 
+@answers(EVENT_WORDS)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Event:
     """Something that happens in a solve: `solve(..., events=[Event(...), ...])`.
@@ -154,13 +157,14 @@ def look_for(events, exact, y0, t, func_time, args, other) -> Given:
     Raises errors that say what to do.
     """
     heuristics, mass, driven, after = other
-    events = [events] if isinstance(events, Event) else [] if events is None else events
-    several = isinstance(events, list | tuple)
-    kinds = [type(e).__name__ for e in events] if several else [type(events).__name__]
-    if set(kinds) - {"Event"}:
-        raise TypeError(
-            f"`events` must be a list of jaxode.Event(condition, ...); got {', '.join(kinds)}."
-        )
+    events = [] if events is None else events if isinstance(events, list | tuple) else [events]
+    for event in events:
+        if not isinstance(event, Event):
+            no_foreign("one of `events`", event)
+            kinds = ", ".join(type(event).__name__ for event in events)
+            raise TypeError(
+                f"`events` must be a list of jaxode.Event(condition, ...); got {kinds}."
+            )
     if arguments.flag("after_events", after) and not events:
         raise ValueError(
             "`after_events` says that states after `events` are wanted: pass events=[...] with it."
@@ -201,6 +205,7 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
 
     if event.condition is not None:
         in_order(CONDITION, event.condition)
+        without_attributes(event)
         condition, of_condition = trace(CONDITION, event.condition, as_condition)
         keep = event.keep or (event.count if event.terminal else KEEP)
     else:
@@ -222,12 +227,25 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
             (CHANGE, event.change) if values is None else (CHANGE_BY, WithValue(event.change))
         )
         in_order(role, event.change)
-        change, of_change = trace(role, func, lambda k, given: as_change(k, y0), given)
+        change, of_change = trace(role, func, lambda k, given: as_change(k, y0, role), given)
     return Watched(
         condition=condition, change=change, direction=DIRECTIONS[event.direction],
         terminal=event.count if event.terminal else 0, keep=keep, of_condition=of_condition,
         of_change=of_change, times=times, values=values,
     )  # fmt: skip
+
+
+def without_attributes(event: Event) -> None:
+    """Raise if a function has the attributes in which SciPy's `solve_ivp` looks for what an Event is told."""
+    function = event.condition
+    if not (hasattr(function, "__name__") or isinstance(function, functools.partial)):
+        return  # an object of the user's own, whose attributes may mean something else
+    for name, default in (("terminal", False), ("direction", "both")):
+        if getattr(function, name, None) and getattr(event, name) == default:
+            raise TypeError(
+                f"The condition of an Event has SciPy's attribute `{name}`, at which nothing looks: pass it to "
+                'the Event, such as Event(hit, terminal=True, direction="down").'
+            )
 
 
 class WithValue(eqx.Module):
@@ -246,6 +264,7 @@ def known_times(event: Event, t, dtype):
     if isinstance(times, list | tuple) and not known(times):
         times = jnp.stack([jnp.asarray(time, dtype) for time in times])
     if not arguments.is_real(times) or np.ndim(times) > 1:
+        no_foreign("`times` of an Event", times)
         raise TypeError(f"`times` of an Event must be real numbers of shape (n,); got {times!r}.")
     times = jnp.atleast_1d(jnp.asarray(times, dtype))
     most = len(times)
@@ -280,16 +299,13 @@ def as_condition(g, y):
     return jnp.asarray(g)
 
 
-def as_change(k, y):
+def as_change(k, y, role: Role):
     """What a change returned: a state like y."""
     try:
-        return arguments.like_state(k, y)
+        return arguments.like_state(k, y, role)
     except TypeError as error:
-        message = str(error).replace(
-            "func must return a derivative", "`change` must return a state"
-        )
-        message = message.replace("func returned", "`change` returned")
-        raise TypeError(f"{message} (in an Event)") from error
+        message = str(error).replace("must return a derivative", "must return a state")
+        raise TypeError(message.replace(role.name, "`change`") + " (in an Event)") from error
 
 
 def with_events(adjoint: Callable, given: Given, t0, span, time_dtype) -> Callable:

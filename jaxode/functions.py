@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import jax
+import numpy as np
 from jax.errors import (
     ConcretizationTypeError,
     NonConcreteBooleanIndexError,
@@ -65,25 +67,48 @@ STATES = tuple("y x u z q h v Y X U state states y0 x0 yt xt".split())
 
 
 def in_order(role: Role, func: Callable) -> None:
-    """Raise if a function, by the names of its parameters, takes the time before the state.
+    """Raise if a function, by the names of its parameters, takes the time before the state, or after other
+    arguments.
 
-    Shapes do not tell: a state of one number and a time are alike. Functions of SciPy's `solve_ivp`, of
-    diffrax and of torchdiffeq are f(t, y).
+    Shapes do not tell: a state of one number and a time are alike, and so are a parameter and a time. Functions
+    of SciPy's `solve_ivp`, of diffrax and of torchdiffeq are f(t, y), those of Julia f(u, p, t).
     """
     try:
         parameters = inspect.signature(func).parameters.values()
     except (TypeError, ValueError):  # of something that is not written in Python
         return
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    first = role.parameters.index("y")
-    if len(names) < first + 2 or names[first] not in TIMES or names[first + 1] not in STATES:
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names, first = [p.name for p in taken], role.parameters.index("y")
+    if len(names) < first + 2:
         return
-    t, y = names[first : first + 2]
     before = "".join(f"{name}, " for name in role.parameters[:first])
+    # One with a default, as in lambda y, s, t=t: ..., may be a value that the function keeps.
+    late = [p.name for p in taken[first + 2 :] if p.name in TIMES and p.default is p.empty]
+    if late and not {*names[first : first + 2]} & {*TIMES}:
+        time_after_others(role, before, names[first:], late[0])
+    t, y = names[first : first + 2]
+    if t not in TIMES or y not in STATES:
+        return
     raise TypeError(
         f"{role.name} takes ({before}{t}, {y}, ...), the time before the state, but it is called as "
         f"{role.call}: swap the two, or pass lambda {before}{y}, {t}, *args: f({before}{t}, {y}, *args). If "
         f"its `{t}` is the state, give it another name."
+    )
+
+
+def time_after_others(role: Role, before: str, names: list[str], t: str) -> None:
+    """Raise the error of a function that takes (y, p, t), as those of Julia do, or fills its first argument."""
+    if names[0] == f"d{names[1]}":
+        raise TypeError(
+            f"{role.name} takes ({', '.join(names)}), as Julia's f!(du, u, p, t) that fills du, but it is "
+            f"called as {role.call}, and returns the derivative."
+        )
+    y, *others = (name for name in names if name != t)
+    others = ", ".join(others)
+    raise TypeError(
+        f"{role.name} takes ({before}{', '.join(names)}), the time after other arguments, as Julia's "
+        f"f(u, p, t), but it is called as {role.call}: let {t} follow {y}, or pass lambda {before}{y}, {t}, "
+        f"{others}: f({before}{', '.join(names)}). If its `{t}` is no time, give it another name."
     )
 
 
@@ -108,10 +133,21 @@ TRACED = {
 
 
 @contextmanager
-def explained(role: Role, given: PyTree):
+def explained(role: Role, given: PyTree, args: tuple = ()):
     """A call of a function of the user, whose errors are raised again in words: from those of JAX and Python,
-    which say where. Others pass."""
-    y = role.state(given)
+    which say where. Others pass, with a note of the order of its arguments where that is not func's."""
+    try:
+        with in_words(role, role.state(given), args):
+            yield
+    except Exception as error:
+        if role.pair and role.call not in str(error):
+            error.add_note(f"{role.name} is called as {role.call}.")
+        raise
+
+
+@contextmanager
+def in_words(role: Role, y: PyTree, args: tuple):
+    """The same, without the note."""
     try:
         yield
     except tuple(TRACED) as error:
@@ -119,10 +155,21 @@ def explained(role: Role, given: PyTree):
         what = next(what for kind, what in TRACED.items() if isinstance(error, kind))
         what = what.format(value=ONLY_THEN, decision=role.decision)
         raise TypeError(f"{role.name} {what}{no_vector(y)}") from error
+    except ValueError as error:
+        if "setting an array element" not in str(error):
+            raise
+        raise TypeError(
+            f"{role.name} writes {ONLY_THEN} into an array of NumPy, which only holds numbers that are known: "
+            "return jnp.stack([a, b]), or jnp.zeros(2).at[0].set(a), which is another array."
+        ) from error
     except (TypeError, AttributeError) as error:
         said = str(error)
         if isinstance(error, TypeError) and "positional argument" in said:
-            raise TypeError(f"{role.name} is called as {role.call}: {said}") from error
+            bundled = "missing" in said and any(isinstance(arg, tuple | list) for arg in args)
+            more = (
+                ". A tuple after t is one argument: pass what is in it, `*args`" if bundled else ""
+            )
+            raise TypeError(f"{role.name} is called as {role.call}: {said}{more}") from error
         if no_vector(y) and any(word in said for word in ("list", "tuple", "sequence")):
             raise TypeError(f"{role.name} failed: {said}.{no_vector(y)}") from error
         if type(y) is dict and "dict" in said:
@@ -140,5 +187,15 @@ def no_vector(y: PyTree) -> str:
     kind = type(y).__name__
     return (
         f" y0 is a {kind}, and so y is a {kind}, whose arithmetic is not that of vectors: pass "
-        "y0=jnp.array(y0), or take it apart (a, b = y)."
+        f"y0=jnp.array(y0), or take it apart (a, b = y).{like_t_span(y) if kind == 'tuple' else ''}"
+    )
+
+
+def like_t_span(y0: PyTree) -> str:
+    """What to say of a state that may be the `t_span` of SciPy's solve_ivp, two numbers; else nothing."""
+    if type(y0) not in (list, tuple) or [np.ndim(y) for y in jax.tree.leaves(y0)] != [0, 0]:
+        return ""
+    return (
+        " If y0 was meant to be the first and the last time: the state comes first, "
+        "solve(func, y0, [t0, t1])."
     )

@@ -101,9 +101,9 @@ def solve(
 
     Args:
         func: the derivative, `func(y, t, *args)`, a pytree like y0 (a list of numbers may stand for
-            a vector). The state comes first: a function whose first parameters are named t and y is refused.
-            Any callable, an equinox module too. Traced once: it can choose by `jnp.where` and
-            `jax.lax.cond`, but not by Python's `if`. Or a pair (stiff, nonstiff) of
+            a vector). The state comes first, and then the time: a function whose first parameters are named t
+            and y, or u, p and t, is refused. Any callable, an equinox module too. Traced once: it can choose
+            by `jnp.where` and `jax.lax.cond`, but not by Python's `if`. Or a pair (stiff, nonstiff) of
             such functions whose sum it is, for "kencarp3", "kencarp4" and "kencarp5" (IMEX): the first is
             solved implicitly, so that its fast modes do not limit the steps, and `linear` and `jac` are
             about it alone; the second is only evaluated, once a stage. What drives a fast mode, as a
@@ -124,7 +124,7 @@ def solve(
             reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,
             among the args or wherever func has it from.
         rtol, atol: relative and absolute tolerance of the error of a step: a number, an array, or a
-            pytree like y0 or a prefix of it (for a y0 that is an array an array, not a list, of a number for
+            pytree like y0 or a prefix of it (for a y0 that is an array, an array or a list of a number for
             each component). A step is accepted if the root mean square of
             error / (atol + rtol max(|y before|, |y after|)) is at most 1. Both default to 1.4e-8, or
             to 8 machine epsilons of y0 where that is more (float32 9.5e-7, float16 7.8e-3, bfloat16

@@ -1,12 +1,14 @@
 """What a solve returns: the values, how it went, and what it cost."""
 
 import enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
+
+from jaxode import words
 
 
 class Status(enum.IntEnum):
@@ -201,6 +203,16 @@ class Solution(NamedTuple):
         if self.resuming is None:
             raise ValueError("To be resumed a solve needs resumable=True.")
         return self.resuming.resume(t, self.status)
+
+    if not TYPE_CHECKING:  # those that read a program know what a solution does not have
+
+        def __getattr__(self, name: str):
+            """Of what is not there: an error with the name that it has here."""
+            raise AttributeError(words.about_field(name, self._fields))
+
+        def __call__(self, *_):
+            """A solution is no function: an error that says what is one."""
+            raise TypeError(f"A Solution cannot be called: {words.DENSE}.")
 
     def __str__(self) -> str:
         if isinstance(self.status, Tracer):

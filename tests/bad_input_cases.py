@@ -239,10 +239,37 @@ OF_FUNC = {
     "no function": door(TypeError, "callable", 3),
     "too few parameters": door(TypeError, r"func is called as func\(y, t, \*args\)", lambda y: -y),
     "too few arguments": door(TypeError, r"called as func.*missing 1", lambda y, t, k: -k * y, y0=1.0),
+    "a tuple for arguments": door(
+        TypeError, r"missing 1 .*: pass what is in it, `\*args`", lambda y, t, a, b: -a * b * y,
+        args=((1.0, 2.0),),
+    ),
     "too many arguments": door(TypeError, "called as func.*3 were given", args=(1.0,), y0=1.0),
 }  # fmt: skip
 
+
+class Tensor:
+    """What is known of a tensor of torch, which need not be installed."""
+
+
+Tensor.__module__ = "torch"
+NUMPY = r"of another library, `torch\.Tensor`: pass jnp\.asarray\(x\.numpy\(\)\)"
+T_SPAN = r"the state comes first, solve\(func, y0, \[t0, t1\]\)"
+
 OF_ARGUMENTS = {
+    "y0 is None": door(TypeError, "got None: it is the state at t.0., the second argument", y0=None),
+    "y0 is a method": door(TypeError, "got 'tsit5'.*method=", y0="tsit5"),
+    "y0 is a tensor": door(TypeError, f"y0 is {NUMPY}", y0=Tensor()),
+    "y0 has a tensor": door(TypeError, NUMPY, y0={"a": Tensor()}),
+    "times are a tensor": door(TypeError, f"`t` is {NUMPY}", t=Tensor()),
+    "an argument is a tensor": door(TypeError, f"argument of func.* is {NUMPY}", args=({"a": Tensor()},)),
+    "a step is a tensor": door(TypeError, f"`dt` is {NUMPY}", dt=Tensor(), method="rk4"),
+    "a tolerance is a tensor": door(TypeError, f"`atol` is {NUMPY}", atol=Tensor()),
+    "times first": door(ValueError, T_SPAN, y0=(0.0, 1e5), t=[1.0, 0.0, 2.0]),
+    "times first, and a number": door(ValueError, T_SPAN, y0=(0.0, 1e5), t=1.0),
+    "times first, and two numbers": door(TypeError, T_SPAN, y0=(0.0, 1e5), t=[1.0, 0.5]),
+    "an end that only an event makes": door(
+        ValueError, "got inf. Where a terminal event .* pass a large, finite one", t=[0.0, inf]
+    ),
     "y0 is text": door(TypeError, r"y0\['a'\]", y0={"a": "text"}),
     "y0 is an object": door(TypeError, "y0 must be an array of numbers", y0=object()),
     "one time": door(ValueError, "one-dimensional", t=1.0),
@@ -283,6 +310,9 @@ class Upside(eqx.Module):
     def bound(self, time, state, rate=1.0):
         return -rate * state
 
+    def late(self, state, rate, time):
+        return -rate * state
+
 
 def upside(t, x, rate):
     return -rate * x
@@ -307,6 +337,24 @@ OF_ORDER = {
         TypeError, rf"`values` takes .*{SWAPPED}.*change\(y, t, value",
         **event(times=[1.0], values=[1.0], change=lambda t, y, value: y),
     ),
+    "a function of Julia": door(
+        TypeError, r"\(u, p, t\), the time after.*pass lambda u, t, p: f\(u, p, t\)", lambda u, p, t: -p * u,
+        args=(2.0,),
+    ),
+    "a function of Julia that fills du": door(
+        TypeError, "fills du.*returns the derivative", lambda du, u, p, t: None, args=(2.0,)
+    ),
+    "a time after others in a method": door(
+        TypeError, r"pass lambda state, time, rate: f\(state, rate, time\)", Upside().late
+    ),
+    "a change by the value before the time": door(
+        TypeError, r"the time after.*change\(y, t, value",
+        **event(times=[1.0], values=[1.0], change=lambda y, value, t: y),
+    ),
+    "a change that takes the value last": door(
+        AttributeError, r"`values` is called as change\(y, t, value, \*args\)", lambda y, t, p: -y, args=(1.0,),
+        **event(times=[1.0], values=[1.0], change=lambda y, t, p, value: p.no_such),
+    ),
     "a fold": door(TypeError, r"`fold` takes \(value, t, y", fold=(0.0, lambda v, t, y: v)),
 }  # fmt: skip
 
@@ -316,6 +364,12 @@ OF_ORDER = {
 
 def decides(*given):
     return given[0] if given[-1] < 1 else 2.0 * given[0]
+
+
+def fills(y, t):
+    d = np.zeros(2)
+    d[0] = -y[0]
+    return d
 
 
 def decides_by_state(y, t):
@@ -338,6 +392,7 @@ OF_DECISIONS = {
     "math": door(TypeError, r"jnp\.sin for math\.sin", lambda y, t: y * math.sin(t), y0=1.0),
     "float": door(TypeError, "makes a Python number", lambda y, t: y * float(t), y0=1.0),
     "NumPy": door(TypeError, "write jnp", lambda y, t: y * np.sin(t), y0=1.0),
+    "an array of NumPy": door(TypeError, r"jnp\.stack\(\[a, b\]\), or jnp\.zeros\(2\)\.at\[0\]", fills),
     "an index": door(TypeError, "fori_loop", lambda y, t: y * [1.0, 2.0][t.astype(int)], y0=1.0),
     "a mask": door(TypeError, r"jnp\.where\(mask", lambda y, t: -y[y > 0]),
     "a condition": door(TypeError, f"condition of an Event .*{CHOOSE}", **event(condition=decides)),

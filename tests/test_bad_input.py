@@ -315,7 +315,13 @@ def test_an_error_in_a_function_of_the_user_says_where_it_is(name):
 def test_names_that_may_be_right_are_no_error():
     """A time may come first under another name, and a state may be called t."""
     exact = np.exp(-1)
-    for func in (lambda y, t: -y, lambda t, s: -t, lambda x, time: -x, lambda *given: -given[0]):
+    for func in (
+        lambda y, t: -y,
+        lambda t, s: -t,
+        lambda x, time: -x,
+        lambda *given: -given[0],
+        lambda y, s, t=1.0: -y,
+    ):
         np.testing.assert_allclose(odeint(func, 1.0, [0.0, 1.0])[-1], exact, rtol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import Event, SolveError, Status, odeint, solve
+import jaxode
+from jaxode import Controller, Event, Solution, SolveError, Status, odeint, pid, solve, words
 from jaxode.nn import NeuralODE
 
 decay = lambda y, t: -0.1 * y
@@ -184,10 +186,90 @@ def test_missing_times_are_named():
         odeint(decay, 1.0)
 
 
-def test_a_solver_object_of_another_library_is_named():
+OBJECTS = {
+    "Tsit5": (lambda x: dict(method=x()), "'tsit5'"),
+    "Event": (
+        lambda x: dict(events=[x(lambda t, y, args, **_: y)]),
+        r"jaxode\.Event\(condition, term",
+    ),
+    "SaveAt": (lambda x: dict(t=x(ts=[0.0, 1.0])), r"solve\(func, y0, ts\)"),
+    "PIDController": (lambda x: dict(controller=x(1e-3, 1e-3)), r"controller=jaxode\.pid"),
+    "ConstantStepSize": (lambda x: dict(controller=x()), "dt=0.1"),
+    "StepTo": (lambda x: dict(dt=x([0.0, 1.0]), method="rk4"), r"jaxode\.Event\(times=ts\)"),
+    "RecursiveCheckpointAdjoint": (lambda x: dict(adjoint=x()), "adjoint='replay'"),
+    "BacksolveAdjoint": (lambda x: dict(adjoint=x), "adjoint='backsolve'"),  # the class
+    "ODETerm": (lambda x: dict(func=x(decay)), "func is the function itself"),
+    "Dopri5": (lambda x: dict(y0=x()), "`method=`"),
+    "TqdmProgressMeter": (lambda x: dict(progress=x()), "progress=True"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_an_object_of_diffrax_is_answered_with_what_to_write(name):
     diffrax = pytest.importorskip("diffrax")
-    with pytest.raises(TypeError, match="'tsit5'"):
-        solve(decay, 1.0, [0.0, 1.0], method=diffrax.Tsit5())
+    options, message = OBJECTS[name]
+    with pytest.raises(TypeError, match=message):
+        solve(**{"func": decay, "y0": 1.0, "t": [0.0, 1.0], **options(getattr(diffrax, name))})
+
+
+def test_objects_that_have_an_answer_are_names_of_diffrax():
+    diffrax = pytest.importorskip("diffrax")
+    assert all(hasattr(diffrax, name) for name in {*words.OBJECTS} - {"Tensor", "Module"})
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (Event, dict(cond_fn=print), r"jaxode\.Event\(condition\)"),
+        (Event, dict(condition=print, affect=print), "`change`"),
+        (Event, dict(condition=print, terminale=True), "Did you mean `terminal=`"),
+        (Event, dict(condition=print, dense=True), "it is one of `solve`"),
+        (pid, dict(pcoeff=0.3), "`proportional=`"),
+        (pid, dict(rtol=0.3), "it is one of `solve`"),
+        (pid, dict(dtmin=0.3), "no least step"),
+        (Controller, dict(factormax=5.0), "`max_factor=`"),
+    ],
+)
+def test_an_argument_that_an_event_or_a_controller_does_not_have_is_named(make, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(**options)
+
+
+def test_the_signatures_of_an_event_and_a_controller_are_those_of_their_fields():
+    for cls in (Event, Controller):
+        assert list(inspect.signature(cls).parameters) == list(cls.__dataclass_fields__)
+
+
+def test_what_a_solution_does_not_have_is_answered_and_nothing_else_changes():
+    sol = solve(decay, 1.0, [0.0, 1.0])
+    for name in words.FIELDS:
+        with pytest.raises(AttributeError, match=f"no `{name}`: .*"):
+            getattr(sol, name)
+    with pytest.raises(AttributeError, match="it has ts, ys, status"):
+        sol.nothing  # noqa: B018
+    with pytest.raises(TypeError, match="dense=True"):
+        sol(0.5)
+    assert sol.dense is None and sol.events is None and not hasattr(sol, "__array__")
+    for again in (copy.deepcopy(sol), pickle.loads(pickle.dumps(sol)), jax.tree.map(np.array, sol)):
+        assert isinstance(again, Solution)
+        np.testing.assert_array_equal(again.ys, sol.ys)
+
+
+def test_a_name_of_another_library_is_answered_where_it_is_imported():
+    with pytest.raises(ImportError, match=r"There is no `solve_ivp`.*`solve\(func, y0, t\)`"):
+        from jaxode import solve_ivp  # noqa: F401
+    assert not {*words.NAMES} & {*dir(jaxode)} and not hasattr(jaxode, "nothing")
+
+
+def test_lists_are_tolerances_of_arrays():
+    y0, tight, loose = jnp.array([1.0, 0.5]), [1e-9, 1e-3], [1e-3, 1e-9]
+    run = lambda y0, atol: solve(lambda y, t: jax.tree.map(jnp.cos, y), y0, [0.0, 2.0], atol=atol)
+    of_lists = run({"x": y0, "z": y0}, {"x": tight, "z": tuple(loose)})
+    of_arrays = run({"x": y0, "z": y0}, {"x": np.array(tight), "z": np.array(loose)})
+    np.testing.assert_array_equal(of_lists.ys["x"], of_arrays.ys["x"])
+    assert of_lists.stats.accepted == of_arrays.stats.accepted
+    traced = jax.jit(lambda a: run(y0, [a, 1e-3]).ys)(1e-9)
+    np.testing.assert_array_equal(traced, run(y0, tight).ys)
 
 
 @pytest.mark.parametrize(

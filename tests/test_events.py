@@ -299,6 +299,11 @@ def test_steps_that_are_rebuilt_bounce_again():
     np.testing.assert_allclose(of(4000)(1.0), bounces(1.0, G, 6)[5] / 2, rtol=1e-7)
 
 
+def as_for_scipy(y, t):
+    return y[0] - 0.5
+
+
+as_for_scipy.terminal, as_for_scipy.direction = True, -1
 WRONG = [
     (lambda: Event(), TypeError, "a condition"),
     (lambda: Event(lambda y, t: y, times=[1.0]), TypeError, "one of the two"),
@@ -323,6 +328,8 @@ WRONG = [
     (lambda: solve(lambda y, t: -y, 1.0, [0.0, 1.0], events="floor"), TypeError, "got str."),
     (lambda: run(lambda y, t: y[0]), TypeError, "jaxode.Event"),
     (lambda: run(Event(lambda y: y[0])), TypeError, "condition"),
+    (lambda: run(Event(as_for_scipy)), TypeError, r"`terminal`.*Event\(hit, terminal=True"),
+    (lambda: run(Event(as_for_scipy, terminal=True)), TypeError, "SciPy's attribute `direction`"),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxode"
 ORDER = """
-    tree solution switches kernels.rules methods.method methods.compensated methods.explicit
+    words tree solution switches kernels.rules methods.method methods.compensated methods.explicit
     methods.reversible methods.tables methods.symplectic
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto

@@ -10,15 +10,11 @@ from jaxode.methods.method import Method
 from jaxode.methods.rosenbrock import methods as rosenbrock
 from jaxode.methods.symplectic import splittings
 from jaxode.methods.tables import methods as tables
+from jaxode.words import by_name
 
 methods: dict[str, Method] = {
     **tables, **splittings, **rosenbrock, **esdirk, **kencarp, **auto, **collocation,
 }  # fmt: skip
-
-
-def by_name(meanings: dict[str, str]) -> dict[str, str]:
-    """A meaning for each of the names that stand together."""
-    return {name: meaning for names, meaning in meanings.items() for name in names.split()}
 
 
 # What those of other libraries are called here.
