@@ -212,9 +212,7 @@ def traced(event: Event, y0, t, func_time, args) -> Watched:
         times = known_times(event, t, real)
         values, rows = event.values, len(times)
         if values is not None:
-            if isinstance(values, list | tuple) and all(np.ndim(v) == 0 for v in values):
-                values = jnp.stack(list(map(jnp.asarray, values)))
-            values = jax.tree.map(jnp.asarray, values)
+            values = as_rows(values)
             if any(jnp.ndim(v) == 0 or len(v) != rows for v in jax.tree.leaves(values)):
                 raise ValueError(
                     f"`values` must have a row for each of the {rows} times; got shapes "
@@ -256,6 +254,13 @@ class WithValue(eqx.Module):
     def __call__(self, given, t, *args):
         y, value = given
         return self.change(y, t, value, *args)
+
+
+def as_rows(values: PyTree) -> PyTree:
+    """The `values` of an event as arrays; a list of numbers is one."""
+    if isinstance(values, list | tuple) and all(np.ndim(v) == 0 for v in values):
+        values = jnp.stack(list(map(jnp.asarray, values)))
+    return jax.tree.map(jnp.asarray, values)
 
 
 def known_times(event: Event, t, dtype):

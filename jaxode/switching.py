@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments, tree
-from jaxode.events import Event
+from jaxode.events import Event, as_rows
 from jaxode.functions import (
     CHANGE,
     CHANGE_ARGS,
@@ -35,7 +35,7 @@ LEFT_OUT = "mass", "jac", "linear"  # what describes func as a function of y alo
 
 
 class Along(eqx.Module):
-    """A state, and the numbers of args that events change. No tuple: a method for pairs (q, p) refuses it."""
+    """A state, and the numbers of args that events change. No tuple, which may be taken for a pair (q, p)."""
 
     y: PyTree
     moving: list
@@ -96,8 +96,9 @@ def asked(events) -> bool:
 
 def solve(plain: Callable, given: dict) -> Solution:
     """`jaxode.solve` of these arguments, by one of a state with the numbers that change."""
-    func, y0, t, args, events = (given.pop(name) for name in ("func", "y0", "t", "args", "events"))
-    options = given.pop("unknown") | given
+    names = "func", "y0", "t", "args", "events", "unknown"
+    func, y0, t, args, events, unknown = (given.pop(name) for name in names)
+    func, options = arguments.present(unknown, func, t), given
     for name in LEFT_OUT:
         if options[name] is not None:
             raise ValueError(
@@ -109,31 +110,23 @@ def solve(plain: Callable, given: dict) -> Solution:
     which = moving_leaves(events, y0, t, args)
     of = lambda function, *places: OfState(function, which, *places)
     z0 = Along(y0, [as_number(jax.tree.leaves(args)[i], y0) for i in which])
-    func = parts_of(func, lambda part: Derivative(of(part)))
+    parts = (func.stiff, func.nonstiff) if isinstance(func, arguments.Pair) else (func,)
+    parts = [Derivative(of(part)) for part in parts]
+    func = parts[0] if len(parts) == 1 else arguments.Pair(*parts)
     options |= tolerances(options["rtol"], options["atol"], z0)
-    if options["save"] is not None:
-        in_order(SAVE, options["save"])
-        options["save"] = of(options["save"])
-    if options["fold"] is not None:
-        start, function = options["fold"]
-        in_order(FOLD, function)
-        options["fold"] = start, of(function, 1)
+    save, fold, states = options["save"], options["fold"], options["save"] is None
+    # What is no function is left to be refused in its own words.
+    if callable(save):
+        in_order(SAVE, save)
+        options["save"] = of(save)
+    if isinstance(fold, tuple | list) and len(fold) == 2 and callable(fold[1]):
+        in_order(FOLD, fold[1])
+        options["fold"] = fold[0], of(fold[1], 1)
     options["events"] = [of_event(event, of) for event in events]
-    states = options["save"] is None
     try:
         return seen(plain(func, z0, t, *args, **options), states)
     except SolveError as error:
         raise SolveError(str(error), seen(error.solution, states)) from None
-
-
-def parts_of(func, fn: Callable):
-    """func, or each of a pair of functions, once it is known to take its arguments in order."""
-    parts = func if isinstance(func, tuple | list) else (func,)
-    for part in filter(callable, parts):
-        in_order(FUNC, part)
-    if not all(map(callable, parts)):
-        return func  # for which there is a message
-    return tuple(map(fn, parts)) if isinstance(func, tuple | list) else fn(func)
 
 
 def moving_leaves(events, y0, t, args) -> tuple[int, ...]:
@@ -154,8 +147,7 @@ def changed_by(event: Event, y0, t, args) -> set[int]:
     in_order(role, change_args)
     leaves, structure = jax.tree.flatten(args)
     numbers = [i for i, x in enumerate(leaves) if is_inexact(x)]
-    values = jax.tree.map(lambda v: jnp.asarray(v)[0], event.values)
-    more = () if event.values is None else (values,)
+    more = () if event.values is None else (jax.tree.map(lambda v: v[0], as_rows(event.values)),)
 
     def new_numbers(y, xs):
         given = list(leaves)
@@ -220,14 +212,12 @@ def tolerances(rtol, atol, z0: Along) -> dict:
     part = math.sqrt(count / (count + more)) if count else 1.0
 
     def smaller(r, y):
+        if not tree.known(r):
+            return part * r
         least = 4 * float(
             jnp.finfo(y.dtype).eps
-        )  # below it there is a warning, which is for the user's own
-        return (
-            np.where((r >= least) & (part * r < least), least, part * r)
-            if tree.known(r)
-            else part * r
-        )
+        )  # below which there is a warning: of what the user chose
+        return np.where((r >= least) & (part * r < least), least, part * r)
 
     rtol, atol = (arguments.per_leaf(name, x, z0.y) for name, x in (("rtol", rtol), ("atol", atol)))
     first = next((r.reshape(-1)[0] for r in jax.tree.leaves(rtol) if r.size), 1e-6)

@@ -121,6 +121,12 @@ def test_what_is_given_as_two_functions_and_in_float32_switches_too():
         np.testing.assert_allclose(y[1:, 0], 0.5, rtol=1e-4)
 
 
+def test_a_list_of_numbers_is_a_row_for_each_time():
+    rates = Event(times=[1.0, 2.0], values=[0.4, 0.2], change_args=lambda y, t, rate, k: (rate,))
+    y = odeint(lambda y, t, k: -k * y, jnp.array(1.0), [0.0, 3.0], 0.5, events=rates)
+    np.testing.assert_allclose(y[-1], np.exp(-1.1), rtol=1e-6)
+
+
 def test_a_failure_holds_what_there_was():
     stop = Event(times=[0.5], change_args=lambda y, t, k: (2 * k,))
     with pytest.raises(SolveError, match="failed") as failure:
@@ -144,6 +150,21 @@ def test_what_cannot_change_is_refused_in_words(name):
     with pytest.raises(kind, match=words):
         event = Event(lambda y, t, k, n: y[0], **given)
         solve(lambda y, t, k, n: -k * y, jnp.ones(2), [0.0, 1.0], 1.0, 3, events=[event])
+
+
+def test_other_mistakes_get_their_own_words():
+    event = Event(lambda y, t, k: y[0], change_args=lambda y, t, k: (2 * k,))
+    run = partial(solve, lambda y, t, k: -k * y, jnp.ones(2), events=[event])
+    with pytest.raises(TypeError, match="output times `t` are missing"):
+        run()
+    with pytest.raises(TypeError, match="the relative tolerance is `rtol`"):
+        run([0.0, 1.0], 1.0, reltol=1e-3)
+    with pytest.raises(TypeError, match="`save` must be a function"):
+        run([0.0, 1.0], 1.0, save=3)
+    with pytest.raises(TypeError, match="`fold` must be a pair"):
+        run([0.0, 1.0], 1.0, fold=3)
+    with pytest.raises(TypeError, match=r"called as change_args\(y, t, \*args\)"):
+        run([0.0, 1.0])
 
 
 @pytest.mark.parametrize(
