@@ -23,13 +23,16 @@ from jaxode.methods.compensated import Compensated
 from jaxode.methods.linear import Linear
 from jaxode.methods.method import Method, Parts
 from jaxode.methods.names import methods, named
+from jaxode.outputs import Times
 from jaxode.signals import asks, crowded
+from jaxode.solution import Solution, Status
 from jaxode.stepping.budget import Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.switches import tracing
 from jaxode.tree import known
 from jaxode.words import about_words, no_foreign
 
+SHOWN = 3  # names of components in a warning
 TOLERANCE = 1.4e-8  # the default of rtol and atol, that of `jax.experimental.ode`
 
 
@@ -344,6 +347,40 @@ def within_reach(method: Method, atol, y0) -> None:
                 "pass atol=0 for relative accuracy alone.",
                 stacklevel=4,
             )
+
+
+def warn_of_unresolved(solution: Solution, static, y0, atol) -> None:
+    """Warn, where values are known, of numbers that an implicit method's default `atol` takes for zero.
+
+    As in the chemistry of `jaxode.problems.e5`, species at 1e-20: any number below `atol` is accepted for them,
+    a negative one too, with success. In a problem that is not stiff a small number is rarely more than that;
+    in a stiff one it may decide what the large ones do.
+    """
+    rows = isinstance(static.output, Times) and static.saved is None
+    if not static.method.implicit or not rows or not known(solution, y0, atol):
+        return
+    default = per_leaf("atol", None, y0)
+    same = jax.tree.map(
+        lambda a, b: a.size == 1 and float(a.ravel()[0]) == float(b.ravel()[0]), atol, default
+    )
+    if not all(jax.tree.leaves(same)) or int(solution.status) != Status.SUCCESS:
+        return
+
+    def is_small(ys, a):
+        largest = np.max(np.abs(np.asarray(ys)), 0, initial=0)
+        return np.ravel((largest > 0) & (largest < np.asarray(a)))
+
+    small = jax.tree.leaves(jax.tree.map(is_small, solution.ys, default))
+    names = [name for name, flag in zip(tree.names_of(y0), np.concatenate(small)) if flag]
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        least = float(jax.tree.leaves(default)[0].ravel()[0])
+        warnings.warn(
+            f"{', '.join(names[:SHOWN])}{more}: below the default `atol` = {least:.2g} at all outputs, where "
+            "digits mean nothing, and what they do to larger numbers may be wrong. Pass a smaller `atol` for "
+            "each component (an array like y0), or atol=0 for relative accuracy alone.",
+            stacklevel=4,
+        )
 
 
 def per_leaf(name, value, y0) -> PyTree:

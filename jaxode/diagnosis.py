@@ -144,7 +144,7 @@ def facts_of(solution: Solution, y0: PyTree, clipped: bool, options: dict) -> Fa
     rtol, atol = (vector(x, y0) for x in arguments.tolerances(*given, y0, method))
     roundings = [float(jnp.finfo(y.dtype).eps) for y in jax.tree.leaves(y0)]
     return Facts(
-        solution=solution, method=method, log=log, names=names_of(y0), rtol=rtol, atol=atol,
+        solution=solution, method=method, log=log, names=tree.names_of(y0), rtol=rtol, atol=atol,
         rounding=max(roundings, default=0.0), clipped=clipped, hmax=float(options.get("hmax", np.inf)),
         first=vector(y0, y0),
     )  # fmt: skip
@@ -155,16 +155,6 @@ def vector(x: PyTree, y0: PyTree) -> np.ndarray:
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y0))
     leaves = [np.broadcast_to(np.abs(np.asarray(x)), y.shape).astype(np.float64) for x, y in pairs]
     return np.concatenate([np.zeros(0), *(leaf.ravel() for leaf in leaves)])
-
-
-def names_of(y0: PyTree) -> tuple[str, ...]:
-    """The name of every component of a state, such as y['a'][7] or y[0][2, 3]."""
-    names = []
-    for path, y in jax.tree_util.tree_leaves_with_path(y0):
-        whole = "y" + jax.tree_util.keystr(path)
-        places = [", ".join(map(str, index)) for index in np.ndindex(y.shape)]
-        names += [f"{whole}[{place}]" if place else whole for place in places]
-    return tuple(names)
 
 
 def looked_at(facts: Facts, func, y0, args, options: dict) -> Facts:

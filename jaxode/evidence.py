@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, diagnosis
+from jaxode import arguments, diagnosis, tree
 from jaxode.adjoints.names import named
 from jaxode.findings import Facts
 from jaxode.integrate import MAX_STEPS
@@ -246,7 +246,7 @@ def leaves_of(case: Case) -> tuple[tuple[str, slice], ...]:
 
 def components_of(y0: PyTree) -> tuple[str, ...]:
     """The names of the components of a state, in the order of its vector."""
-    names, found = list(diagnosis.names_of(y0)), []
+    names, found = list(tree.names_of(y0)), []
     for leaf in jax.tree.leaves(y0):
         of, names = names[: leaf.size], names[leaf.size :]
         found += [*of, *of] if np.iscomplexobj(leaf) else of

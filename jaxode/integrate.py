@@ -289,6 +289,7 @@ def answer(program, static, given, times, limits, extras, throw: bool | None) ->
         solution = solution._replace(resuming=Resuming.of(solution.resuming, go_on, *of))
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
+    arguments.warn_of_unresolved(solution, static, given[1], limits[1])
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
     end = times[0][-1]
     chosen_steps = method.error_order and static.steps is None and limits[-1] is None

@@ -182,6 +182,16 @@ def largest(xs):
     return functools.reduce(lax.max, xs)
 
 
+def names_of(y0: PyTree) -> tuple[str, ...]:
+    """The name of every component of a state, such as y['a'][7] or y[0][2, 3]."""
+    names = []
+    for path, y in jax.tree_util.tree_leaves_with_path(y0):
+        whole = "y" + jax.tree_util.keystr(path)
+        places = [", ".join(map(str, index)) for index in np.ndindex(y.shape)]
+        names += [f"{whole}[{place}]" if place else whole for place in places]
+    return tuple(names)
+
+
 def size_in_bytes(x: PyTree) -> int:
     """Of all leaves together; at least 1."""
     return max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)))

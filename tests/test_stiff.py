@@ -301,3 +301,20 @@ def test_linear_is_for_implicit_methods():
         odeint(lambda y, t: -y, 1.0, [0.0, 1.0], linear=Banded(1, 1))
     with pytest.raises(TypeError, match="Banded"):
         odeint(lambda y, t: -y, 1.0, [0.0, 1.0], method="rodas4", linear="banded")
+
+
+def test_numbers_that_the_default_atol_takes_for_zero_are_named():
+    """The chemistry of E5 ends at 9e-82: with the default atol that is a negative number, with success."""
+    e5 = problems["e5"]
+    run = lambda **options: solve(
+        e5.f, e5.y0, [0.0, 1e13], *e5.args, method="rodas4", rtol=1e-6, **options
+    )
+    with pytest.warns(
+        UserWarning, match=r"y\[1\], y\[2\], y\[3\]: below the default `atol` = 1.4e-08"
+    ):
+        run()
+    jax.jit(
+        run
+    )()  # without a word, as are other tolerances, zeros, and numbers that were larger once
+    run(atol=1.4e-9, throw=False)
+    solve(lambda y, t: -y, jnp.array([1.0, 0.0]), [0.0, 100.0], method="rodas5p")
