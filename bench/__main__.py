@@ -62,6 +62,7 @@ Lotka-Volterra fit, 20 observations, gradient
 Lorenz, 101 outputs, forward
 Lorenz, 101 outputs, gradient
 Hodgkin-Huxley, 501 outputs, gradient
+6 compartments by `.at[i].set`, gradient
 batch of 8 Lorenz, gradient
 batch of 1,024 Lorenz, 101 outputs, gradient
 SIR in 12 groups, 256 of them, gradient
@@ -73,6 +74,7 @@ HIRES, error 1e-5, forward
 HIRES, gradient
 1,000 of Robertson to 40, gradient
 a ball, 20 bounces, gradient
+8 patients with doses of their own, value and gradient
 Lorenz, 101 outputs, gradient: trace + compile
 HIRES, gradient: trace + compile
 neural ODE, 128 samples as one state, gradient: trace + compile
