@@ -75,11 +75,11 @@ HIRES, gradient
 1,000 of Robertson to 40, gradient
 a ball, 20 bounces, gradient
 8 patients with doses of their own, value and gradient
+1,000 balls, 20 bounces, forward
 Lorenz, 101 outputs, gradient: trace + compile
 HIRES, gradient: trace + compile
 neural ODE, 128 samples as one state, gradient: trace + compile
 Gray-Scott on 64 x 64, 11 outputs, forward: trace + compile
-1,000 balls, 20 bounces, forward
 eager odeint of a function, hundredth call""".splitlines()
 FRONT_PEERS = "diffrax", "jax", "LSODA"
 EVERYDAY = {
