@@ -236,6 +236,7 @@ CACHES = {
     "methods.sparse.stages_of": 16,
     "data.shuffled": 8,
     "kernels.traces.text_of": 4096,
+    "words.about_class": 1000,
 }
 
 
