@@ -67,8 +67,8 @@ def test_packages_are_there_without_an_import_of_their_own():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert "NeuralODE" in done.stdout
-    with pytest.raises(AttributeError, match="no attribute 'ode'; it has odeint, solve"):
-        jaxode.ode  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'odes'; it has odeint, solve"):
+        jaxode.odes  # noqa: B018
 
 
 def test_the_reference_builds_and_its_links_lead_somewhere(tmp_path):
