@@ -107,7 +107,9 @@ def test_what_nothing_uses_and_what_is_constant_does_no_harm(tmp_path):
 
 def test_random_fields_are_solved_and_differentiated_as_step_by_step(tmp_path):
     """`python tests/one_call_cases.py FILE seed:10 seed:11 ...` tries more of them."""
-    names = [f"seed:{seed}" for seed in range(5)]
+    # The XLA of JAX 0.10.0 forgets what kind of call LAPACK's is beside a native call: an error, of seed 0.
+    first = 1 if cases.jax.__version_info__ < (0, 10, 2) else 0
+    names = [f"seed:{seed}" for seed in range(first, 5)]
     for name, result in solved(names, tmp_path).items():
         compare(name, result)
 
