@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from jaxode.kernels.writes import evaluate
+from jaxode.kernels.writes import evaluate, one_equation, variables
 from jaxode.methods.method import Parts
 
 RULES = ("custom_jvp_call", "custom_vjp_call", "ruled")
@@ -177,13 +177,6 @@ def derivative(jaxpr, eqn, unknown: list, orders: int):
     return fingerprint(without_dead_code(closed.jaxpr), unknown, orders - 1), consts
 
 
-def one_equation(jaxpr, eqn):
-    """An equation as a function, and its variables."""
-    invars = list(dict.fromkeys(variables(eqn.invars)))
-    alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), invars
-
-
 def without_dead_code(jaxpr):
     """The jaxpr without operations that nothing uses: a rule that uses its own function's value has one."""
     used, alive = set(variables(jaxpr.outvars)), []
@@ -192,11 +185,6 @@ def without_dead_code(jaxpr):
             alive.append(eqn)
             used |= set(variables(eqn.invars))
     return jaxpr.replace(eqns=alive[::-1])
-
-
-def variables(atoms) -> list:
-    """Those that are not literals."""
-    return [x for x in atoms if not isinstance(x, core.Literal)]
 
 
 def frozen(value, unknown: list, orders: int):

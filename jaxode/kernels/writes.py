@@ -50,10 +50,10 @@ def evaluate(jaxpr, consts, args) -> list:
         elif name in ("jit", "pjit") and holds_writes(inner := eqn.params["jaxpr"].jaxpr):
             outs = evaluate(inner, eqn.params["jaxpr"].consts, xs)
         else:
-            outs = alone(jaxpr, eqn)(*xs)
+            outs = evaluated(jaxpr, eqn, values)
         if is_index(eqn) and all(x is not None for x in places):
             with jax.ensure_compile_time_eval():
-                known |= zip(eqn.outvars, map(np.asarray, alone(jaxpr, eqn)(*places)))
+                known |= zip(eqn.outvars, map(np.asarray, evaluated(jaxpr, eqn, known)))
         values |= zip(eqn.outvars, outs)
     return [read(x, values) for x in jaxpr.outvars]
 
@@ -65,15 +65,22 @@ def is_index(eqn) -> bool:
     return whole and not eqn.effects and all(size <= LARGE for _, size in kinds)
 
 
-def alone(jaxpr, eqn) -> Callable:
-    """An equation as a function of what it reads, literals too."""
+def evaluated(jaxpr, eqn, values: dict) -> list:
+    """The results of an equation, from the values of variables."""
+    call, invars = one_equation(jaxpr, eqn)
+    return call(*(values[x] for x in invars))
 
-    def call(*values):
-        names = {x: v for x, v in zip(eqn.invars, values) if not isinstance(x, core.Literal)}
-        one = jaxpr.replace(constvars=(), invars=list(names), outvars=eqn.outvars, eqns=[eqn])
-        return core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*names.values())
 
-    return call
+def one_equation(jaxpr, eqn):
+    """An equation as a function, and its variables."""
+    invars = list(dict.fromkeys(variables(eqn.invars)))
+    alone = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn])
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), invars
+
+
+def variables(atoms) -> list:
+    """Those that are not literals."""
+    return [x for x in atoms if not isinstance(x, core.Literal)]
 
 
 def holds_writes(jaxpr) -> bool:
