@@ -5,6 +5,7 @@ state is ever flattened into one vector and copied back.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -157,14 +158,14 @@ def ratio(x: Array, y: Array) -> Array:
     return jnp.where(positive, x / jnp.where(positive, y, 1), 0)
 
 
-def polynomial(y: PyTree, theta, d: list[PyTree]) -> PyTree:
-    """y + sum_p theta^(p+1) d_p, by Horner's rule."""
+def polynomial(y: PyTree, theta, d: list[PyTree], times: Callable = scale) -> PyTree:
+    """y + sum_p theta^(p+1) d_p, by Horner's rule, in which `times` multiplies a number and an array."""
 
     def leaf(y, *d):
         total = wide(d[-1])
         for term in d[-2::-1]:
-            total = lax.add(wide(term), scale(theta, total))
-        return moved(y, scale(theta, total))
+            total = lax.add(wide(term), times(theta, total))
+        return moved(y, times(theta, total))
 
     return jax.tree.map(leaf, y, *d)
 

@@ -28,11 +28,6 @@ def quiet_step(steps, own, state, h) -> Step:
     return events.with_record(step, found, step)
 
 
-def along(problems) -> int:
-    """The axis of what each solve has several of, where lanes are counted."""
-    return 1 if problems.axis == 0 else 0
-
-
 def values_inside(steps, own, state, step: Step, h, d) -> jax.Array:
     """The values of conditions at several places of a step, in rows; d is its dense output.
 
@@ -51,8 +46,8 @@ def values_inside(steps, own, state, step: Step, h, d) -> jax.Array:
     rows = [at(n / count, *given) for n in range(1, count + 1)]
     if problems.axis is None:
         return jnp.stack(rows)
-    axis = along(problems)
-    room = jnp.stack([jnp.zeros_like(rows[0])] * count, axis)
+    axis = problems.row_axis
+    room = jnp.stack([jnp.zeros_like(row) for row in rows], axis)
     for n, row in enumerate(rows):
         room = lax.dynamic_update_index_in_dim(room, row, n, axis)
     return room
@@ -135,10 +130,10 @@ def first_roots(steps, own, old, h, d, values):
 
         def at(i: int):
             one = lambda integrator, f, ss, y, s: events.values_at(f, y, s)[i]
-            here = lax.index_in_dim(theta, i, along(problems), keepdims=False)
-            return problems.each(one)(own, problems.along(y, here, d), s + here * h)
+            here = lax.index_in_dim(theta, i, problems.row_axis, keepdims=False)
+            return problems.each(one)(own, problems.polynomial(y, here, d), s + here * h)
 
-        return found.sign * jnp.stack([at(i) for i in range(count)], along(problems))
+        return found.sign * jnp.stack([at(i) for i in range(count)], problems.row_axis)
 
     def looked(b):
         theta = problems.vmap(events.next_place)(b)

@@ -53,19 +53,15 @@ class Problems(NamedTuple):
         """y + h k."""
         return jax.tree.map(lambda y, k: tree.moved(y, self.spread(h, k) * k), y, k)
 
-    def along(self, y: PyTree, theta, d: list[PyTree]) -> PyTree:
-        """y + sum_p theta^(p+1) d_p, where each solve has a theta of its own: `tree.polynomial`."""
-        if self.axis is None:
-            return tree.polynomial(y, theta, d)
+    def polynomial(self, y: PyTree, theta, d: list[PyTree]) -> PyTree:
+        """`tree.polynomial`, where each solve has a theta of its own."""
+        many = lambda w, x: lax.mul(jnp.broadcast_to(self.spread(w, x), x.shape), x)
+        return tree.polynomial(y, theta, d, tree.scale if self.axis is None else many)
 
-        def leaf(y, *d):
-            times = lambda x: lax.mul(jnp.broadcast_to(self.spread(theta, x), x.shape), x)
-            total = tree.wide(d[-1])
-            for term in d[-2::-1]:
-                total = lax.add(tree.wide(term), times(total))
-            return tree.moved(y, times(total))
-
-        return jax.tree.map(leaf, y, *d)
+    @property
+    def row_axis(self) -> int:
+        """The axis of what each solve has several of, in arrays of all of them."""
+        return 1 if self.axis == 0 else 0
 
     def put(self, rows, xs: PyTree, rooms: PyTree, by_lane: bool) -> PyTree:
         """The arrays with xs in a row of every solve; `by_lane` writes one after another, as suits one call."""
@@ -82,9 +78,8 @@ class Problems(NamedTuple):
             row = lax.convert_element_type(rows[j], j.dtype)
 
             def put(x, room):
-                x = jnp.expand_dims(
-                    lax.dynamic_slice_in_dim(x, j, 1, axis % x.ndim), 0 if axis else 1
-                )
+                x = lax.dynamic_slice_in_dim(x, j, 1, axis % x.ndim)
+                x = jnp.expand_dims(x, self.row_axis)
                 zero = [jnp.zeros_like(j)] * (room.ndim - 2)
                 at = (row, *zero, j) if axis else (j, row, *zero)
                 return lax.dynamic_update_slice(room, x, at)
