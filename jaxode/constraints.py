@@ -406,13 +406,10 @@ def consistent(func: Callable, y0: PyTree, t0, *args, mass, linear: Linear | Non
     """
     with moving():
         func, y0 = arguments.present((), func, t0), arguments.as_state(y0)
-        t, _, func_time = arguments.as_times(
-            [t0] if np.ndim(t0) == 0 and known(t0) else t0[None], y0
-        )
-        given, method = (
-            (y0, t, func_time, args),
-            arguments.with_linear(named("rodas4"), "rodas4", linear),
-        )
+        one = [t0] if np.ndim(t0) == 0 and known(t0) else t0[None]
+        t, _, func_time = arguments.as_times(one, y0)
+        given = y0, t, func_time, args
+        method = arguments.with_linear(named("rodas4"), "rodas4", linear)
         func, beside, _ = told(func, given, method, "rodas4", mass, None)
         trace, leaves = arguments.trace_of(func, *given)
         problem = Problem(trace, None, method, func_time)

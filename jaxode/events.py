@@ -138,6 +138,11 @@ class Occurrences(NamedTuple):
     count: Array
 
 
+def listed(events) -> list | tuple:
+    """The events that are given, of which one may stand for a list of it."""
+    return [] if events is None else events if isinstance(events, list | tuple) else [events]
+
+
 class Given(NamedTuple):
     """Events with times in the unit of func: what is static of them, and their arrays."""
 
@@ -157,7 +162,7 @@ def look_for(events, exact, y0, t, func_time, args, other) -> Given:
     Raises errors that say what to do.
     """
     heuristics, mass, driven, after = other
-    events = [] if events is None else events if isinstance(events, list | tuple) else [events]
+    events = listed(events)
     for event in events:
         if not isinstance(event, Event):
             no_foreign("one of `events`", event)

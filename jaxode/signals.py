@@ -289,10 +289,8 @@ def ratio(rise, width):
 
 
 SLOPES = {"cubic": central_slopes, "backward_hermite": backward_slopes}
-FEW, ROOM = (
-    8,
-    8,
-)  # of outputs of a stretch there is room for: at least, and over how many there are on average
+# Outputs of a stretch there is room for: at least so many, and so many times as there are on average.
+FEW, ROOM = 8, 8
 
 
 # The one operation that a signal asks.

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import arguments, tree
-from jaxode.events import Event, as_rows
+from jaxode.events import Event, as_rows, listed
 from jaxode.functions import (
     CHANGE,
     CHANGE_ARGS,
@@ -88,10 +88,12 @@ class Change(eqx.Module):
 
 def asked(events) -> bool:
     """Whether any event changes arguments."""
-    events = [events] if isinstance(events, Event) else events
-    if not isinstance(events, list | tuple):
-        return False
-    return any(isinstance(event, Event) and event.change_args is not None for event in events)
+    return any(map(changes_args, listed(events)))
+
+
+def changes_args(event) -> bool:
+    """Whether this one does."""
+    return isinstance(event, Event) and event.change_args is not None
 
 
 def solve(plain: Callable, given: dict) -> Solution:
@@ -105,9 +107,9 @@ def solve(plain: Callable, given: dict) -> Solution:
                 f"`{name}` says what func is as a function of y alone, and cannot be passed with an Event that "
                 "has `change_args`: leave it out, or end the solve there (terminal=True) and solve on."
             )
-    events = [events] if isinstance(events, Event) else events
-    y0 = arguments.as_state(y0)
-    which = moving_leaves(events, y0, t, args)
+    events, y0 = listed(events), arguments.as_state(y0)
+    changed = (changed_by(event, y0, t, args) for event in filter(changes_args, events))
+    which = tuple(sorted(set().union(*changed)))
     of = lambda function, *places: OfState(function, which, *places)
     z0 = Along(y0, [as_number(jax.tree.leaves(args)[i], y0) for i in which])
     parts = (func.stiff, func.nonstiff) if isinstance(func, arguments.Pair) else (func,)
@@ -127,16 +129,6 @@ def solve(plain: Callable, given: dict) -> Solution:
         return seen(plain(func, z0, t, *args, **options), states)
     except SolveError as error:
         raise SolveError(str(error), seen(error.solution, states)) from None
-
-
-def moving_leaves(events, y0, t, args) -> tuple[int, ...]:
-    """Which leaves of args the events change."""
-    found = (
-        changed_by(event, y0, t, args)
-        for event in events
-        if isinstance(event, Event) and event.change_args is not None
-    )
-    return tuple(sorted(set().union(*found)))
 
 
 def changed_by(event: Event, y0, t, args) -> set[int]:

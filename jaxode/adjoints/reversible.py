@@ -5,7 +5,6 @@ import functools
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,10 +14,10 @@ from jaxode import tree
 from jaxode.adjoints import replay
 from jaxode.adjoints.ends import distance
 from jaxode.adjoints.inputs import join, of_parts
-from jaxode.batch.lanes import first_of
+from jaxode.batch.lanes import first_of, one_after_another
 from jaxode.batch.plans import alone, go_in_turn
 from jaxode.batch.vmap_rules import Form, Part, axes_of, summed
-from jaxode.kernels.forms import ONE_CALL, PLAIN
+from jaxode.kernels.forms import PLAIN
 from jaxode.kernels.one_call import one_call
 from jaxode.kernels.stages import Stages, vjp_of_added
 from jaxode.methods.reversible import made_reversible
@@ -202,13 +201,7 @@ def run_each(form: Form, fn, x, rest, *args):
     batched = jax.vmap(fn, axes_of(form.flags), axis_size=form.size)
     if not go_in_turn(form, *join(*first_of((x, rest), form.flags[:2]))[1]):
         return batched(*args)
-
-    def in_turn(*args):
-        own, shared = eqx.partition(args, form.flags)
-        one = lambda _, own: (None, fn(*eqx.combine(own, shared), kernel=ONE_CALL))
-        return lax.scan(one, None, own, length=form.size)[1]
-
-    return one_call(in_turn, batched)(*args)
+    return one_call(partial(one_after_another, form, fn), batched)(*args)
 
 
 def like_record(keep: int, x, rest):

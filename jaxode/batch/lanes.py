@@ -39,14 +39,15 @@ def solve(form: Form, integrator, f, y0, ss):
     how = plan(form, *first_of(args, form.flags))
     if how.width == 1:
         plain = partial(in_lanes, form, Plan(form.size, 0, False))
-        return one_call(partial(one_after_another, form), plain)(*args)
+        run_one = lambda *args, kernel: loop.run(*args, kernel=kernel)[:4]
+        return one_call(partial(one_after_another, form, run_one), plain)(*args)
     return in_lanes(form, how, *args)
 
 
-def one_after_another(form: Form, *args):
-    """Each by itself: for a few solves, and those whose lanes would be slower."""
+def one_after_another(form: Form, fn, *args):
+    """fn(..., kernel=) of each by itself: of a few solves, and those whose lanes would be slower."""
     own, shared = eqx.partition(args, form.flags)
-    one = lambda _, own: (None, loop.run(*eqx.combine(own, shared), kernel=ONE_CALL)[:4])
+    one = lambda _, own: (None, fn(*eqx.combine(own, shared), kernel=ONE_CALL))
     return lax.scan(one, None, own, length=form.size)[1]
 
 

@@ -43,7 +43,7 @@ def alone(form: Form, fn: Callable, problem) -> Callable:
         return fn
     f, y0, ss = problem
     in_calls = partial(fn, kernel=CALLS)
-    if not suits(lambda f, y, s: f(y, s), f, y0, ss[0]):
+    if not is_small(f, y0, ss):
         return in_calls
     return one_call(partial(fn, kernel=ONE_CALL), in_calls)
 
@@ -55,7 +55,7 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     # Wide is fast there; and what is best for any number of solves (`jax.export`) cannot be known.
     if form.platform != "cpu" or not isinstance(size, int):
         return Plan(size, -1 if tiny else 0, False)
-    one = suits(lambda f, y, s: f(y, s), f, y0, ss[0])
+    one = is_small(f, y0, ss)
     if one and size <= FEW:
         return Plan(1, 0, True)
     if one and tiny and wide_enough(form, f, y0, ss):
@@ -70,8 +70,12 @@ def go_in_turn(form: Form, f, y0, ss) -> bool:
     """Whether many solves that are no lanes are one call, one after another."""
     if form.platform != "cpu" or not isinstance(form.size, int):
         return False
-    small = suits(lambda f, y, s: f(y, s), f, y0, ss[0])
-    return small and operations(f, y0, ss[0]) <= CHEAP
+    return is_small(f, y0, ss) and operations(f, y0, ss[0]) <= CHEAP
+
+
+def is_small(f, y0, ss) -> bool:
+    """Whether a solve of this field can be one call."""
+    return suits(lambda f, y, s: f(y, s), f, y0, ss[0])
 
 
 def lanes_in_one_call(count: int) -> int:
