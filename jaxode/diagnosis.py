@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, findings, tree
+from jaxode import arguments, findings, tolerances, tree
 from jaxode.findings import Facts, Finding, Probe
 from jaxode.integrate import MAX_STEPS, solve
 from jaxode.methods.method import Method
@@ -141,7 +141,7 @@ def facts_of(solution: Solution, y0: PyTree, clipped: bool, options: dict) -> Fa
     name = options.get("method", "tsit5")
     method = arguments.method_for(name, options.get("linear"), y0, options.get("dt"))[0]
     given = options.get("rtol"), options.get("atol")
-    rtol, atol = (vector(x, y0) for x in arguments.tolerances(*given, y0, method))
+    rtol, atol = (vector(x, y0) for x in tolerances.of_leaves(*given, y0, method))
     roundings = [float(jnp.finfo(y.dtype).eps) for y in jax.tree.leaves(y0)]
     return Facts(
         solution=solution, method=method, log=log, names=tree.names_of(y0), rtol=rtol, atol=atol,

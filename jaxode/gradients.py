@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, tree, trust
+from jaxode import arguments, tolerances, tree, trust
 from jaxode.adjoints.names import adjoints, named
 from jaxode.evidence import Case, collect
 from jaxode.findings import Finding
@@ -230,7 +230,7 @@ def prepared(func, y0, t, args, loss, options: dict) -> Case:
     method, _ = arguments.method_for(
         options.get("method", "tsit5"), options.get("linear"), y0, options.get("dt")
     )
-    tolerances = arguments.tolerances(options.get("rtol"), options.get("atol"), y0, method)
+    both = tolerances.of_leaves(options.get("rtol"), options.get("atol"), y0, method)
     full = lambda x: jax.tree.map(lambda x, y: np.array(np.broadcast_to(x, y.shape)), x, y0)
     name, adjoint = adjoint_of(options, method)
     trace, leaves = arguments.trace_of(func, y0, times, func_time, args)
@@ -239,7 +239,7 @@ def prepared(func, y0, t, args, loss, options: dict) -> Case:
     numbers, rest = eqx.partition((func, y0, args), eqx.is_inexact_array_like)
     programs = programs_of(rest, t, checked(loss), options, driven)
     since = np.asarray(times, np.float64) if exact is None else exact - exact[0]
-    solves = Solves(programs, numbers, tuple(map(full, tolerances)))
+    solves = Solves(programs, numbers, tuple(map(full, both)))
     return Case(solves, options, method, name, adjoint, since)
 
 

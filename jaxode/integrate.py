@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode import arguments, constraints, outputs, stiffness, switches, switching
+from jaxode import arguments, constraints, outputs, stiffness, switches, switching, tolerances
 from jaxode.controllers import Controller
 from jaxode.corrections import correction_of
 from jaxode.events import look_for
@@ -240,7 +240,7 @@ def solve(
         throw = None if throw is None else arguments.flag("throw", throw)
         t, exact, func_time = arguments.as_times(t, y0)
         name, (method, dt) = method, arguments.method_for(method, linear, y0, dt, compensated)
-        rtol, atol = arguments.tolerances(rtol, atol, y0, method)
+        rtol, atol = tolerances.of_leaves(rtol, atol, y0, method)
         at, limits = (y0, t, func_time, args), arguments.limits(mxstep, hmax)
         func, beside, of_jac = constraints.told(func, at, method, name, mass, jac)
         trace, leaves = arguments.trace_of(func, *at)
@@ -289,7 +289,7 @@ def answer(program, static, given, times, limits, extras, throw: bool | None) ->
         solution = solution._replace(resuming=Resuming.of(solution.resuming, go_on, *of))
     if static.saved is not None and not static.output.each_step:
         solution = solution._replace(ys=solution.ys[0])
-    arguments.warn_of_unresolved(solution, static, given[1], limits[1])
+    tolerances.warn_of_unresolved(solution, static, given[1], limits[1])
     method, plain = static.method, dataclasses.replace(static, output=outputs.Times(), saved=None)
     end = times[0][-1]
     chosen_steps = method.error_order and static.steps is None and limits[-1] is None

@@ -30,6 +30,7 @@ from jaxode.functions import (
     in_order,
 )
 from jaxode.solution import Solution, SolveError
+from jaxode.tolerances import per_leaf
 
 LEFT_OUT = "mass", "jac", "linear"  # what describes func as a function of y alone
 
@@ -115,7 +116,7 @@ def solve(plain: Callable, given: dict) -> Solution:
     parts = (func.stiff, func.nonstiff) if isinstance(func, arguments.Pair) else (func,)
     parts = [Derivative(of(part)) for part in parts]
     func = parts[0] if len(parts) == 1 else arguments.Pair(*parts)
-    options |= tolerances(options["rtol"], options["atol"], z0)
+    options |= smaller_tolerances(options["rtol"], options["atol"], z0)
     save, fold, states = options["save"], options["fold"], options["save"] is None
     # What is no function is left to be refused in its own words.
     if callable(save):
@@ -194,7 +195,7 @@ def check_leaf(i: int, new, old, is_number: bool) -> None:
         )
 
 
-def tolerances(rtol, atol, z0: Along) -> dict:
+def smaller_tolerances(rtol, atol, z0: Along) -> dict:
     """Those for the state with what goes along, so that errors of the state count as they do without it.
 
     The root mean square of errors is over all numbers, and what goes along has none: so the tolerances are
@@ -211,7 +212,7 @@ def tolerances(rtol, atol, z0: Along) -> dict:
         )  # below which there is a warning: of what the user chose
         return np.where((r >= least) & (part * r < least), least, part * r)
 
-    rtol, atol = (arguments.per_leaf(name, x, z0.y) for name, x in (("rtol", rtol), ("atol", atol)))
+    rtol, atol = (per_leaf(name, x, z0.y) for name, x in (("rtol", rtol), ("atol", atol)))
     first = next((r.reshape(-1)[0] for r in jax.tree.leaves(rtol) if r.size), 1e-6)
     # What is small beside it is no part of the size of the state (of which the first step is a part), and by as
     # much it is moved to look for what is unstable.
