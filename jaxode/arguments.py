@@ -226,6 +226,16 @@ def check_apart(t, dtype, whose: str, remedy: str):
         )
 
 
+def without_lost_digits(name: str, exact, dtype):
+    """Raise if times lose in their dtype how far they are apart: this option goes on from such times."""
+    if exact is not None:
+        raise ValueError(
+            f"`{name}` goes by the times of the solve, and {jnp.dtype(dtype).name} keeps too few digits of how "
+            f"far {exact[0]:.17g} and {exact[-1]:.17g} are apart: shift time to begin near 0 (pass t - t[0]), "
+            "or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+        )
+
+
 def check_times(t, y0=None):
     """Raise if times that are known are not finite, or go back and forth."""
     if not np.all(np.isfinite(t)):
@@ -458,11 +468,8 @@ def kept_together(dense, save, save_steps, t, exact, driven: bool) -> None:
         )
     if dense and len(t) == 0:
         raise ValueError("`dense` is the solution from t[0] to t[-1]: pass t=[t0, t1].")
-    if dense and exact is not None:
-        raise ValueError(
-            f"`dense` is asked for times, and {t.dtype} cannot tell these apart: shift time to begin near 0 "
-            "(pass t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
-        )
+    if dense:
+        without_lost_digits("dense", exact, t.dtype)
 
 
 def kept(dense, save, save_steps, exact, driven: bool, y0, t, func_time, args):

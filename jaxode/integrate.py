@@ -249,6 +249,7 @@ def solve(
         folding = fold_of(fold, exact, *at)
         resumable = wanted(
             resumable,
+            t,
             exact,
             driven,
             (dense, save_steps, heuristics, max_evaluations, log, progress, events),

@@ -95,7 +95,7 @@ def check(times, late, at, status) -> None:
     arguments.check_times(times)
 
 
-def wanted(resumable, exact, driven: bool, others) -> bool:
+def wanted(resumable, t, exact, driven: bool, others) -> bool:
     """Whether a solve is to be resumed; an error if it cannot be. `others` are the values of `OPTIONS`."""
     if not arguments.flag("resumable", resumable):
         return False
@@ -105,9 +105,5 @@ def wanted(resumable, exact, driven: bool, others) -> bool:
                 f"`resumable` and `{name}` are not to be had in the same solve: {instead}."
             )
     arguments.without_signals("resumable", driven, "Let func interpolate (jnp.interp).")
-    if exact is not None:
-        raise ValueError(
-            "`resumable` is asked for times that float32 cannot tell apart: shift time to begin near 0 (pass "
-            "t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
-        )
+    arguments.without_lost_digits("resumable", exact, t.dtype)
     return True

@@ -81,6 +81,20 @@ def test_what_else_uses_large_times_is_told_the_same(what):
         solve(decay, y0, t, **LOOKS_AT_TIME[what])
 
 
+@pytest.mark.parametrize("option", ["dense", "resumable"])
+@pytest.mark.parametrize("t", [[EPOCH, EPOCH + 10], [100.1, 100.7]])
+def test_what_goes_by_the_times_of_a_solve_needs_their_digits(option, t):
+    y0, given = jnp.array(1.0, jnp.float32), {option: True}
+    with pytest.raises(
+        ValueError, match=f"`{option}` .* too few digits of how far .* begin near 0"
+    ):
+        solve(decay, y0, t, **given)
+    length = t[1] - t[0]
+    np.testing.assert_allclose(
+        solve(decay, y0, [0.0, length], **given).ys[-1], np.exp(-0.1 * length), rtol=3e-6
+    )
+
+
 def test_events_of_the_state_alone_take_large_times():
     jump = Event(lambda y, t: y - 0.5, change=lambda y, t: y + 1)
     ys = odeint(decay, jnp.array(1.0, jnp.float32), [EPOCH, EPOCH + 10], events=[jump])
