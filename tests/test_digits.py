@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxode
-from jaxode.experiments import classification, command_line, digits
+from jaxode.experiments import classification, command_line, digits, mnist
 from jaxode.experiments.experiment import Results, carry_out, option
 from jaxode.nn import MLPField, NeuralODE
 
@@ -123,11 +123,24 @@ def test_validation_holds_out_training_images_and_leaves_the_test_images_alone()
     assert not any(x.tobytes() in seen for x in held.test.x)
 
 
+@pytest.mark.parametrize("experiment", [digits, mnist])
+def test_one_network_alone_is_the_one_among_four(ran, experiment, monkeypatch, tmp_path):
+    monkeypatch.setattr(mnist, "task", lambda settings: digits.task())
+    same = {f.name: getattr(SMALL, f.name) for f in dataclasses.fields(SMALL)}
+    settings = experiment.Settings.at("quick", **{**same, "networks": "mlp"})
+    alone = carry_out(experiment, settings, tmp_path, progress=False)
+    assert list(alone.more["networks"]) == ["mlp"] and not alone.claims
+    row, among = (results.more["networks"]["mlp"] for results in (alone, ran[1]))
+    assert row["test error"] == among["test error"]
+    assert (tmp_path / "training.png").exists() and not (tmp_path / "ode-net").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["digits", "--epochs", "0"], "--epochs"),
         (["digits", "--adjoint", "magic"], "magic"),
+        (["digits", "--networks", "mlp,lstm"], "lstm"),
         (["digits", "--rtol", "-1"], "--rtol"),
         (["digits", "--colour"], "--colour"),
         (["digits", "--quick", "--full"], "exclude"),

@@ -56,6 +56,9 @@ class Settings(Options):
     rtol: float = option(
         1e-2, "Tolerance of the ODE-Net's solver, relative and absolute.", low=1e-6, high=1.0
     )
+    networks: str = option(
+        ",".join(LABELS), "Which of the four; to choose a rate, or for more seeds.", words=LABELS
+    )
     validate: bool = option(
         False, "Keep the test images unseen: hold out a fifth of the training images instead."
     )
@@ -126,10 +129,13 @@ def prepared(task: Task, settings: Settings) -> Task:
 
 
 def train_and_measure(task: Task, settings: Settings, folder: Path, progress: bool, adjoints=()):
-    """Train the four and measure them: (networks, histories, rows of numbers, sweep of tolerances)."""
+    """Train those asked for and measure them: (networks, histories, rows of numbers, sweep of tolerances).
+
+    The sweep is that of the ODE-Net, and empty without it.
+    """
     task = prepared(task, settings)
     numbers, nets, histories = {}, {}, {}
-    for name in LABELS:
+    for name in [name for name in LABELS if name in settings.listed("networks")]:
         nets[name], histories[name], memory = trained(name, task, settings, folder / name, progress)
         numbers[name] = {
             "test error": histories[name][-1]["test error"],
@@ -138,6 +144,8 @@ def train_and_measure(task: Task, settings: Settings, folder: Path, progress: bo
             "step_bytes": memory,
             **evaluations(nets[name], histories[name]),
         }
+    if "ode-net" not in nets:
+        return nets, histories, numbers, []
     net, x = nets["ode-net"], task.images.x[: settings.batch]
     counters = {
         adjoint: counter(net, x, adjoint)
