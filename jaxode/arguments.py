@@ -231,8 +231,8 @@ def without_lost_digits(name: str, exact, dtype):
     if exact is not None:
         raise ValueError(
             f"`{name}` goes by the times of the solve, and {jnp.dtype(dtype).name} keeps too few digits of how "
-            f"far {exact[0]:.17g} and {exact[-1]:.17g} are apart: shift time to begin near 0 (pass t - t[0]), "
-            "or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+            f"far {float(exact[0])} and {float(exact[-1])} are apart: shift time to begin near 0 "
+            "(pass t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
         )
 
 

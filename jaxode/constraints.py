@@ -174,7 +174,7 @@ class OfVector(eqx.Module):
 def as_matrix(found, y: PyTree, x: Array) -> Array:
     """What `jac` returned, as one matrix; a TypeError if it is not a Jacobian of this state."""
     n, structure = len(x), jax.tree.structure(y)
-    if any(map(jnp.iscomplexobj, jax.tree.leaves(found))) and not jnp.iscomplexobj(x):
+    if any(map(jnp.iscomplexobj, jax.tree.leaves(found))):
         raise TypeError(
             "`jac` returned complex numbers for a state of real ones: return their real part."
         )
