@@ -30,6 +30,8 @@ from jaxode.switches import tracing
 from jaxode.tree import known
 from jaxode.words import about_words, no_foreign
 
+OR_IN_FLOAT64 = "or use float64: set jax_enable_x64, and pass `t` as a float64 array"
+
 
 def method_for(name, linear, y0, dt, compensated=False) -> tuple[Method, Any]:
     """The method of this name for a state like y0, with its linear algebra if that is given; and the size of
@@ -222,7 +224,7 @@ def check_apart(t, dtype, whose: str, remedy: str):
         raise ValueError(
             f"The times `t`, {t[0]:.17g} to {t[-1]:.17g}, cannot be told apart in "
             f"{jnp.dtype(dtype).name}, {whose}. Shift time to begin near 0 (pass t - t[0], and {remedy}), "
-            "or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+            f"{OR_IN_FLOAT64}."
         )
 
 
@@ -232,7 +234,7 @@ def without_lost_digits(name: str, exact, dtype):
         raise ValueError(
             f"`{name}` goes by the times of the solve, and {jnp.dtype(dtype).name} keeps too few digits of how "
             f"far {float(exact[0])} and {float(exact[-1])} are apart: shift time to begin near 0 "
-            "(pass t - t[0]), or use float64: set jax_enable_x64, and pass `t` as a float64 array."
+            f"(pass t - t[0]), {OR_IN_FLOAT64}."
         )
 
 

@@ -174,6 +174,22 @@ def rows_of(numbers: dict) -> list[dict]:
     ]
 
 
+def of_tolerances(sweep: list[dict]) -> dict[str, bool]:
+    """The claim on one trained ODE-Net, solved at several tolerances, the tightest last."""
+    first, last = sweep[0], sweep[-1]
+    costs_more = last["evaluations"] > first["evaluations"]
+    errs_less = last["feature error"] < first["feature error"]
+    return {"A tighter tolerance costs more evaluations and errs less": costs_more and errs_less}
+
+
+def of_parameters(numbers: dict[str, dict]) -> dict[str, bool]:
+    """The claim on the sizes of the ODE-Net and the ResNet; none if either was not trained."""
+    if not {"ode-net", "resnet"} <= numbers.keys():
+        return {}
+    ode_net, resnet = (numbers[name]["parameters"] for name in ("ode-net", "resnet"))
+    return {"ODE-Net has at most half the parameters of ResNet": 2 * ode_net <= resnet}
+
+
 NOTES = (
     "step memory: temporary memory of the compiled training step;\n"
     "forward: evaluations of the field (or residual blocks); backward: vjps of it, +\n"

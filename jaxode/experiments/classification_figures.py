@@ -11,8 +11,10 @@ LABELS = {"mlp": "MLP", "resnet": "ResNet", "rk-net": "RK-Net", "ode-net": "ODE-
 
 
 def training(curves):
-    """Test error, and evaluations of the ODE-Net, against the step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    """Test error, and evaluations of the ODE-Net if there is one, against the step."""
+    panels = 1 + ("ode-net" in curves)
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     for name, history in curves.items():
         tested = [r for r in history if "test error" in r]
         steps = [r["step"] for r in tested]
@@ -22,13 +24,13 @@ def training(curves):
     left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     left.minorticks_off()
     left.legend()
-    history = curves.get("ode-net", [])
-    cost = running_mean([r["evaluations"] for r in history])
-    right.plot([r["step"] for r in history], cost, color=COLOURS["ode-net"])
-    right.set(
-        xlabel="training step", ylabel="evaluations of the field", ylim=(0, None),
-        title="ODE-Net: cost of a forward solve",
-    )  # fmt: skip
+    if "ode-net" in curves:
+        cost = running_mean([r["evaluations"] for r in curves["ode-net"]])
+        right.plot([r["step"] for r in curves["ode-net"]], cost, color=COLOURS["ode-net"])
+        right.set(
+            xlabel="training step", ylabel="evaluations of the field", ylim=(0, None),
+            title="ODE-Net: cost of a forward solve",
+        )  # fmt: skip
     return figure
 
 

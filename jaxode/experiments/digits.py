@@ -47,16 +47,9 @@ def run(settings: Settings, folder: Path, progress: bool) -> Results:
     save(classification_figures.tolerance(sweep), folder / "tolerance.png")
     seen = classification.prepared(images, settings).test
     save(classification_figures.between(nets["ode-net"], seen), folder / "between.png")
-    ode_net = numbers["ode-net"]
-    claims = {
-        "A tighter tolerance costs more evaluations and errs less": sweep[-1]["evaluations"]
-        > sweep[0]["evaluations"]
-        and sweep[-1]["feature error"] < sweep[0]["feature error"]
-    }
+    claims = classification.of_tolerances(sweep)
     if not settings.samples:
-        claims["ODE-Net errs on at most 2 % of the test images"] = ode_net["test error"] <= 0.02
-        if "resnet" in numbers:
-            claims["ODE-Net has at most half the parameters of ResNet"] = (
-                2 * ode_net["parameters"] <= numbers["resnet"]["parameters"]
-            )
+        error = numbers["ode-net"]["test error"]
+        claims["ODE-Net errs on at most 2 % of the test images"] = error <= 0.02
+        claims |= classification.of_parameters(numbers)
     return Results(rows, claims, classification.NOTES, more)
