@@ -389,7 +389,8 @@ def draw(results) -> None:
         axis.set_ylim(-1, len(rows))
         axis.grid(axis="y", color="#dddddd")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    columns = -(-len(labels) // 2)  # in one row those of all the peers would be cut off
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
     figure.savefig(HERE / "results.png", dpi=100)
     plt.close(figure)
 
