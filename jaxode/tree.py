@@ -193,6 +193,11 @@ def names_of(y0: PyTree) -> tuple[str, ...]:
     return tuple(names)
 
 
+def count(x: PyTree) -> int:
+    """How many numbers there are in all leaves together."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(x))
+
+
 def size_in_bytes(x: PyTree) -> int:
     """Of all leaves together; at least 1."""
     return max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)))

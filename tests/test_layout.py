@@ -11,7 +11,7 @@ ORDER = """
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names methods.hypersolver
-    controllers kernels.one_call kernels.calls kernels.forms kernels.writes kernels.traces
+    controllers kernels.one_call kernels.numbers kernels.calls kernels.forms kernels.writes kernels.traces
     stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.eventful kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming
@@ -29,6 +29,7 @@ ORDER = """
 EXTENDS = {
     "kernels/traces.py": "a jaxpr as a comparable value",
     "kernels/forms.py": "which form of a step suits a field: reads its jaxpr",
+    "kernels/numbers.py": "a function number by number: evaluates a jaxpr",
     "kernels/one_call.py": "which operations one call can hold: reads a jaxpr; the mark of the call",
     "kernels/writes.py": "a write into an array as pieces: reads a jaxpr",
     "kernels/rules.py": "a derivative rule that JAX does not forget is a primitive's",

@@ -43,7 +43,7 @@ def record(form: Form, x, rest):
     integrator, given = join(x, rest)
     of_given = eqx.combine(of_x, of_rest)
     form = form._replace(flags=(of_integrator, *of_given))
-    ys, report, end, slope0 = lanes.solve(form, integrator, *given)
+    ys, report, end, slope0 = lanes.solve(form, integrator, *given, copies=2)
     pair = jax.tree.map(lambda x: x[0], (end.y, end.memory))
     tape = checkpoints.empty(integrator.max_steps, pair, given[2].dtype)
     tape = tape._replace(steps=report.accepted + report.rejected)

@@ -31,12 +31,12 @@ def first_of(xs, flags):
     return jax.tree.map(lambda x, flag: x[0] if flag else x, xs, flags)
 
 
-def solve(form: Form, integrator, f, y0, ss):
-    """Of all solves: `loop.run` without the tape."""
+def solve(form: Form, integrator, f, y0, ss, copies: int = 1):
+    """Of all solves: `loop.run` without the tape. `copies` as in `plan`."""
     form = form._replace(flags=(in_batch(form.flags[0]), *form.flags[1:]))
     integrator = in_batch(integrator)
     args = integrator, f, y0, ss
-    how = plan(form, *first_of(args, form.flags))
+    how = plan(form, *first_of(args, form.flags), copies=copies)
     if how.width == 1:
         plain = partial(in_lanes, form, Plan(form.size, 0, False))
         run_one = lambda *args, kernel: loop.run(*args, kernel=kernel)[:4]

@@ -12,10 +12,12 @@ from jax.extend import core
 from jaxode import tree
 from jaxode.batch.vmap_rules import Form
 from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
+from jaxode.kernels.numbers import can_be_taken_apart
 from jaxode.kernels.one_call import LARGE, able, one_call, suits
 
 CACHE = 128 * 1024  # bytes that the stages of all lanes may take
 FEW = 8  # so many solves are done one after another
+IMPLICIT = {1: 8, 2: 6}  # numbers of a state up to which lanes take implicit steps; with a vjp
 TINY = 64  # numbers of a state whose lanes are the last axis
 # Lanes in one call, by the numbers of a state: what stages take stays in the nearest cache, and loops
 # over lanes are whole vector instructions (85 lanes of Lorenz systems: 1.5 times the time of 64).
@@ -49,13 +51,15 @@ def alone(form: Form, fn: Callable, problem) -> Callable:
 
 
 def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
-    """For many solves; the arguments are those of the first one."""
-    size, count = form.size or 1, sum(y.size for y in jax.tree.leaves(y0))
+    """For many solves; the arguments are those of the first one. `copies`: 2 if they are differentiated."""
+    size, count = form.size or 1, tree.count(y0)
     tiny = count <= TINY
     # Wide is fast there; and what is best for any number of solves (`jax.export`) cannot be known.
     if form.platform != "cpu" or not isinstance(size, int):
         return Plan(size, -1 if tiny else 0, False)
     one = is_small(f, y0, ss)
+    if one and integrator.method.implicit and not many_in_numbers(integrator, f, y0, ss, copies):
+        return Plan(1, 0, True)
     if one and size <= FEW:
         return Plan(1, 0, True)
     if one and tiny and wide_enough(form, f, y0, ss):
@@ -64,6 +68,16 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     if one and operations(f, y0, ss[0]) <= CHEAP:
         return Plan(1, 0, True)
     return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), 0, False)
+
+
+def many_in_numbers(integrator, f, y0, ss, copies: int) -> bool:
+    """Whether implicit steps of many solves are lanes: kernels of numbers (`jaxode.kernels.numbers`).
+
+    As arrays those of 8 numbers take as long as one solve after another, and of 32 five times as long; their
+    gradients compile in three times the time besides (rodas5p, kvaerno5 and auto, November 2026).
+    """
+    few = tree.count(y0) <= IMPLICIT[min(copies, 2)]
+    return few and integrator.method.in_numbers() is not None and can_be_taken_apart(f, y0, ss[0])
 
 
 def go_in_turn(form: Form, f, y0, ss) -> bool:

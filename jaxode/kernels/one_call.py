@@ -33,6 +33,13 @@ def is_short(eqn) -> bool:
     return eqn.invars[0].aval.size <= REDUCED
 
 
+def is_of_two_rows(eqn) -> bool:
+    """Whether a reduction with many results is one of `jaxode.kernels.numbers`."""
+    return eqn.params["dimensions"] == (0,) and {
+        len(v.aval.shape) and v.aval.shape[0] for v in eqn.invars[: len(eqn.outvars)]
+    } == {2}
+
+
 def is_of_lanes(eqn) -> bool:
     """Whether a collective is a short reduction: `jax.vmap` has put the place of an axis for its name."""
     return is_short(eqn) and all(isinstance(axis, int) for axis in eqn.params["axes"])
@@ -90,6 +97,7 @@ RULES: dict[str, Callable] = {
     "pmax": is_of_lanes,
     "pmin": is_of_lanes,
     "dot_general": is_no_matrix_product,
+    "reduce": is_of_two_rows,
 }
 
 

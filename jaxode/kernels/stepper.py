@@ -4,12 +4,15 @@
 |---|---|---|
 | written out | any method | `jax.vjp` of the step |
 | a loop over stages | a method with a table | stage by stage, in a loop |
+| a kernel of its numbers | lanes of an implicit method with few | the same of its `jax.vjp` |
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,8 +22,10 @@ from jaxode import tree
 from jaxode.kernels import eventful, forms
 from jaxode.kernels.calls import in_calls
 from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
+from jaxode.kernels.numbers import in_numbers
 from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
+from jaxode.methods.linear import WRITTEN_OUT
 from jaxode.methods.method import Step
 from jaxode.outputs import Cotangents
 from jaxode.stepping import events, stability
@@ -40,6 +45,12 @@ class Stepper(NamedTuple):
     method: Any
     kernel: str
     loops: forms.Loops
+
+    @property
+    def in_numbers(self) -> bool:
+        """Whether steps of lanes are taken apart into their numbers, if they are few."""
+        many = self.kernel == ONE_CALL and self.problems.axis is not None
+        return many and self.method.in_numbers() is not None
 
     @property
     def stages(self) -> Stages:
@@ -83,10 +94,11 @@ class Stepper(NamedTuple):
     def trial(self, own, state):
         """A trial step: the state after it, its size, and what `inside` needs of it."""
         if not self.loops.forward:
-            alone = state.watch is None
-            trial = (
-                self.problems.each(self.trial_of_one) if alone else partial(eventful.trial, self)
-            )
+            trial = self.problems.each(self.trial_of_one)
+            if state.watch is not None:
+                trial = partial(eventful.trial, self)
+            elif self.in_numbers and tree.count(state.y) > WRITTEN_OUT:
+                trial = trial_in_numbers(self, own, state) or trial
             new, found, h, step = trial(own, state)
             new = folded(self, own, state, new, found)
             return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
@@ -106,10 +118,7 @@ class Stepper(NamedTuple):
         """The same of one solve, in one go; and what the step adds to a fold."""
         s1, h, go = self.move(integrator, f, ss, state)
         step = trial_step(integrator, self.field(f), state.s, state.y, state.memory, h)
-        new = integrator.accept_or_reject(state, step, s1, h, go)
-        new, fold = watched(integrator, state, new, h, step, go), integrator.fold
-        given = self.method, state.s, state.y, state.memory, h, step
-        return new, None if fold is None else fold.of_step(*given), h, arrays_of(step)
+        return decided(integrator, state, s1, h, go, step)
 
     def move(self, integrator, f, ss, state):
         """Where the next trial step ends, its size, and whether there is one: if not, its size is 0."""
@@ -164,24 +173,118 @@ class Stepper(NamedTuple):
         if self.loops.backward:
             return back_by_stages(self, own, mask, carry, s, y, memory, h, gathered, inside)
 
-        def step_of(integrator, f, ss, y, memory, s, h):
-            f = self.field(f, mask)
-            step = trial_step(integrator, f, s, y, memory, h)
-            d = self.method.inside(f, s, y, h, step) if inside else []
-            fold, added = (None if carry.folded is None else integrator.fold), None
-            if fold is not None:
-                found = fold.of_step(self.method, s, y, memory, h, step)
-                added = fold.add(fold.begin(found), found)
-            return step.y, step.memory, d, added
-
+        field, folds = partial(self.field, mask=mask), carry.folded is not None
+        step_of = partial(step_with_rows, field, folds, inside)
+        if self.in_numbers:
+            at = y, memory, s, h
+            found = back_in_numbers(self, step_of, own, mask, at, carry, gathered, inside)
+            if found is not None:
+                return found
         fn = lambda problems, own, *args: problems.each(step_of)(own, *args)
         (_, _, d, _), vjp = pullback(self.problems, own, mask, fn, (y, memory), (s, h))
         straight, d_bar = None, []
         if inside:
             carry, straight, d_bar = gathered(carry, lambda: d)
         f_bar, y_bar, memory_bar = vjp((carry.y, carry.memory, d_bar, carry.folded))
-        f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
-        return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
+        return at_the_start(carry, f_bar, y_bar, memory_bar, straight)
+
+
+def step_with_rows(field, folds: bool, inside: bool, integrator, f, ss, y, memory, s, h):
+    """What is differentiated of a step of one solve: its end, what rows inside it need, and what it adds to a
+    fold."""
+    f, method, added = field(f), integrator.method, None
+    step = trial_step(integrator, f, s, y, memory, h)
+    d = method.inside(f, s, y, h, step) if inside else []
+    if folds:
+        found = integrator.fold.of_step(method, s, y, memory, h, step)
+        added = integrator.fold.add(integrator.fold.begin(found), found)
+    return step.y, step.memory, d, added
+
+
+def at_the_start(carry: Cotangents, f_bar, y_bar, memory_bar, straight) -> Cotangents:
+    """The cotangents before a step, from those after it and what its vjp has found."""
+    f_bar = jax.tree.map(jnp.add, carry.f, f_bar)
+    return carry._replace(f=f_bar, y=added(y_bar, straight), memory=memory_bar)
+
+
+def in_numbers_of(problem):
+    """(integrator, field, ss) with the method as `Method.in_numbers` has it; and of the times the last one,
+    which alone a step looks at."""
+    integrator, f, ss = problem
+    method = integrator.method.in_numbers()
+    return dataclasses.replace(integrator, method=method), f, None if ss is None else ss[-1:]
+
+
+def decided(integrator, state, s1, h, go, step: Step):
+    """The state after a trial step of one solve, what it adds to a fold, its size, what `inside` needs."""
+    new = integrator.accept_or_reject(state, step, s1, h, go)
+    new, fold = watched(integrator, state, new, h, step, go), integrator.fold
+    given = integrator.method, state.s, state.y, state.memory, h, step
+    return new, None if fold is None else fold.of_step(*given), h, arrays_of(step)
+
+
+def trial_in_numbers(steps: Stepper, own, state) -> Callable | None:
+    """`Stepper.trial` of lanes, the step of the method a kernel of numbers; None if these are not few."""
+    integrator, _, ss = steps.problems.of(own)
+    plain: list = []
+    spare = integrator.fold is None and not integrator.output.rows(ss)
+    shared, mine = map(in_numbers_of, (steps.problems.shared, own))
+
+    def one(many, shared):
+        own, at = many
+        integrator, f, _ = eqx.combine(own, shared)
+        step = trial_step(integrator, f, *at)
+        step = step._replace(stages=None) if spare else step
+        arrays, same = eqx.partition(step, eqx.is_array)
+        plain[:] = [same]
+        return arrays
+
+    def decide(integrator, f, ss, state, s1, h, go, arrays):
+        step = eqx.combine(arrays, plain[0])
+        return decided(integrator, state, s1, h, go, step)
+
+    s1, h, go = steps.problems.each(steps.move)(own, state)
+    at = state.s, state.y, state.memory, h
+    kernel = in_numbers(one, (mine, at), shared)
+    if kernel is None:
+        return None
+    arrays = kernel((mine, at), shared)
+    return lambda own, state: steps.problems.each(decide)(own, state, s1, h, go, arrays)
+
+
+def back_in_numbers(steps: Stepper, step_of, own, mask, at, carry, gathered, inside: bool):
+    """`Stepper.back` of lanes as kernels of numbers; None if these are not few."""
+    shared, own = map(in_numbers_of, (steps.problems.shared, own))
+
+    def rows(many, shared):
+        own, at = many
+        return step_of(*eqx.combine(own, shared), *at)[2]
+
+    def pulled(many, shared):
+        own, (y, memory, *when), bars = many
+        integrator, f, ss = eqx.combine(own, shared)
+        x, rest = eqx.partition(f, mask)
+        of = lambda x, y, memory: step_of(integrator, eqx.combine(x, rest), ss, y, memory, *when)
+        return jax.vjp(of, x, y, memory)[1](bars)
+
+    d: Any = None
+    straight, d_bar = None, []
+    if inside:
+        d = in_numbers(rows, (own, at), shared)
+        if d is None:
+            return None
+        d_bar = jax.eval_shape(d, (own, at), shared)
+    bars = lambda carry, d_bar: (carry.y, carry.memory, d_bar, carry.folded)
+    pull = in_numbers(pulled, (own, at, bars(carry, d_bar)), shared)
+    if pull is None:
+        return None
+    if inside:
+        carry, straight, d_bar = gathered(carry, lambda: d((own, at), shared))
+    f_bar, *others = pull((own, at, bars(carry, d_bar)), shared)
+    # What is of a field that they share is summed.
+    of_all = lambda bar, own: jnp.sum(bar, -1) if bar is not None and own is None else bar
+    f_bar = jax.tree.map(of_all, f_bar, own[1], is_leaf=lambda x: x is None)
+    return at_the_start(carry, f_bar, *others, straight)
 
 
 def back_by_stages(steps: Stepper, own, mask, carry, s, y, memory, h, gathered, inside):

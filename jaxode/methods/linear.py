@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 from jaxode import tree
 
 WRITTEN_OUT = 4  # rows of a matrix up to which the elimination is written out, number by number
+NUMBERS = 8  # the same where a whole step is (`jaxode.kernels.numbers`)
 LOOPED = 64  # rows up to which it is a loop, which fits into one call; a library is faster above
 
 
@@ -58,6 +59,10 @@ class Linear:
             return jax.vmap(push, 1, 1)(sums).reshape(-1)
 
         return self.of_stages(count).jacobian(moved, jnp.zeros(count * len(y), y.dtype))
+
+    def in_numbers(self) -> "Linear | None":
+        """The same without loops, to be evaluated number by number (`jaxode.kernels.numbers`), if it can be."""
+        return None
 
     def jacobian(self, f, y: Array) -> PyTree:
         """df/dy at y."""
@@ -141,10 +146,19 @@ def in_forward_mode():
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Linear):
-    """Any Jacobian: n derivatives of f, and Gaussian elimination with partial pivoting."""
+    """Any Jacobian: n derivatives of f, and Gaussian elimination with partial pivoting.
+
+    Attributes:
+        most: rows up to which the elimination is written out, number by number.
+    """
+
+    most: int = dataclasses.field(default=WRITTEN_OUT, repr=False)
 
     def of_stages(self, count):
         return self
+
+    def in_numbers(self):
+        return dataclasses.replace(self, most=NUMBERS)
 
     def jacobian_of_stages(self, a, f, y):
         return jnp.kron(self.jacobian(f, y), a)  # in as many derivatives as one state takes
@@ -164,14 +178,14 @@ class Dense(Linear):
         return jnp.sum(matrix * x[None, :], 1)
 
     def factor(self, matrix):
-        if len(matrix) <= WRITTEN_OUT:
+        if len(matrix) <= self.most:
             return eliminated(matrix)
         if len(matrix) <= LOOPED:
             return inverted_in_a_loop(matrix)
         return jax.scipy.linalg.lu_factor(matrix)
 
     def substitute(self, factors, b):
-        if len(b) <= WRITTEN_OUT:
+        if len(b) <= self.most:
             return substituted(factors, b)
         if len(b) <= LOOPED:
             return self.product(factors, b)

@@ -117,6 +117,12 @@ class Method:
         """The method for a state of this size: by default this one."""
         return self
 
+    def in_numbers(self) -> "Method | None":
+        """The same steps without loops, for small states that are taken apart into their numbers.
+
+        Many solves by an implicit method are lanes where it has them, on a CPU; else one after another."""
+        return None
+
     def start(self, f, s, y: PyTree) -> PyTree:
         """The memory before the first step. Costs one evaluation of func."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxode import tree
 from jaxode.methods.implicit import Implicit, square, time_derivative, vectors
-from jaxode.methods.linear import DENSE, WRITTEN_OUT, Linear, solver
+from jaxode.methods.linear import DENSE, NUMBERS, WRITTEN_OUT, Linear, solver
 from jaxode.methods.method import Method, Step
 
 
@@ -41,6 +41,7 @@ class Rosenbrock(Implicit):
         dense_order: the order with which that converges.
         caution: what the error is multiplied by, where many that are just tolerated would add up.
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
+        written_up_to: numbers of a state up to which stages are written out, and not a loop.
     """
 
     order: int
@@ -54,8 +55,13 @@ class Rosenbrock(Implicit):
     dense_order: int
     caution: float = 1.0
     linear: Linear = DENSE
+    written_up_to: int = WRITTEN_OUT
     takes_mass = True
     takes_jac = True
+
+    def in_numbers(self) -> "Rosenbrock | None":
+        linear = self.linear.in_numbers()
+        return linear and dataclasses.replace(self, linear=linear, written_up_to=NUMBERS)
 
     @property
     def step_evaluations(self) -> int:  # type: ignore[override]
@@ -74,7 +80,7 @@ class Rosenbrock(Implicit):
         weigh, mass = self.weights(getattr(f, "mass", None), y0, h)
         solve = solver(self.linear, jacobian, tree.scale(self.gamma, h), mass)
         of_time = time_derivative(f, field, s, y0)
-        form = self.written_out if len(y0) <= WRITTEN_OUT else self.looped
+        form = self.written_out if len(y0) <= self.written_up_to else self.looped
         us, last, ks = form(field, s, y0, k0, of_time, h, solve, weigh)
         last = last + us[-1]
         if getattr(f, "jac", None) is None:  # the user's own may be another than that of func
