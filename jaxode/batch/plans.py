@@ -14,6 +14,7 @@ from jaxode.batch.vmap_rules import Form
 from jaxode.kernels.forms import CALLS, ONE_CALL, PLAIN
 from jaxode.kernels.numbers import can_be_taken_apart
 from jaxode.kernels.one_call import LARGE, able, one_call, suits
+from jaxode.methods.linear import WRITTEN_OUT
 
 CACHE = 128 * 1024  # bytes that the stages of all lanes may take
 FEW = 8  # so many solves are done one after another
@@ -58,7 +59,7 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     if form.platform != "cpu" or not isinstance(size, int):
         return Plan(size, -1 if tiny else 0, False)
     one = is_small(f, y0, ss)
-    if one and integrator.method.implicit and not many_in_numbers(integrator, f, y0, ss, copies):
+    if one and integrator.method.implicit and not steps_in_lanes(integrator, f, y0, ss, copies):
         return Plan(1, 0, True)
     if one and size <= FEW:
         return Plan(1, 0, True)
@@ -70,12 +71,15 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     return Plan(min(size, lanes_at_once(integrator.method, y0, copies)), 0, False)
 
 
-def many_in_numbers(integrator, f, y0, ss, copies: int) -> bool:
+def steps_in_lanes(integrator, f, y0, ss, copies: int) -> bool:
     """Whether implicit steps of many solves are lanes: kernels of numbers (`jaxode.kernels.numbers`).
 
     As arrays those of 8 numbers take as long as one solve after another, and of 32 five times as long; their
-    gradients compile in three times the time besides (rodas5p, kvaerno5 and auto, November 2026).
+    gradients compile in three times the time besides (rodas5p, kvaerno5 and auto, November 2026). Newton's
+    iterations on up to 4 numbers take half the time.
     """
+    if integrator.method.iterates and copies == 1:
+        return tree.count(y0) <= WRITTEN_OUT
     few = tree.count(y0) <= IMPLICIT[min(copies, 2)]
     return few and integrator.method.in_numbers() is not None and can_be_taken_apart(f, y0, ss[0])
 
