@@ -73,7 +73,9 @@ def check_rules(groups, kinds, folder):
 
 
 def test_there_is_a_field_for_every_rule_and_it_has_the_operation():
-    assert set(one_call.RULES) - set(cases.NAMES) == {name.split()[0] for name in cases.RULES}
+    # "reduce" is that of `kernels/numbers.py`, which has tests of its own.
+    given = set(one_call.RULES) - set(cases.NAMES) - {"reduce"}
+    assert given == {name.split()[0] for name in cases.RULES}
 
     def operations(jaxpr):
         for eqn in jaxpr.eqns:
