@@ -59,7 +59,8 @@ def plan(form: Form, integrator, f, y0, ss, copies: int = 1) -> Plan:
     if form.platform != "cpu" or not isinstance(size, int):
         return Plan(size, -1 if tiny else 0, False)
     one = is_small(f, y0, ss)
-    if one and integrator.method.implicit and not steps_in_lanes(integrator, f, y0, ss, copies):
+    implicit = tiny and integrator.method.implicit  # larger ones call a library
+    if one and implicit and not steps_in_lanes(integrator, f, y0, ss, copies):
         return Plan(1, 0, True)
     if one and size <= FEW:
         return Plan(1, 0, True)
