@@ -135,7 +135,7 @@ def difference(x: PyTree, y: PyTree) -> PyTree:
 def length(x: PyTree) -> Array:
     """The root mean square, differentiable at 0 too."""
     squares = dot(x, jax.tree.map(jnp.conj, x))
-    size = sum(leaf.size for leaf in jax.tree.leaves(x))
+    size = count(x)
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1) / size), 0)
 

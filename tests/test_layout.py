@@ -11,7 +11,7 @@ ORDER = """
     methods.linear methods.blocks methods.structures methods.sparse methods.krylov methods.newton
     methods.implicit methods.rosenbrock methods.esdirk methods.kencarp methods.collocation methods.auto
     methods.names methods.hypersolver
-    controllers kernels.one_call kernels.numbers kernels.calls kernels.forms kernels.writes kernels.traces
+    controllers kernels.one_call kernels.calls kernels.forms kernels.writes kernels.traces kernels.numbers
     stepping.field stepping.events stepping.budget stepping.stability stepping.integrator stepping.observers
     stepping.problems kernels.stages outputs kernels.eventful kernels.stepper
     stepping.checkpoints stepping.loop stepping.resuming

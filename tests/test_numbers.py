@@ -166,7 +166,7 @@ def test_gradients_of_what_lanes_share_are_summed():
     np.testing.assert_allclose(jax.grad(together)(1.1), wanted, rtol=1e-7)
 
 
-def test_a_bad_lane_leaves_the_others_as_they_are(monkeypatch):
+def test_a_bad_lane_leaves_the_others_as_they_are():
     f, y0 = chain(6)
     solve = lambda k: jaxode.solve(f, y0, TIMES, k, method="rodas5p", throw=False)
     good = jax.vmap(solve)(RATES)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
+from jaxode import tree
+
 PRODUCTS = frozenset(("conv_general_dilated", "dot_general"))
 REDUCTIONS = frozenset("reduce_and reduce_max reduce_min reduce_sum".split())
 MANY, SMALL = 10, 10_000  # kernels of a field, and numbers of a state
@@ -43,7 +45,7 @@ class Loops(NamedTuple):
 def which(f, y, s, kernel: str) -> Loops:
     """Whether the stages of a table are loops: measured on a CPU, and chosen for other platforms."""
     jaxpr = jax.make_jaxpr(lambda f, y, s: f(y, s))(f, y, s).jaxpr
-    size = sum(x.size for x in jax.tree.leaves(y))
+    size = tree.count(y)
     network = bool(count(jaxpr, PRODUCTS))
     if kernel == CALLS:
         many = count(jaxpr, PRODUCTS | REDUCTIONS) >= MANY and size <= SMALL

@@ -25,6 +25,8 @@ from jax.extend import core
 from jaxtyping import PyTree
 
 from jaxode.kernels.one_call import ELEMENTWISE, one_call
+from jaxode.kernels.traces import without_dead_code
+from jaxode.kernels.writes import variables
 
 INPUTS = 256  # numbers that go in
 MOST = 12_000  # operations, which LLVM compiles in 10 s
@@ -39,16 +41,16 @@ def in_numbers(fn: Callable, many: PyTree, shared: PyTree) -> Callable | None:
     like_one = lambda x: jax.ShapeDtypeStruct(x.shape[:-1], x.dtype)
     of_one = jax.tree.map(like_one, many), jax.tree.map(jax.typeof, shared)
     closed, like = jax.make_jaxpr(fn, return_shape=True)(*of_one)
-    jaxpr: Any = alive(closed.jaxpr)
+    jaxpr: Any = without_dead_code(closed.jaxpr)
     consts = dict(zip(closed.jaxpr.constvars, closed.consts))
-    used = read_by(jaxpr)
+    used = set(variables([v for eqn in jaxpr.eqns for v in eqn.invars] + jaxpr.outvars))
     moving = [v for v, x in consts.items() if isinstance(x, Tracer)]
     given = [v for v in jaxpr.invars if v in used] + [v for v in moving if v in used]
     if not suits(jaxpr, given) or not keeps_order():
         return None
     known = {v: apart(x) for v, x in consts.items() if v in used and v not in moving}
     returned = jaxpr.outvars
-    outs: list[Any] = list(dict.fromkeys(v for v in returned if isinstance(v, core.Var)))
+    outs: list[Any] = list(dict.fromkeys(variables(returned)))
     jaxpr = jaxpr.replace(outvars=outs)
 
     def body(row):
@@ -129,21 +131,6 @@ def keeps_order() -> bool:
 # What a jaxpr must be.
 
 
-def alive(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The same without equations whose results nothing reads."""
-    wanted, kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not wanted.isdisjoint(eqn.outvars):
-            wanted |= {v for v in eqn.invars if isinstance(v, core.Var)}
-            kept.append(eqn)
-    return jaxpr.replace(eqns=kept[::-1])
-
-
-def read_by(jaxpr: core.Jaxpr) -> set:
-    atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + jaxpr.outvars
-    return {v for v in atoms if isinstance(v, core.Var)}
-
-
 def suits(jaxpr: core.Jaxpr, given: list) -> bool:
     """Whether there are few numbers and operations, all known; and one precision, as reductions ask for."""
     avals: list[Any] = [v.aval for v in (*given, *jaxpr.outvars)]
@@ -160,7 +147,7 @@ def is_discrete(dtype) -> bool:
 
 def operations(jaxpr: core.Jaxpr) -> float:
     """On numbers; infinite if one cannot be taken apart."""
-    return sum(map(operations_of, alive(jaxpr).eqns))
+    return sum(map(operations_of, without_dead_code(jaxpr).eqns))
 
 
 def can_be_taken_apart(fn: Callable, *args) -> bool:
@@ -189,7 +176,7 @@ def operations_of(eqn) -> float:
 def evaluate(jaxpr: core.Jaxpr, values: dict) -> list:
     values = dict(values)
     read = lambda atom: apart(atom.val) if isinstance(atom, core.Literal) else values[atom]
-    for eqn in alive(jaxpr).eqns:
+    for eqn in without_dead_code(jaxpr).eqns:
         name, xs = eqn.primitive.name, [read(x) for x in eqn.invars]
         if name in ELEMENTWISE:
             outs = [elementwise(eqn, xs)]

@@ -81,7 +81,7 @@ class Auto(Method):
         return self.stiff.jacobian(f, field, s, y)
 
     def suited_to(self, y0: PyTree) -> Method:
-        size = sum(leaf.size for leaf in jax.tree.leaves(y0))
+        size = tree.count(y0)
         return self if size <= LARGE or self.linear != DENSE else self.mild
 
     @property
