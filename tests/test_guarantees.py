@@ -235,6 +235,7 @@ CACHES = {
     "methods.explicit.radius": 128,
     "methods.sparse.stages_of": 16,
     "data.shuffled": 8,
+    "kernels.numbers.keeps_order": 1,
     "kernels.traces.text_of": 4096,
     "words.about_class": 1000,
 }

@@ -117,7 +117,7 @@ def of_last_row(body: Callable, rows: list, wanted: list) -> list:
     return [out[place] for place in places]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def keeps_order() -> bool:
     """Whether this XLA combines the rows of a reduction in turn: asked once, of a reduction like these."""
     twice_and_one = lambda row: [2 * row[0] + 1, row[1] + row[0]]
