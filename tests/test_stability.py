@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import odeint, solve
+from jaxode import Status, odeint, solve
 from jaxode.methods import tables
 from jaxode.methods.explicit import radius
+from jaxode.problems import problems
 
 # dy/dt = k - y^3 settles at y = k^(1/3), where explicit steps grow until they are unstable.
 settles = lambda y, t, k: k - y**3
@@ -93,6 +94,20 @@ def test_a_start_at_rest():
     pace = np.sqrt(4 - 0.01)
     faded = np.exp(-2.0) * (np.cos(20 * pace) + 0.1 * np.sin(20 * pace) / pace)
     np.testing.assert_allclose(many[:, 0], [exact[0], faded], atol=0.02)
+
+
+def test_what_a_rejected_step_ended_at_has_no_part_in_it():
+    """Robertson's problem: the first trial step ends at 1e50, and a direction as long as what is tolerated
+    there asked for steps of size 1e-56. The solution is soon at rest, which makes steps a third as long."""
+    p = problems["robertson"]
+    options = dict(rtol=1e-6, atol=1e-9, max_steps=300, throw=False)
+    for method in ("tsit5", "dopri5"):
+        plain, steady = (
+            solve(p.f, p.y0, [0.0, 40.0], method=method, adjoint=adjoint, **options)
+            for adjoint in ("replay", "direct")
+        )
+        assert (plain.status, steady.status) == (Status.MAX_STEPS, Status.MAX_STEPS)
+        assert steady.reached > 0.3 * plain.reached
 
 
 def test_a_stiff_forced_problem():

@@ -101,7 +101,7 @@ class Stepper(NamedTuple):
                 trial = trial_in_numbers(self, own, state) or trial
             new, found, h, step = trial(own, state)
             new = folded(self, own, state, new, found)
-            return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
+            return steadied(self, own, new, state.y), h, arrays_of(step)
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
@@ -112,7 +112,7 @@ class Stepper(NamedTuple):
         step = self.stages.step(own, state.s, state.y, state.memory, h)
         found = step.y, step.slope, step.errors
         new = self.problems.each(decide)(own, state, *found, (s1, h, go))
-        return steadied(self, own, new, state.y, step.y), h, arrays_of(step)
+        return steadied(self, own, new, state.y), h, arrays_of(step)
 
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go; and what the step adds to a fold."""
@@ -320,7 +320,7 @@ def quiet_trial(steps: Stepper, own, state):
     new = integrator.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     new = watched(integrator, state, new, h, step)
-    return steadied(steps, own, new, state.y, step.y), h, arrays_of(step), happens
+    return steadied(steps, own, new, state.y), h, arrays_of(step), happens
 
 
 def folded(steps: Stepper, own, old, new, found):
@@ -333,9 +333,12 @@ def folded(steps: Stepper, own, old, new, found):
     return new._replace(folded=fold.add_accepted(steps.problems, put, new.folded, found, accepted))
 
 
-def steadied(steps: Stepper, own, state, *ys):
-    """The state between two trial steps, the next of which is inside the stability region; `ys` are those
-    at the ends of the last one.
+def steadied(steps: Stepper, own, state, before):
+    """The state between two trial steps, the next of which is inside the stability region; `before` is y at
+    the beginning of the last one.
+
+    What a rejected step ended at has no part in it: it may be 1e50, and a direction as long as what is
+    tolerated there is no small one.
 
     Whether any lane turns is asked outside of `vmap`, which would transpose all that a loop inside of it
     reads: that took a tenth of the time of 1,024 Lorenz systems, and the turns themselves a fortieth.
@@ -345,12 +348,13 @@ def steadied(steps: Stepper, own, state, *ys):
     each, alone = steps.problems.each, steps.problems.axis is None
     due = each(stability.is_due)(own, state)
 
-    def of_one(integrator, f, ss, state, due, probe, *ys):
+    def of_one(integrator, f, ss, state, due, probe, before):
         slope = steps.method.slope(f, state.s, state.y, state.memory)
+        ys = before, state.y
         new = stability.turned(integrator, controlled(steps, f), state, slope, ys, probe)
         return new if alone else tree.where(due, new, probe)
 
-    turn = lambda probe: each(of_one)(own, state, due, probe, *ys)
+    turn = lambda probe: each(of_one)(own, state, due, probe, before)
     probe = tree.at_most_once(due if alone else jnp.any(due), turn, state.probe)
     return each(stability.limited)(own, state._replace(probe=lax.stop_gradient(probe)))
 

@@ -17,34 +17,47 @@ from jaxode import tree
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.implicit import vectors
 from jaxode.methods.linear import DENSE, Linear, in_forward_mode
-from jaxode.methods.method import Method, Step, chosen
+from jaxode.methods.method import AT_REST, QUIET, SAFETY, Method, Step, chosen
 from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
 from jaxode.methods.tables import methods as tables
 
-# A step looks stiff if h |lambda| is beyond STIFF: tsit5 is stable to 3.5 on the negative axis, and where
-# accuracy limits it this is 0.3 to 2.4 (Lorenz, Kepler, 1e-3 to 1e-8). It does not below MILD.
-STIFF, MILD = 2.8, 1.5
-# So many steps more that look so than do not make the next one implicit; so many in a row, explicit.
-PATIENCE, CALM = 8, 8
+# Implicit steps look mild where h |lambda| is below MILD; after CALM of them in a row the next one is explicit.
+# Where accuracy limits steps of tsit5 it is 0.3 to 2.4 (Lorenz, Kepler, 1e-3 to 1e-8); beyond 3 they leave the
+# stability region.
+MILD, CALM = 1.5, 8
 LARGE = 512  # numbers of a state beyond which a dense Jacobian is too much to try
 
 
 class Memory(NamedTuple):
-    """The slope, and how many accepted steps have looked stiff; from `PATIENCE` on steps are implicit,
-    and those that do not look stiff are counted on top of it."""
+    """What the next step is told.
+
+    Attributes:
+        slope: dy/ds.
+        left: how many steps from now on are implicit, whatever they look like.
+        direction: a vector that turns to the fastest mode of df/dy, by a product with it in each step.
+        rates: how much longer the last two products have made it.
+    """
 
     slope: PyTree
-    seen: Array
+    left: Array
+    direction: PyTree
+    rates: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Method):
     """Steps of tsit5, and of rodas5p where they look stiff: a choice of each solve, step by step.
 
-    What looks stiff is h |lambda|, lambda the largest eigenvalue of df/dy. The last two slopes of an
-    explicit step are both at its end; their difference v turns towards the fastest mode where
-    stability limits the steps, and |J v| / |v| is |lambda| (as in HW eq. IV.2.26, but one product
-    later, where what is smooth is gone). An implicit step is asked by the power method.
+    A step is implicit if it would leave the stability region of tsit5, and after it until eight in a row have
+    looked mild. What is asked is h |lambda|, lambda the largest eigenvalue of df/dy, which a power method
+    follows: each step multiplies a direction with df/dy. A matrix that is not normal stretches it by more
+    than any eigenvalue, one of position and velocity by 1 and by omega^2 in turn; so |lambda| is the geometric
+    mean of two products. (The difference of two stages at the end of a step, as in HW eq. IV.2.26, would only
+    have modes that the solution excites.)
+
+    So a derivative with step sizes held fixed is no product of unstable steps either, to which
+    `jaxode.stepping.stability` sees for explicit methods. Where the solution is at rest no error keeps explicit
+    steps short enough for modes that oscillate: there steps are implicit sooner.
 
     Both methods are of order 5(4), so that one error norm and one controller serve them. States of
     more than 512 numbers take tsit5 alone, unless `linear` says what their Jacobian looks like. A batch
@@ -65,6 +78,7 @@ class Auto(Method):
     error_order = 4
     any_state = True
     implicit = True
+    measures = True
     equal_steps = False
     stage_count = 16
 
@@ -84,50 +98,56 @@ class Auto(Method):
         size = tree.count(y0)
         return self if size <= LARGE or self.linear != DENSE else self.mild
 
-    @property
-    def stability(self) -> float:  # type: ignore[override]
-        return self.mild.stability
-
-    def stable_up_to(self, memory: Memory):
-        return jnp.where(memory.seen >= PATIENCE, jnp.inf, self.stability)
-
     def start(self, f, s, y: PyTree) -> Memory:
-        return Memory(f(y, s), jnp.zeros((), s.dtype))
+        direction, rates = tree.unit(tree.any_direction(y)), jnp.zeros((2,), s.dtype)
+        for _ in range(2):
+            direction, rates = followed(lambda y: f(y, s), lax.stop_gradient(y), direction, rates)
+        return Memory(f(y, s), jnp.zeros((), s.dtype), direction, rates)
 
     def slope(self, f, s, y: PyTree, memory: Memory) -> PyTree:
         return memory.slope
 
-    def step(self, f, s, y: PyTree, memory: Memory, h) -> Step:
-        seen = lax.stop_gradient(memory.seen)
-        is_stiff = seen >= PATIENCE
+    def step(self, f, s, y: PyTree, memory: Memory, h, norm=None) -> Step:
+        _, left, direction, rates = lax.stop_gradient(memory)
+        is_stiff = (left > 0) | (h * fastest(rates) > self.stable)
         # With h = 0 for the others: what is computed and left out must have finite derivatives.
         zero = jnp.zeros_like(h)
         mild_h, stiff_h = jnp.where(is_stiff, zero, h), jnp.where(is_stiff, h, zero)
-        step, seen = chosen(
+        step = chosen(
             is_stiff,
-            lambda: self.stiff_step(f, s, y, memory.slope, stiff_h, seen),
-            lambda: self.mild_step(f, s, y, memory.slope, mild_h, seen),
+            lambda: self.stiff_step(f, s, y, memory.slope, stiff_h),
+            lambda: self.mild_step(f, s, y, memory.slope, mild_h),
         )
-        return step._replace(memory=Memory(step.slope, seen), stages=(is_stiff, step.stages))
+        direction, rates = followed(
+            lambda y: f(y, s + h), lax.stop_gradient(step.y), direction, rates
+        )
+        left = self.left_after(step, is_stiff, left, h * fastest(rates), norm)
+        memory = Memory(step.slope, left, direction, rates)
+        return step._replace(memory=memory, stages=(is_stiff, step.stages))
 
-    def mild_step(self, f, s, y, k, h, seen):
-        """An explicit step, and how many have looked stiff after it."""
+    @property
+    def stable(self) -> float:
+        """The largest h |lambda| of an explicit step."""
+        return SAFETY * self.mild.stability  # type: ignore[operator]
+
+    def left_after(self, step: Step, is_stiff, left, speed, norm):
+        """How many steps are to be implicit after this one, whose h |lambda| is `speed`."""
+        at_rest = norm is not None and lax.stop_gradient(norm(*step.errors, step.y)) < QUIET
+        most = jnp.where(at_rest, AT_REST / SAFETY * self.stable, self.stable)
+        most = jnp.where(is_stiff, MILD, most)
+        return jnp.where(speed > most, CALM, jnp.maximum(left - 1, 0)).astype(left.dtype)
+
+    def mild_step(self, f, s, y, k, h):
+        """An explicit step."""
         step = self.mild.step(f, s, y, k, h)
-        v = tree.difference(step.stages[-1], step.stages[-2])
-        rate = fastest(lambda y: f(y, s + h), *lax.stop_gradient((step.y, v)), 1)
-        looks = h * lax.convert_element_type(rate, h.dtype) > STIFF
-        seen = jnp.where(looks, seen + 1, jnp.maximum(seen - 1, 0))
         stages = [vectors(f, y)[1](k) for k in step.stages]
         spare = len(self.stiff.c) - len(stages)
-        return alike(step, [*stages, *[jnp.zeros_like(stages[0])] * spare]), seen
+        return alike(step, [*stages, *[jnp.zeros_like(stages[0])] * spare])
 
-    def stiff_step(self, f, s, y, k, h, seen):
-        """An implicit step, and the same."""
+    def stiff_step(self, f, s, y, k, h):
+        """An implicit step."""
         step = self.stiff.step(f, s, y, k, h)
-        rate = fastest(lambda y: f(y, s), lax.stop_gradient(y), tree.any_direction(y), 3)
-        looks = h * lax.convert_element_type(rate, h.dtype) > MILD
-        seen = jnp.where(looks, PATIENCE, seen + 1)
-        return alike(step, list(step.stages)), jnp.where(seen < PATIENCE + CALM, seen, 0)
+        return alike(step, list(step.stages))
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         is_stiff, vs = step.stages
@@ -150,13 +170,20 @@ def alike(step: Step, stages) -> Step:
     )
 
 
-def fastest(f, y: PyTree, v: PyTree, products: int):
-    """About the largest |lambda| of J = df/dy: |J v| / |v|, after so many products with J."""
+def followed(f, y: PyTree, direction: PyTree, rates: Array):
+    """The direction after a product with df/dy, with a root mean square of 1, and the last two rates."""
     with in_forward_mode():
-        push = jax.linearize(f, y)[1]
-    for _ in range(products):
-        v = push(tree.unit(v))
-    return tree.length(v)
+        product = jax.jvp(f, (y,), (direction,))[1]
+    rate = tree.length(product)
+    usable = lax.is_finite(rate) & (rate > 0)
+    direction = tree.where(usable, tree.unit(product), direction)
+    rate = jnp.where(usable, lax.convert_element_type(rate, rates.dtype), 0)
+    return direction, jnp.stack([rates[1], rate])
+
+
+def fastest(rates: Array):
+    """About the largest |lambda| of df/dy."""
+    return jnp.sqrt(rates[0]) * jnp.sqrt(rates[1])
 
 
 methods: dict[str, Method] = {"auto": Auto()}

@@ -79,9 +79,6 @@ class Reversible(Around):
     def slope(self, f, s, y: PyTree, memory: Pair) -> PyTree:
         return memory.slope
 
-    def stable_up_to(self, memory: Pair):
-        return self.stability
-
     def step(self, f, s, y: PyTree, memory: Pair, h, norm) -> Step:
         z, joins, error = self.joined(y, memory, norm)
         there, _, step = self.psi(f, s, z, h)

@@ -17,17 +17,12 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
+from jaxode.methods.method import AT_REST, QUIET, SAFETY
 
-SAFETY = 0.9  # of the radius of the stability region
 # The power method turns before each of the first trial steps, in which the size may grow tenfold, and before
 # every fourth one after them. In every eighth, and the first 4, it costs 3 % less of the gradient of a small
 # system, and misses modes that become 30 or 3,000 times as fast all at once.
 FIRST, EVERY = 12, 4
-# Where the solution is at rest (the error of the last step is below this part of what is tolerated) none keeps
-# a step from being too long for modes that oscillate, which the region leaves out. So it may take this part of
-# the radius: of tsit5 about 1, where a thousand radians make a mode 1.1 times as large. A solve that settles
-# takes three times as many steps from there on; the others as many as before (eight problems, 2026-11-28).
-QUIET, AT_REST = 1e-4, 0.3
 
 
 class Probe(NamedTuple):
@@ -63,7 +58,7 @@ def is_due(integrator, f, ss, state):
 def limited(integrator, f, ss, state):
     """The solve with a next step inside the stability region."""
     part = jnp.where(state.ratio < QUIET, AT_REST, SAFETY)
-    most, fastest = part * integrator.method.stable_up_to(state.memory), state.probe.fastest
+    most, fastest = part * integrator.method.stability, state.probe.fastest
     h = jnp.where(state.h * fastest > most, most / fastest, state.h)
     return state._replace(h=lax.stop_gradient(h))
 
