@@ -162,16 +162,20 @@ def integrator_of(
     """The method with its limits, in units of an interval that is `long`; without a step, if they are not
     valid."""
     kind: Any = Integrator
+    output, method = static.output, static.method
+    inside = output.needs_inside() and output.rows(t) > 0
+    if steps is None and (inside or static.resumable or static.events is not None):
+        method = method.looking_inside()
     if static.resumable:
         t = t[:1]  # what comes later is not to be seen
         kind = OfOwnUnit if dt is None else partial(OfEqualSize, size=dt.astype(t.dtype))
     eps = float(jnp.finfo(static.func_time).eps)
     hmin = 16 * eps * jnp.max(jnp.abs(t)) / long if static.trace.uses_time else 0 * long
     return kind(
-        method=static.method,
+        method=method,
         controller=static.controller,
         max_steps=static.max_steps,
-        output=static.output,
+        output=output,
         steps=steps,
         rtol=rtol,
         atol=atol,

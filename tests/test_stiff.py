@@ -318,3 +318,20 @@ def test_numbers_that_the_default_atol_takes_for_zero_are_named():
     )()  # without a word, as are other tolerances, zeros, and numbers that were larger once
     run(atol=1.4e-9, throw=False)
     solve(lambda y, t: -y, jnp.array([1.0, 0.0]), [0.0, 100.0], method="rodas5p")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_what_lies_inside_of_long_steps_is_as_good_as_their_ends(method):
+    """A component that fast modes hold to cos t is right at the end of a step of any length; the polynomial
+    between the ends was wrong by more than 1, with success, and that of SciPy's Radau is."""
+    p, rtol = problems["prothero_robinson"], 1e-4
+    t = jnp.linspace(0.0, p.t1, 101)
+    given = dict(method=method, rtol=rtol, atol=rtol, max_steps=2**14)
+    ends = solve(p.f, p.y0, t[::100], *p.args, **given)
+    found = solve(p.f, p.y0, t, *p.args, **given)
+    assert np.abs(found.ys[:, 0] - np.cos(t)).max() < 10 * rtol
+    assert found.stats.accepted >= ends.stats.accepted
+    dense = solve(p.f, p.y0, t[::100], *p.args, dense=True, **given)
+    np.testing.assert_allclose(dense.dense(t), found.ys, rtol=1e-7, atol=1e-7)
+    many = jax.vmap(lambda rate: solve(p.f, p.y0, t, rate, **given).ys[:, 0])(jnp.array([1e2, 1e6]))
+    assert np.abs(many - np.cos(t)[None]).max() < 10 * rtol

@@ -361,7 +361,7 @@ def steadied(steps: Stepper, own, state, before):
 
 def arrays_of(step: Step) -> Step:
     """What `inside` may need."""
-    return step._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+    return step._replace(errors=[], converged=None, evaluations=None, inside_errors=())  # type: ignore[arg-type]
 
 
 def added(y_bar, straight):

@@ -65,6 +65,7 @@ class Auto(Method):
 
     Attributes:
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
+        looks_inside: whether an implicit step estimates the error of dense output, too.
 
     >>> from jaxode import solve
     >>> f = lambda y, t, speed: -speed * (y - jnp.cos(t))
@@ -74,6 +75,7 @@ class Auto(Method):
     """
 
     linear: Linear = DENSE
+    looks_inside: bool = False
     order = 5
     error_order = 4
     any_state = True
@@ -88,7 +90,7 @@ class Auto(Method):
 
     @property
     def stiff(self) -> Rosenbrock:
-        return dataclasses.replace(rodas5p, linear=self.linear)
+        return dataclasses.replace(rodas5p, linear=self.linear, looks_inside=self.looks_inside)
 
     def jacobian(self, f, field, s, y: Array) -> PyTree:
         """df/dy, with the structure that is declared."""
@@ -97,6 +99,9 @@ class Auto(Method):
     def suited_to(self, y0: PyTree) -> Method:
         size = tree.count(y0)
         return self if size <= LARGE or self.linear != DENSE else self.mild
+
+    def looking_inside(self) -> Method:
+        return dataclasses.replace(self, looks_inside=True)
 
     def start(self, f, s, y: PyTree) -> Memory:
         direction, rates = tree.unit(tree.any_direction(y)), jnp.zeros((2,), s.dtype)
@@ -142,6 +147,9 @@ class Auto(Method):
         step = self.mild.step(f, s, y, k, h)
         stages = [vectors(f, y)[1](k) for k in step.stages]
         spare = len(self.stiff.c) - len(stages)
+        if self.looks_inside:
+            none = jax.tree.map(jnp.zeros_like, y)
+            step = step._replace(inside_errors=[none for _ in self.stiff.looks])
         return alike(step, [*stages, *[jnp.zeros_like(stages[0])] * spare])
 
     def stiff_step(self, f, s, y, k, h):

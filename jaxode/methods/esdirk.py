@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxode import tree
-from jaxode.methods.implicit import Implicit, square, vectors
+from jaxode.methods.implicit import Implicit, parts_of, square, vectors
 from jaxode.methods.linear import DENSE, Linear
 from jaxode.methods.method import Method, Parts, Step
 from jaxode.methods.newton import relative, simplified, solved
@@ -55,6 +55,7 @@ class Esdirk(Implicit):
         kappa: a stage is solved when what is left of it has a norm below this; the error of a step may
             have 1.
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
+        looks_inside: whether a step estimates the error of dense output, too.
     """
 
     order: int
@@ -70,6 +71,11 @@ class Esdirk(Implicit):
     iterations: int = 10
     kappa: float = 1e-2
     linear: Linear = DENSE
+    looks_inside: bool = False
+    looks = (
+        0.3,
+        0.8,
+    )  # errors of the slopes at both ends cancel at a place that is another in each step
     takes_jac = True
     takes_mass = True
     iterates = True
@@ -101,7 +107,7 @@ class Esdirk(Implicit):
         explicit = [vectors(other, y)[0] for other in others]
         y0, *k0s = map(pack, (y, *(memory if others else [memory])))
         width = tree.scale(self.gamma, h)
-        jacobian, solve, filtered = self.equations(stiff, field, s, y0, k0s[0], h)
+        jacobian, solve, substitute, weigh = self.equations(stiff, field, s, y0, k0s[0], h)
         measure = lambda x, y: lax.convert_element_type(norm(unpack(x), unpack(y)), y0.dtype)
         tables, guess = tables_of(self, bool(others), y0.dtype), square(self.guess, y0.dtype)
 
@@ -135,18 +141,23 @@ class Esdirk(Implicit):
             y1 = unpack(begins[-1] + tree.scale(width, kss[0][-1]))
             memory1 = unpack(kss[0][-1])
         e = np.asarray(self.e[1:], y0.dtype)
-        weigh = partial(jnp.tensordot, axes=1, precision=tree.EXACT)
-        weighed = [tree.scale(self.e[0], k0) + weigh(e, ks) for k0, ks in zip(k0s, kss)]
-        error = unpack(filtered(tree.scale(h, functools.reduce(jnp.add, weighed))))
+        total = partial(jnp.tensordot, axes=1, precision=tree.EXACT)
+        weighed = [tree.scale(self.e[0], k0) + total(e, ks) for k0, ks in zip(k0s, kss)]
+        error = tree.scale(h, functools.reduce(jnp.add, weighed))
+        error = unpack(substitute(weigh(error)) if self.filtered else error)
         # The inverse of an infinite matrix is 0: Newton's method would stop where it began.
         converged = (good > 0) & tree.all_finite(jacobian)
         evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
         ends = whole(memory), whole(memory1)
-        return Step(y1, memory1, ends[1], [error], ends[0], converged, evaluations)
+        step = Step(y1, memory1, ends[1], [error], ends[0], converged, evaluations)
+        if not self.looks_inside:
+            return step
+        inside = self.error_inside(f, s, y, h, step, substitute, weigh)
+        return step._replace(inside_errors=inside, evaluations=evaluations + len(self.looks))
 
     def equations(self, f, field, s, y0, k0, h):
         """df/dy; what solves M k = slope(k) from a first guess of k (the other arguments are those of
-        `simplified`); and the filter of the error."""
+        `simplified`); b -> x with (M - h gamma J) x = b; and x -> M x."""
         mass = getattr(f, "mass", None)
         jacobian = self.jacobian(f, field, s, y0)
         weigh, regular = self.weights(mass, y0, h)
@@ -164,7 +175,7 @@ class Esdirk(Implicit):
             newton = partial(simplified, substitute, place, measure, *limits)
             return solved(residual, first, newton, self.linear, factors)
 
-        return jacobian, solve, lambda error: substitute(weigh(error)) if self.filtered else error
+        return jacobian, solve, substitute, weigh
 
     def inside(self, f, s, y: PyTree, h, step: Step) -> list[PyTree]:
         """The cubic through y, y', y1, y1' (HNW eq. II.6.7); the straight line for a method of order 1."""
@@ -183,11 +194,6 @@ def tables_of(method: Esdirk, several: bool, dtype) -> list[np.ndarray]:
         return [square(method.a, dtype)]
     b = (*method.a[-1], method.gamma)
     return [square((*rows, b), dtype)[:, :-1] for rows in (method.a, method.explicit)]
-
-
-def parts_of(f) -> list:
-    """The fields of which a field is the sum."""
-    return getattr(f, "parts", [f])
 
 
 def memory_of(slopes: list) -> PyTree:

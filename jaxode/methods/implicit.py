@@ -1,5 +1,7 @@
 """What families of implicit methods share: what they hand to the next step, and states as vectors."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.methods.linear import Linear, in_forward_mode, solver
-from jaxode.methods.method import Method
+from jaxode.methods.method import Method, Step
 
 
 class Implicit(Method):
@@ -19,9 +21,14 @@ class Implicit(Method):
 
     Attributes:
         c: the nodes of its stages.
+        gamma: the coefficient of the implicit part of a stage.
+        looks: where a step looks at its dense output, if it does. Errors there are largest in the middle, or of
+            two signs and then 0 in the middle.
     """
 
     c: tuple[float, ...]
+    gamma: float
+    looks: tuple[float, ...] = (0.3,)
     linear: Linear
     any_state = True
     implicit = True
@@ -40,6 +47,40 @@ class Implicit(Method):
             with in_forward_mode():
                 return self.linear.jacobian(lambda y: field(y, s), y)
         return self.linear.matrix(jac(y, s))
+
+    def looking_inside(self) -> Method:
+        if self.error_order is None:
+            return self
+        return dataclasses.replace(self, looks_inside=True)  # type: ignore[type-var]
+
+    def error_inside(
+        self, f, s, y: PyTree, h, step: Step, solve: Callable, weigh: Callable
+    ) -> list[PyTree]:
+        """The errors of `inside` at the places `looks` of a step.
+
+        A component that is held to a curve by fast modes is found without error at the end of a step, however
+        long that is; what lies between is a polynomial p that knows nothing of the curve (in the problem of
+        Prothero and Robinson it is wrong by 1.4 at a tolerance of 1e-3, and that of SciPy's Radau by 1.5). It
+        fulfils p' = f(p) + r, so its error e has e' = J e + r: e is about (1 / (gamma h) - J)^-1 r, which is
+        right for fast modes, and of a right size for slow ones. `solve` is b -> x with (M - gamma h J) x = b,
+        and `weigh` x -> M x.
+        """
+        step = step._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+        y, h, step = lax.stop_gradient((y, h, step))
+        d, (pack, unpack) = self.inside(f, s, y, h, step), vectors(f, y)[1:]
+
+        def at(theta):
+            place = theta * jnp.ones_like(h)
+            within = tree.polynomial(y, place, d)
+            slope = lambda *d: sum((p + 1) * theta**p * x for p, x in enumerate(d))
+            slope = pack(jax.tree.map(slope, *d))
+            k = functools.reduce(
+                jnp.add, [pack(part(within, s + place * h)) for part in parts_of(f)]
+            )
+            missed = weigh(slope) - tree.scale(h, k)
+            return lax.stop_gradient(unpack(solve(tree.scale(self.gamma, missed))))
+
+        return list(map(at, self.looks))
 
     def slope_of_system(self, f, s, y: PyTree, known: PyTree) -> PyTree:
         """dy/ds for M dy/ds = f: known = f in the rows of M that are not 0; in the others, which are
@@ -74,6 +115,11 @@ def time_derivative(f, field, s, y):
     if trace is not None and not trace.uses_time:
         return None
     return jax.jvp(lambda s: field(y, s), (s,), (jnp.ones_like(s),))[1]
+
+
+def parts_of(f) -> list:
+    """The fields of which a field is the sum."""
+    return getattr(f, "parts", [f])
 
 
 def vectors(f, y: PyTree) -> tuple[Callable, Callable, Callable]:

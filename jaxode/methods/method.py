@@ -1,6 +1,7 @@
 """What a solver may ask of a method: how to start, how to step, and the solution inside a step."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ class Step(NamedTuple):
         stages: what `Method.inside` needs of this step; the method's own.
         converged: whether the equations of the step were solved; if not, the step is rejected.
         evaluations: how many times func was evaluated.
+        inside_errors: estimates of the error of `Method.inside` at some places, pytrees like y; none of a
+            method that does not look there.
     """
 
     y: PyTree
@@ -41,6 +44,7 @@ class Step(NamedTuple):
     stages: Any
     converged: Array | bool = True
     evaluations: Array | int = 0
+    inside_errors: Sequence[PyTree] = ()
 
 
 def combined(high, low=None):
@@ -130,6 +134,11 @@ class Method:
         Many solves by an implicit method are lanes where it has them, on a CPU; else one after another."""
         return None
 
+    def looking_inside(self) -> "Method":
+        """The method of a solve that is asked for what lies inside of steps: by default this one. One whose
+        error estimate sees the end of a step alone estimates that of `inside`, too."""
+        return self
+
     def start(self, f, s, y: PyTree) -> PyTree:
         """The memory before the first step. Costs one evaluation of func."""
         raise NotImplementedError
@@ -185,6 +194,9 @@ class Around(Method):
         for name in Method.__annotations__:
             object.__setattr__(self, name, getattr(self.method, name))
         object.__setattr__(self, "sums_slopes", False)
+
+    def looking_inside(self) -> Method:
+        return dataclasses.replace(self, method=self.method.looking_inside())
 
     def slope(self, f, s, y: PyTree, memory) -> PyTree:
         return self.method.slope(f.field, s, y, memory.inner)

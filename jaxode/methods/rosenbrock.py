@@ -42,6 +42,7 @@ class Rosenbrock(Implicit):
         caution: what the error is multiplied by, where many that are just tolerated would add up.
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
         written_up_to: numbers of a state up to which stages are written out, and not a loop.
+        looks_inside: whether a step estimates the error of dense output, too.
     """
 
     order: int
@@ -56,6 +57,7 @@ class Rosenbrock(Implicit):
     caution: float = 1.0
     linear: Linear = DENSE
     written_up_to: int = WRITTEN_OUT
+    looks_inside: bool = False
     takes_mass = True
     takes_jac = True
 
@@ -65,7 +67,7 @@ class Rosenbrock(Implicit):
 
     @property
     def step_evaluations(self) -> int:  # type: ignore[override]
-        return len(self.c)
+        return len(self.c) + self.looks_inside * len(self.looks)
 
     def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
         """dy/ds: the memory is M dy/ds."""
@@ -90,7 +92,10 @@ class Rosenbrock(Implicit):
         # The inverse of an infinite matrix is 0, which would look like a solution at rest.
         solved = tree.all_finite(jacobian, us if self.linear.iterative else us[0])
         error = us[-1] if self.caution == 1 else tree.scale(self.caution, us[-1])
-        return Step(y1, k1, k1, [unpack(error)], us, solved, self.step_evaluations)
+        step = Step(y1, k1, k1, [unpack(error)], us, solved, self.step_evaluations)
+        if not self.looks_inside:
+            return step
+        return step._replace(inside_errors=self.error_inside(f, s, y, h, step, solve, weigh))
 
     def written_out(self, field, s, y, k, of_time, h, solve, weigh):
         """The u_i, the last y_i, and the slopes at all of them."""

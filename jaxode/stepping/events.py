@@ -212,13 +212,14 @@ def of_change(step: Step, is_due: Any = True) -> Step:
         errors=[jax.tree.map(none, error) for error in step.errors],
         converged=True if step.converged is True else step.converged | is_due,
         evaluations=jnp.where(is_due, 1, jnp.asarray(step.evaluations, jnp.int32)),
+        inside_errors=[jax.tree.map(none, error) for error in step.inside_errors],
     )
 
 
 def with_record(step: Step, found, inner: Step) -> Step:
     """A step with what was found; `inner` is that of the method, for dense output."""
     y, memory, slope, record = found
-    inside = inner._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
+    inside = inner._replace(errors=[], converged=None, evaluations=None, inside_errors=())  # type: ignore[arg-type]
     return step._replace(y=y, memory=memory, slope=slope, stages=(inside, record))
 
 

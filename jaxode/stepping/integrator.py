@@ -98,6 +98,10 @@ class State(NamedTuple):
         return None if self.watch is None else jnp.sum(self.memory.counts).astype(jnp.int32)
 
 
+# So many tolerances may the error of a row inside a step be, where its method looks there.
+INSIDE = 2
+
+
 class Integrator(eqx.Module):
     """A method, its tolerances and its limits: what turns a field into a solution.
 
@@ -328,7 +332,10 @@ def error_over_tolerance(integrator: Integrator, y, step: Step):
     Infinity says that the equations of an implicit step were not solved.
     """
     scale = integrator.tolerated(y, step.y)
-    ratio = combined(*(tree.norm(integrator.controlled(e), scale) for e in step.errors))
+    norm = lambda error: tree.norm(integrator.controlled(error), scale)
+    ratio = combined(*map(norm, step.errors))
+    for error in step.inside_errors:
+        ratio = jnp.maximum(ratio, norm(error) / INSIDE)
     if not integrator.method.estimate_sees_end:
         ratio = jnp.where(integrator.finite(step.slope), ratio, jnp.nan)
     ratio = of_failed(ratio, step.converged)
