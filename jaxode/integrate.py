@@ -118,7 +118,8 @@ def solve(
             first is that of y0. In the unit of time of func; float32 or wider. Large ones that float32
             cannot tell apart (seconds since 1970) are subtracted in float64, if they are known and
             func does not use them; else refused. Derivatives with respect to t take func to be continuous in
-            t: where it jumps, let a signal, or the `change` of an event, do that.
+            t: where it jumps, let a signal, or the `change` of an event, do that. With times between the first
+            and the last, implicit methods keep steps so short that their dense output is right, too.
         args: further arguments of func: pytrees. Floating-point arrays and numbers in them are
             differentiated; Python ints, bools and strings, functions, integer arrays and PRNG keys
             reach func as they are. Steps end at the knots of every `jaxode.Signal` that func asks,

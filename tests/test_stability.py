@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode import Status, odeint, solve
+from jaxode import Event, Status, odeint, solve
 from jaxode.methods import tables
 from jaxode.methods.explicit import radius
 from jaxode.problems import problems
@@ -187,3 +187,44 @@ def test_backsolve_is_never_far_off():
     assert 3 < np.sum(said) < len(said) - 3
     off = np.abs(found[said, 0] - found[said, 1]) / (0.1 + np.abs(found[said, 1]))
     assert np.max(off) < 0.06
+
+
+def branching(y, t, speed):
+    """A species that is gone at once, into two others, in parts that depend on them."""
+    gone, a, b = y
+    part = 0.6 + 0.1 * (a - 0.5)
+    return jnp.stack(
+        [-speed * gone, part * speed * gone - a + b, (1 - part) * speed * gone + a - b]
+    )
+
+
+def after_start(more, speed, **options):
+    y0, t = jnp.array([0.0, 0.6, 0.4]).at[0].add(more), jnp.array([0.0, 1.0])
+    return solve(branching, y0, t, speed, rtol=1e-4, atol=1e-4, **options).ys[-1, 1]
+
+
+def after_dose(more, speed, **options):
+    dose = Event(times=[0.5], change=lambda y, t, _: y.at[0].add(more))
+    y0, t = jnp.array([0.0, 0.6, 0.4]), jnp.array([0.0, 1.5])
+    options = dict(rtol=1e-4, atol=1e-4, events=[dose]) | options
+    return solve(branching, y0, t, speed, **options).ys[-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("last", "method"),
+    [
+        (after_start, "rodas5p"),
+        (after_start, "kvaerno5"),
+        (after_start, "auto"),
+        (after_dose, "rodas5p"),
+    ],
+)
+def test_what_is_given_to_a_mode_that_is_gone_at_once(last, method):
+    """Long steps right after it made of derivatives 1e4 for 0.5, where values were right."""
+    options = dict(method=method, max_steps=200)
+    low, high = (last(more, 1e9, **options) for more in (-0.01, 0.01))
+    exact = (high - low) / 0.02
+    slope = jax.grad(lambda more, speed: last(more, speed, **options))
+    np.testing.assert_allclose(jax.jit(slope)(0.0, 1e9), exact, rtol=3e-3)
+    many = jax.jit(jax.vmap(slope))(jnp.zeros(2), jnp.array([1e9, 1e6]))
+    np.testing.assert_allclose(many, exact, rtol=3e-3)

@@ -16,6 +16,7 @@ from jaxode.methods.method import Step
 from jaxode.stepping import events
 from jaxode.stepping.integrator import next_end_or_event, watched
 from jaxode.stepping.problems import end_of
+from jaxode.stepping.stability import gently
 
 
 def quiet_step(steps, own, state, h) -> Step:
@@ -98,7 +99,10 @@ def trial(steps, own, state):
             step = eqx.combine(arrays, numbers)
             step = method.changed(steps.field(f), old.s, old.y, old.memory, step)
             new = integrator.accept_or_reject(old, step, old.s, h)
-            return tree.where(due, (events.after_event(f, old, new, step), step.stages[1]), given)
+            new = events.after_event(f, old, new, step)
+            if integrator.steady and method.implicit:
+                new = gently(integrator, f, new)
+            return tree.where(due, (new, step.stages[1]), given)
 
         return each(one)(own, state, due, h, arrays, given)
 

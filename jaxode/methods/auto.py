@@ -15,8 +15,8 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.methods.explicit import Tableau
-from jaxode.methods.implicit import vectors
-from jaxode.methods.linear import DENSE, Linear, in_forward_mode
+from jaxode.methods.implicit import begin_to_follow, followed, geometric, vectors
+from jaxode.methods.linear import DENSE, Linear
 from jaxode.methods.method import AT_REST, QUIET, SAFETY, Method, Step, chosen
 from jaxode.methods.rosenbrock import Rosenbrock, rodas5p
 from jaxode.methods.tables import methods as tables
@@ -104,17 +104,19 @@ class Auto(Method):
         return dataclasses.replace(self, looks_inside=True)
 
     def start(self, f, s, y: PyTree) -> Memory:
-        direction, rates = tree.unit(tree.any_direction(y)), jnp.zeros((2,), s.dtype)
-        for _ in range(2):
-            direction, rates = followed(lambda y: f(y, s), lax.stop_gradient(y), direction, rates)
-        return Memory(f(y, s), jnp.zeros((), s.dtype), direction, rates)
+        return Memory(
+            f(y, s), jnp.zeros((), s.dtype), *begin_to_follow(lambda y: f(y, s), y, s.dtype)
+        )
+
+    def fastest(self, f, s, y: PyTree, memory: Memory):
+        return geometric(memory.rates)
 
     def slope(self, f, s, y: PyTree, memory: Memory) -> PyTree:
         return memory.slope
 
     def step(self, f, s, y: PyTree, memory: Memory, h, norm=None) -> Step:
         _, left, direction, rates = lax.stop_gradient(memory)
-        is_stiff = (left > 0) | (h * fastest(rates) > self.stable)
+        is_stiff = (left > 0) | (h * geometric(rates) > self.stable)
         # With h = 0 for the others: what is computed and left out must have finite derivatives.
         zero = jnp.zeros_like(h)
         mild_h, stiff_h = jnp.where(is_stiff, zero, h), jnp.where(is_stiff, h, zero)
@@ -126,7 +128,7 @@ class Auto(Method):
         direction, rates = followed(
             lambda y: f(y, s + h), lax.stop_gradient(step.y), direction, rates
         )
-        left = self.left_after(step, is_stiff, left, h * fastest(rates), norm)
+        left = self.left_after(step, is_stiff, left, h * geometric(rates), norm)
         memory = Memory(step.slope, left, direction, rates)
         return step._replace(memory=memory, stages=(is_stiff, step.stages))
 
@@ -176,22 +178,6 @@ def alike(step: Step, stages) -> Step:
     return step._replace(
         memory=None, stages=stages, converged=jnp.asarray(step.converged), evaluations=evaluations
     )
-
-
-def followed(f, y: PyTree, direction: PyTree, rates: Array):
-    """The direction after a product with df/dy, with a root mean square of 1, and the last two rates."""
-    with in_forward_mode():
-        product = jax.jvp(f, (y,), (direction,))[1]
-    rate = tree.length(product)
-    usable = lax.is_finite(rate) & (rate > 0)
-    direction = tree.where(usable, tree.unit(product), direction)
-    rate = jnp.where(usable, lax.convert_element_type(rate, rates.dtype), 0)
-    return direction, jnp.stack([rates[1], rate])
-
-
-def fastest(rates: Array):
-    """About the largest |lambda| of df/dy."""
-    return jnp.sqrt(rates[0]) * jnp.sqrt(rates[1])
 
 
 methods: dict[str, Method] = {"auto": Auto()}

@@ -155,6 +155,10 @@ class Method:
         """[d_0, d_1, ...] with y(s + theta h) = y + sum_p theta^(p+1) d_p for 0 <= theta <= 1."""
         raise NotImplementedError
 
+    def fastest(self, f, s, y: PyTree, memory: PyTree):
+        """About the largest |lambda| of df/dy, of an implicit method."""
+        raise NotImplementedError
+
     def restarted(self, f, s, y: PyTree, memory: PyTree, seen) -> PyTree:
         """The memory where an event has made y of the state: by default that of a start.
 
@@ -197,6 +201,9 @@ class Around(Method):
 
     def looking_inside(self) -> Method:
         return dataclasses.replace(self, method=self.method.looking_inside())
+
+    def fastest(self, f, s, y: PyTree, memory):
+        return self.method.fastest(f.field, s, y, memory.inner)
 
     def slope(self, f, s, y: PyTree, memory) -> PyTree:
         return self.method.slope(f.field, s, y, memory.inner)

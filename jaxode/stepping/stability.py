@@ -35,9 +35,25 @@ class Probe(NamedTuple):
 
 def differentiated(integrator):
     """The integrator of a solve whose derivatives hold the step sizes fixed."""
-    if not integrator.adaptive or integrator.method.stability is None:
+    method = integrator.method
+    if not integrator.adaptive or (method.stability is None and not method.implicit):
         return integrator
     return dataclasses.replace(integrator, steady=True)
+
+
+def gently(integrator, f, state):
+    """A solve by an implicit method whose next step resolves the fastest mode, at the start and after an event.
+
+    Where a mode is gone within that step, its derivative is the product of a number of the size of h lambda
+    with what df/dy changes in the step. With respect to the start of a species that turns into two others at a
+    rate of 1e9, in parts that depend on them, it was 1e4 for 0.5. The steps that follow grow tenfold, so this
+    costs one step for each power of ten.
+    """
+    rate = integrator.method.fastest(f, state.s, state.y, state.memory)
+    usable = lax.is_finite(rate) & (rate * state.h > 1)
+    h = jnp.where(usable, 1 / jnp.where(usable, rate, 1), state.h)
+    h = jnp.maximum(h, jnp.minimum(state.h, 64 * integrator.least(state.s)))
+    return state._replace(h=lax.stop_gradient(h))
 
 
 def begin(integrator, f, state, slope) -> Probe:
