@@ -6,7 +6,6 @@ the beginnings of the steps, and the polynomial of its step evaluated.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -122,7 +121,7 @@ def evaluate(dense: Dense, t, derivative: bool) -> PyTree:
     start, h, y, d = jax.tree.map(lambda x: jnp.where(like(x), x, 0), taken)
     theta = (s - start) / jnp.where(h == 0, 1, h)
     if derivative:
-        found = jax.vmap(slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
+        found = jax.vmap(tree.slope)(theta, jnp.where(h == 0, 1, h) * dense.span, d)
     else:
         if dense.start is not None:  # which moves along the first step, as any other state does
             y = jax.vmap(tree.where, (0, None, 0))(at <= 0, dense.start, y)
@@ -149,18 +148,6 @@ def rows_of(dense: Dense, s) -> Array:
 
     rows = jnp.zeros(s.shape, jnp.int32)
     return lax.while_loop(lambda state: state[1] > 1, halve, (rows, dense.count))[0]
-
-
-def slope(theta, width, d: list[PyTree]) -> PyTree:
-    """sum_p (p + 1) theta^p d_p over the width of a step: the derivative, by Horner's rule."""
-
-    def leaf(*d):
-        total: Any = tree.scale(float(len(d)), tree.wide(d[-1]))
-        for p in range(len(d) - 1, 0, -1):
-            total = lax.add(tree.scale(float(p), tree.wide(d[p - 1])), tree.scale(theta, total))
-        return lax.convert_element_type(tree.scale(1 / width, total), d[0].dtype)
-
-    return jax.tree.map(leaf, *d)
 
 
 def of_steps(output: EveryStep, rows: Steps, t, span, end, report, of_states, start):

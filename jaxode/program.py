@@ -162,8 +162,9 @@ def integrator_of(
     """The method with its limits, in units of an interval that is `long`; without a step, if they are not
     valid."""
     kind: Any = Integrator
-    output, method = static.output, static.method
-    inside = output.needs_inside() and output.rows(t) > 0
+    method = static.method
+    # One that can be resumed does not know yet how many times will be asked for.
+    inside = static.output.needs_inside() and static.output.rows(t) > 0
     if steps is None and (inside or static.resumable or static.events is not None):
         method = method.looking_inside()
     if static.resumable:
@@ -175,7 +176,7 @@ def integrator_of(
         method=method,
         controller=static.controller,
         max_steps=static.max_steps,
-        output=output,
+        output=static.output,
         steps=steps,
         rtol=rtol,
         atol=atol,

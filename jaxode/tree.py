@@ -170,6 +170,18 @@ def polynomial(y: PyTree, theta, d: list[PyTree], times: Callable = scale) -> Py
     return jax.tree.map(leaf, y, *d)
 
 
+def slope(theta, width, d: list[PyTree]) -> PyTree:
+    """sum_p (p + 1) theta^p d_p over the width of a step: the derivative of `polynomial`, by Horner's rule."""
+
+    def leaf(*d):
+        total: Any = scale(float(len(d)), wide(d[-1]))
+        for p in range(len(d) - 1, 0, -1):
+            total = lax.add(scale(float(p), wide(d[p - 1])), scale(theta, total))
+        return lax.convert_element_type(scale(1 / width, total), d[0].dtype)
+
+    return jax.tree.map(leaf, *d)
+
+
 def hermite(h, moved: PyTree, k: PyTree, k1: PyTree) -> list[PyTree]:
     """The d_p of the cubic through y, y', y + moved, y1' (HNW eq. II.6.7)."""
     first, last = (weighted_sum(h, [(1.0, k)]) for k in (k, k1))

@@ -166,3 +166,16 @@ def test_names_answer_and_a_method_that_is_none_is_refused():
     assert named("tsit5") is methods["tsit5"] and named(DOUBLED) is DOUBLED
     with pytest.raises(TypeError, match="Method"):
         named(3)
+
+
+class Implicit(ExponentialEuler):
+    """The same, said to solve equations; it does not know how fast the modes of a field are."""
+
+    implicit = True
+
+
+def test_an_implicit_method_from_outside_is_differentiated():
+    given = dict(rtol=1e-4, atol=1e-4)
+    last = lambda p, method: odeint(field, jnp.ones(2), TS, p, method=method, **given)[-1].sum()
+    slopes = [jax.grad(last)(0.7, method) for method in (ExponentialEuler(2.0), Implicit(2.0))]
+    np.testing.assert_allclose(slopes[1], slopes[0], rtol=1e-12)

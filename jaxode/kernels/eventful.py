@@ -99,9 +99,7 @@ def trial(steps, own, state):
             step = eqx.combine(arrays, numbers)
             step = method.changed(steps.field(f), old.s, old.y, old.memory, step)
             new = integrator.accept_or_reject(old, step, old.s, h)
-            new = events.after_event(f, old, new, step)
-            if integrator.steady and method.implicit:
-                new = gently(integrator, f, new)
+            new = gently(integrator, f, events.after_event(f, old, new, step))
             return tree.where(due, (new, step.stages[1]), given)
 
         return each(one)(own, state, due, h, arrays, given)

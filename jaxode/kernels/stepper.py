@@ -26,7 +26,7 @@ from jaxode.kernels.numbers import in_numbers
 from jaxode.kernels.stages import Stages
 from jaxode.methods.explicit import Tableau
 from jaxode.methods.linear import WRITTEN_OUT
-from jaxode.methods.method import Step
+from jaxode.methods.method import Step, for_inside
 from jaxode.outputs import Cotangents
 from jaxode.stepping import events, stability
 from jaxode.stepping.events import Eventful, WithEvents
@@ -79,9 +79,8 @@ class Stepper(NamedTuple):
                 folded = tree.zeros_of(lambda: integrator.fold.begin(found()))
             if isinstance(f, Eventful):
                 state = events.begin(f, state)
-            if integrator.steady and self.method.implicit:
-                state = stability.gently(integrator, f, state)
-            elif integrator.steady:
+            state = stability.gently(integrator, f, state)
+            if integrator.steady and not self.method.implicit:
                 probe = stability.begin(integrator, controlled(self, f), state, slope)
                 state = state._replace(probe=probe)
             return state._replace(folded=folded), slope
@@ -103,7 +102,7 @@ class Stepper(NamedTuple):
                 trial = trial_in_numbers(self, own, state) or trial
             new, found, h, step = trial(own, state)
             new = folded(self, own, state, new, found)
-            return steadied(self, own, new, state.y), h, arrays_of(step)
+            return steadied(self, own, new, state.y), h, for_inside(step)
 
         def decide(integrator, f, ss, state, y, k, errors, move):
             step = Step(y, k, k, errors, None, evaluations=self.method.step_evaluations)
@@ -114,7 +113,7 @@ class Stepper(NamedTuple):
         step = self.stages.step(own, state.s, state.y, state.memory, h)
         found = step.y, step.slope, step.errors
         new = self.problems.each(decide)(own, state, *found, (s1, h, go))
-        return steadied(self, own, new, state.y), h, arrays_of(step)
+        return steadied(self, own, new, state.y), h, for_inside(step)
 
     def trial_of_one(self, integrator, f, ss, state):
         """The same of one solve, in one go; and what the step adds to a fold."""
@@ -222,7 +221,7 @@ def decided(integrator, state, s1, h, go, step: Step):
     new = integrator.accept_or_reject(state, step, s1, h, go)
     new, fold = watched(integrator, state, new, h, step, go), integrator.fold
     given = integrator.method, state.s, state.y, state.memory, h, step
-    return new, None if fold is None else fold.of_step(*given), h, arrays_of(step)
+    return new, None if fold is None else fold.of_step(*given), h, for_inside(step)
 
 
 def trial_in_numbers(steps: Stepper, own, state) -> Callable | None:
@@ -322,7 +321,7 @@ def quiet_trial(steps: Stepper, own, state):
     new = integrator.accept_or_reject(state, step, s1, h, veto=happens)
     happens = happens & (new.accepted == state.accepted) & (new.h == state.h)
     new = watched(integrator, state, new, h, step)
-    return steadied(steps, own, new, state.y), h, arrays_of(step), happens
+    return steadied(steps, own, new, state.y), h, for_inside(step), happens
 
 
 def folded(steps: Stepper, own, old, new, found):
@@ -359,11 +358,6 @@ def steadied(steps: Stepper, own, state, before):
     turn = lambda probe: each(of_one)(own, state, due, probe, before)
     probe = tree.at_most_once(due if alone else jnp.any(due), turn, state.probe)
     return each(stability.limited)(own, state._replace(probe=lax.stop_gradient(probe)))
-
-
-def arrays_of(step: Step) -> Step:
-    """What `inside` may need."""
-    return step._replace(errors=[], converged=None, evaluations=None, inside_errors=())  # type: ignore[arg-type]
 
 
 def added(y_bar, straight):

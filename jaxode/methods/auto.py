@@ -65,7 +65,7 @@ class Auto(Method):
 
     Attributes:
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
-        looks_inside: whether an implicit step estimates the error of dense output, too.
+        looks: where an implicit step looks at its dense output.
 
     >>> from jaxode import solve
     >>> f = lambda y, t, speed: -speed * (y - jnp.cos(t))
@@ -75,7 +75,7 @@ class Auto(Method):
     """
 
     linear: Linear = DENSE
-    looks_inside: bool = False
+    looks: tuple[float, ...] = ()
     order = 5
     error_order = 4
     any_state = True
@@ -90,7 +90,7 @@ class Auto(Method):
 
     @property
     def stiff(self) -> Rosenbrock:
-        return dataclasses.replace(rodas5p, linear=self.linear, looks_inside=self.looks_inside)
+        return dataclasses.replace(rodas5p, linear=self.linear, looks=self.looks)
 
     def jacobian(self, f, field, s, y: Array) -> PyTree:
         """df/dy, with the structure that is declared."""
@@ -101,7 +101,7 @@ class Auto(Method):
         return self if size <= LARGE or self.linear != DENSE else self.mild
 
     def looking_inside(self) -> Method:
-        return dataclasses.replace(self, looks_inside=True)
+        return dataclasses.replace(self, looks=self.stiff.places)
 
     def start(self, f, s, y: PyTree) -> Memory:
         return Memory(
@@ -149,9 +149,7 @@ class Auto(Method):
         step = self.mild.step(f, s, y, k, h)
         stages = [vectors(f, y)[1](k) for k in step.stages]
         spare = len(self.stiff.c) - len(stages)
-        if self.looks_inside:
-            none = jax.tree.map(jnp.zeros_like, y)
-            step = step._replace(inside_errors=[none for _ in self.stiff.looks])
+        step = step._replace(inside_errors=[jax.tree.map(jnp.zeros_like, y) for _ in self.looks])
         return alike(step, [*stages, *[jnp.zeros_like(stages[0])] * spare])
 
     def stiff_step(self, f, s, y, k, h):

@@ -55,7 +55,6 @@ class Esdirk(Implicit):
         kappa: a stage is solved when what is left of it has a norm below this; the error of a step may
             have 1.
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
-        looks_inside: whether a step estimates the error of dense output, too.
     """
 
     order: int
@@ -71,11 +70,9 @@ class Esdirk(Implicit):
     iterations: int = 10
     kappa: float = 1e-2
     linear: Linear = DENSE
-    looks_inside: bool = False
-    looks = (
-        0.3,
-        0.8,
-    )  # errors of the slopes at both ends cancel at a place that is another in each step
+    looks: tuple[float, ...] = ()
+    # Errors of the slopes at both ends cancel somewhere, in each step at another place.
+    places = (0.3, 0.8)
     takes_jac = True
     takes_mass = True
     iterates = True
@@ -150,9 +147,7 @@ class Esdirk(Implicit):
         evaluations = lax.convert_element_type(lax.stop_gradient(count), jnp.int32)
         ends = whole(memory), whole(memory1)
         step = Step(y1, memory1, ends[1], [error], ends[0], converged, evaluations)
-        if not self.looks_inside:
-            return step
-        inside = self.error_inside(f, s, y, h, step, substitute, weigh)
+        inside = self.errors_inside(f, s, y, h, step, substitute, weigh)
         return step._replace(inside_errors=inside, evaluations=evaluations + len(self.looks))
 
     def equations(self, f, field, s, y0, k0, h):

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.methods.linear import Linear, in_forward_mode, solver
-from jaxode.methods.method import Method, Step
+from jaxode.methods.method import Method, Step, for_inside
 
 
 class Implicit(Method):
@@ -22,13 +22,15 @@ class Implicit(Method):
     Attributes:
         c: the nodes of its stages.
         gamma: the coefficient of the implicit part of a stage.
-        looks: where a step looks at its dense output, if it does. Errors there are largest in the middle, or of
-            two signs and then 0 in the middle.
+        places: where a step can look at its dense output. Errors there are largest in the middle, or of two
+            signs and then 0 in the middle.
+        looks: where it does: nowhere, or there.
     """
 
     c: tuple[float, ...]
     gamma: float
-    looks: tuple[float, ...] = (0.3,)
+    places: tuple[float, ...] = (0.3,)
+    looks: tuple[float, ...] = ()
     linear: Linear
     any_state = True
     implicit = True
@@ -49,23 +51,24 @@ class Implicit(Method):
         return self.linear.matrix(jac(y, s))
 
     def fastest(self, f, s, y: PyTree, memory: PyTree):
-        field = vectors(parts_of(f)[0], y)[0]
-        x = lax.stop_gradient(vectors(f, y)[1](y))
-        jac = getattr(f, "jac", None)
+        stiff = parts_of(f)[0]
+        field, pack, _ = vectors(stiff, y)
+        jac = getattr(stiff, "jac", None)
         if jac is None:
-            return geometric(begin_to_follow(lambda x: field(x, s), x, s.dtype)[1])
-        matrix = self.linear.matrix(jac(lax.stop_gradient(y), s))
-        return geometric(begin_to_follow(partial(self.linear.product, matrix), x, s.dtype)[1])
+            times = lambda x: field(x, s)
+        else:
+            times = partial(self.linear.product, self.linear.matrix(jac(lax.stop_gradient(y), s)))
+        return geometric(begin_to_follow(times, pack(y), s.dtype)[1])
 
     def looking_inside(self) -> Method:
         if self.error_order is None:
             return self
-        return dataclasses.replace(self, looks_inside=True)  # type: ignore[type-var]
+        return dataclasses.replace(self, looks=self.places)  # type: ignore[type-var]
 
-    def error_inside(
+    def errors_inside(
         self, f, s, y: PyTree, h, step: Step, solve: Callable, weigh: Callable
-    ) -> list[PyTree]:
-        """The errors of `inside` at the places `looks` of a step.
+    ) -> list:
+        """The errors of `inside` where a step looks at it.
 
         A component that is held to a curve by fast modes is found without error at the end of a step, however
         long that is; what lies between is a polynomial p that knows nothing of the curve (in the problem of
@@ -74,19 +77,16 @@ class Implicit(Method):
         right for fast modes, and of a right size for slow ones. `solve` is b -> x with (M - gamma h J) x = b,
         and `weigh` x -> M x.
         """
-        step = step._replace(errors=[], converged=None, evaluations=None)  # type: ignore[arg-type]
-        y, h, step = lax.stop_gradient((y, h, step))
+        if not self.looks:
+            return []
+        y, h, step = lax.stop_gradient((y, h, for_inside(step)))
         d, (pack, unpack) = self.inside(f, s, y, h, step), vectors(f, y)[1:]
 
         def at(theta):
             place = theta * jnp.ones_like(h)
-            within = tree.polynomial(y, place, d)
-            slope = lambda *d: sum((p + 1) * theta**p * x for p, x in enumerate(d))
-            slope = pack(jax.tree.map(slope, *d))
-            k = functools.reduce(
-                jnp.add, [pack(part(within, s + place * h)) for part in parts_of(f)]
-            )
-            missed = weigh(slope) - tree.scale(h, k)
+            within, moves = tree.polynomial(y, place, d), tree.slope(place, jnp.ones_like(h), d)
+            ks = [pack(part(within, s + place * h)) for part in parts_of(f)]
+            missed = weigh(pack(moves)) - tree.scale(h, functools.reduce(jnp.add, ks))
             return lax.stop_gradient(unpack(solve(tree.scale(self.gamma, missed))))
 
         return list(map(at, self.looks))

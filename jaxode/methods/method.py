@@ -47,6 +47,11 @@ class Step(NamedTuple):
     inside_errors: Sequence[PyTree] = ()
 
 
+def for_inside(step: Step) -> Step:
+    """What `Method.inside` may need of a step."""
+    return step._replace(errors=[], converged=None, evaluations=None, inside_errors=())  # type: ignore[arg-type]
+
+
 def combined(high, low=None):
     """The error of a step from the norms of one estimate, or of two as in DOP853 (HNW eq. II.10.17)."""
     if low is None:
@@ -156,8 +161,8 @@ class Method:
         raise NotImplementedError
 
     def fastest(self, f, s, y: PyTree, memory: PyTree):
-        """About the largest |lambda| of df/dy, of an implicit method."""
-        raise NotImplementedError
+        """About the largest |lambda| of df/dy; 0 of a method that does not know it."""
+        return jnp.zeros_like(s)
 
     def restarted(self, f, s, y: PyTree, memory: PyTree, seen) -> PyTree:
         """The memory where an event has made y of the state: by default that of a start.

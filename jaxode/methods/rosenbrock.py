@@ -42,7 +42,6 @@ class Rosenbrock(Implicit):
         caution: what the error is multiplied by, where many that are just tolerated would add up.
         linear: how df/dy is found, and systems with it solved (`jaxode.methods.linear`).
         written_up_to: numbers of a state up to which stages are written out, and not a loop.
-        looks_inside: whether a step estimates the error of dense output, too.
     """
 
     order: int
@@ -57,7 +56,7 @@ class Rosenbrock(Implicit):
     caution: float = 1.0
     linear: Linear = DENSE
     written_up_to: int = WRITTEN_OUT
-    looks_inside: bool = False
+    looks: tuple[float, ...] = ()
     takes_mass = True
     takes_jac = True
 
@@ -67,7 +66,7 @@ class Rosenbrock(Implicit):
 
     @property
     def step_evaluations(self) -> int:  # type: ignore[override]
-        return len(self.c) + self.looks_inside * len(self.looks)
+        return len(self.c) + len(self.looks)
 
     def slope(self, f, s, y: PyTree, memory: PyTree) -> PyTree:
         """dy/ds: the memory is M dy/ds."""
@@ -93,9 +92,7 @@ class Rosenbrock(Implicit):
         solved = tree.all_finite(jacobian, us if self.linear.iterative else us[0])
         error = us[-1] if self.caution == 1 else tree.scale(self.caution, us[-1])
         step = Step(y1, k1, k1, [unpack(error)], us, solved, self.step_evaluations)
-        if not self.looks_inside:
-            return step
-        return step._replace(inside_errors=self.error_inside(f, s, y, h, step, solve, weigh))
+        return step._replace(inside_errors=self.errors_inside(f, s, y, h, step, solve, weigh))
 
     def written_out(self, field, s, y, k, of_time, h, solve, weigh):
         """The u_i, the last y_i, and the slopes at all of them."""

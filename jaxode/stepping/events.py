@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.kernels.traces import Trace
-from jaxode.methods.method import Around, Method, Step, chosen
+from jaxode.methods.method import Around, Method, Step, chosen, for_inside
 from jaxode.solution import Status
 from jaxode.stepping.field import AroundField, unravelled
 
@@ -219,8 +219,7 @@ def of_change(step: Step, is_due: Any = True) -> Step:
 def with_record(step: Step, found, inner: Step) -> Step:
     """A step with what was found; `inner` is that of the method, for dense output."""
     y, memory, slope, record = found
-    inside = inner._replace(errors=[], converged=None, evaluations=None, inside_errors=())  # type: ignore[arg-type]
-    return step._replace(y=y, memory=memory, slope=slope, stages=(inside, record))
+    return step._replace(y=y, memory=memory, slope=slope, stages=(for_inside(inner), record))
 
 
 def happen(f: Eventful, which, s, y: PyTree, slack, count):

@@ -110,7 +110,7 @@ class Integrator(eqx.Module):
     between two outputs. `controlled` picks the part of a state whose error counts. `output` and
     `fold` are what is kept of the solve (`jaxode.outputs`), and `observers` watch its trial steps
     (`jaxode.stepping.observers`). `budget` bounds the evaluations of func. With `steady` steps stay inside
-    the stability region of the method (`jaxode.stepping.stability`).
+    the stability region of the method, and an implicit one begins gently (`jaxode.stepping.stability`).
     """
 
     method: Method = eqx.field(static=True)
