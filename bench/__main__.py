@@ -8,9 +8,13 @@ into README.md.
 `python -m bench single lanes` runs two of the groups, and `python -m bench everyday --rows Lorenz` some
 works of one: those are printed, and written nowhere but to the file that --save names. `--quick` is
 one round of each of the works of `bench.everyday`. `--list` names the groups.
+
+All groups take an hour. Each that is done is kept in runs/bench.json: a run that was interrupted goes on
+after it, if nothing has changed in between (`--fresh` begins anew).
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -40,6 +44,7 @@ from jaxode.nn import MLPField
 from jaxode.problems import problems
 
 HERE = Path(__file__).parent
+DONE = HERE.parent / "runs" / "bench.json"
 PEERS = {
     "diffrax": "diffrax takes",
     "jax": "jax.experimental.ode",
@@ -453,6 +458,7 @@ def parsed():
     say("--rows", default="", metavar="TEXT", help="everyday works whose names contain it")
     say("--quick", action="store_true", help="one round of each everyday work")
     say("--cold-runs", type=int, default=1, help="processes for each time to compile (default: 1)")
+    say("--fresh", action="store_true", help="do not go on with an interrupted run of all groups")
     say("--save", type=Path, help="a file for the results of some groups")
     say("--list", action="store_true", help="name the groups, and everyday works")
     options = parser.parse_args()
@@ -464,7 +470,7 @@ def parsed():
 
 
 def chosen(options):
-    """The groups to run: all, unless some were named."""
+    """The groups to run, by name: all, unless some were named."""
     names = options.names
     if "everyday" in names or (options.rows and not names):
         names = [n for n in names if n != "everyday"] + [n for n in EVERYDAY if n not in names]
@@ -474,7 +480,42 @@ def chosen(options):
             rows = partial(rows, only=options.rows, quick=options.quick)
         if name == "cold":
             rows = partial(rows, runs=options.cold_runs)
-        yield rows
+        yield name, rows
+
+
+def conditions(options) -> dict:
+    """What must be the same for rows to be those of one run."""
+    code = hashlib.sha256()
+    for path in sorted([*Path(jaxode.__file__).parent.rglob("*.py"), *HERE.glob("*.py")]):
+        code.update(path.read_bytes())
+    return {"versions": versions(), "cold_runs": options.cold_runs, "code": code.hexdigest()}
+
+
+def done_before(options) -> dict[str, list]:
+    """The rows of the groups that an interrupted run has finished."""
+    if options.fresh or not DONE.exists():
+        return {}
+    kept = json.loads(DONE.read_text())
+    if kept["conditions"] != conditions(options):
+        print(f"What {DONE} holds is of other code or versions: all groups run.", flush=True)
+        return {}
+    return kept["groups"]
+
+
+def run(groups, done: dict[str, list], keep) -> list:
+    """The rows of all groups, printed; `keep` is told of each group that is done."""
+    for name, rows in groups:
+        finished = name in done
+        found = []
+        for result in done[name] if finished else rows():
+            found.append(result)
+            work, ours, *peers = shown(result)
+            peers = [f"{name} {cell}" for name, cell in zip(PEERS, peers) if cell]
+            print(f"{work:60s}  {ours:>18s}  " + ", ".join(peers), flush=True)
+        if not finished:
+            done[name] = found
+            keep()
+    return [result for rows in done.values() for result in rows]
 
 
 def main():
@@ -485,14 +526,17 @@ def main():
         return
     everything = not options.names and not options.rows and not options.quick
     jax.config.update("jax_enable_x64", True)
+    done = done_before(options) if everything else {}
     warm_up()
-    results = []
-    for rows in chosen(options):
-        for result in rows():
-            results.append(result)
-            work, ours, *peers = shown(result)
-            peers = [f"{name} {cell}" for name, cell in zip(PEERS, peers) if cell]
-            print(f"{work:60s}  {ours:>18s}  " + ", ".join(peers), flush=True)
+
+    def keep():
+        if everything:
+            DONE.parent.mkdir(exist_ok=True)
+            part = DONE.with_suffix(".part")  # for a run that is killed while it writes
+            part.write_text(json.dumps({"conditions": conditions(options), "groups": done}))
+            part.replace(DONE)
+
+    results = run(chosen(options), done, keep)
     written = {"versions": versions(), "cold_runs": options.cold_runs, "results": results}
     text = json.dumps(written, indent=1)
     if options.save:
@@ -500,6 +544,7 @@ def main():
     if everything:
         (HERE / "results.json").write_text(text)
         write(written)
+        DONE.unlink()
 
 
 if __name__ == "__main__":
