@@ -27,6 +27,7 @@ from jaxode.signals import asks, crowded
 from jaxode.stepping.budget import Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.switches import tracing
+from jaxode.traced_once import once
 from jaxode.tree import known
 from jaxode.words import about_words, no_foreign
 
@@ -489,12 +490,12 @@ def saved_of(save, exact, y0, t, func_time, args) -> tuple[Trace | None, list | 
             f"`save` must be a function of the state, save(y, t, *args); got {type(save).__name__}."
         )
     in_order(SAVE, save)
-    trace, leaves = trace_of(save, y0, t, func_time, args, lambda kept, _: as_rows(kept), SAVE)
+    trace, leaves = trace_of(save, y0, t, func_time, args, as_rows, SAVE)
     check_resolution(exact, func_time, trace, SAVE)
     return trace.needed(leaves)
 
 
-def as_rows(kept: PyTree) -> PyTree:
+def as_rows(kept: PyTree, y: PyTree) -> PyTree:
     """What `save` returned as arrays of floats; a TypeError if it is none."""
 
     def leaf(path, x):
@@ -549,16 +550,20 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
     for x in origin[1]:
         no_foreign(f"an argument of {role.name}, or what it holds,", x)
 
-    def derivative(arrays, y, t):
-        func, args = eqx.combine(arrays, static)
-        with explained(role, y, args):
-            result = func(y, t, *args)
-        return checked(result, y)
+    def make():
+        def derivative(arrays, y, t):
+            func, args = eqx.combine(arrays, static)
+            with explained(role, y, args):
+                result = func(y, t, *args)
+            return checked(result, y)
 
+        return derivative, lambda jaxpr, out_tree: Trace(jaxpr, out_tree, origin)
+
+    traced, result = once((func, y0, args), (static, role, checked), make)
     time = jax.ShapeDtypeStruct((), func_time)
     with tracing():
-        closed, out = jax.make_jaxpr(derivative, return_shape=True)(arrays, y0, time)
-        trace = Trace(closed.jaxpr, jax.tree.structure(out), origin)
+        closed, out = traced(arrays, y0, time)
+        trace = result(closed.jaxpr, jax.tree.structure(out))
     return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 
 

@@ -44,7 +44,7 @@ def moving():
 
 
 def tracing():
-    """Where func is traced, which is done in every call, to know whether it does the same as before.
+    """Where func is traced, as in every call of which it is not known that it does the same as before.
     `jax_no_tracing` is about the programs that are made after that."""
     return jax.no_tracing(False) if jax.config.jax_no_tracing else NOTHING  # type: ignore[attr-defined]
 

@@ -19,7 +19,7 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
-    signals functions arguments tolerances events folds corrections constraints stiffness dense resuming program
+    signals functions traced_once arguments tolerances events folds corrections constraints stiffness dense resuming program
     switching integrate
     findings diagnosis perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
