@@ -359,12 +359,35 @@ def test_forward_mode_names_the_adjoints_that_have_it(transform):
         FORWARD[transform](end)
 
 
+KNOTS = Signal([0.0, 1.0, 2.0], [0.0, 1.0, 0.0])
+
+
 @pytest.mark.parametrize("adjoint", ["replay", "backsolve"])
 def test_forward_mode_through_a_signal_and_back_in_time_names_them_too(adjoint):
-    u = Signal([0.0, 1.0, 2.0], [0.0, 1.0, 0.0])
-    end = lambda y: odeint(pulse, y, [0.0, 2.0], u, adjoint=adjoint)[-1]
+    end = lambda y: odeint(pulse, y, [0.0, 2.0], KNOTS, adjoint=adjoint)[-1]
     with pytest.raises(TypeError, match="adjoint='direct' or adjoint='forward'"):
         jax.jvp(end, (1.0,), (1.0,))
+
+
+BACKWARD = {
+    "grad": jax.grad,
+    "jacrev": jax.jacrev,
+    "jit": lambda f: jax.jit(jax.grad(f)),
+    "vmap": lambda f: lambda y: jax.vmap(jax.grad(f))(jnp.stack([y, y])),
+    "over forward": lambda f: jax.grad(lambda y: jax.jvp(f, (y,), (1.0,))[1]),
+}
+
+
+@pytest.mark.parametrize("transform", BACKWARD)
+def test_reverse_mode_of_forward_names_the_adjoints_that_have_it(transform):
+    options = dict(adjoint="forward")
+    end = lambda y: odeint(lambda y, t: -(y**2), y, [0.0, 1.0], **options)[-1]
+    driven = lambda y: odeint(lambda y, t, u: u(t) - y**2, y, [0.0, 2.0], KNOTS, **options)[-1]
+    for function in (end, driven):
+        with pytest.raises(TypeError, match="leave `adjoint` out") as info:
+            BACKWARD[transform](function)(1.0)
+        others = {name for name, adjoint in adjoints.items() if adjoint.reverse}
+        assert others == {name for name in adjoints if f" '{name}'" in str(info.value)}
 
 
 # A pulse that is shorter than the first step.

@@ -19,8 +19,8 @@ ORDER = """
     adjoints.inputs adjoints.second_order adjoints.ends adjoints.failed adjoints.sensitivities
     adjoints.replay_in_lanes
     adjoints.replay adjoints.stretches adjoints.backsolve adjoints.reversible adjoints.direct adjoints.names
-    signals functions traced_once arguments tolerances events folds corrections constraints stiffness dense resuming program
-    switching integrate
+    signals functions traced_once arguments tolerances events folds corrections constraints stiffness dense
+    resuming program switching integrate
     findings diagnosis perturbations trust evidence gradients
     problems.ends problems.problem problems.smooth problems.stiff problems.detest problems.grids
     problems.circuits nn data run_folder train experiments
@@ -37,6 +37,7 @@ EXTENDS = {
     "batch/vmap_rules.py": "the parts of a solve are primitives, with rules of their own",
     "batch/plans.py": "how many operations a field has: reads its jaxpr",
     "signals.py": "signals are found in the jaxpr of func, by a primitive of their own",
+    "adjoints/direct.py": "what has no transpose says so: a primitive",
     "adjoints/failed.py": "the derivatives of a failed solve are a primitive",
 }
 

@@ -6,6 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from jaxode.adjoints.failed import held, held_by_status
 from jaxode.outputs import bent, with_carried
@@ -18,7 +20,27 @@ from jaxode.stepping.stability import differentiated
 
 def forward(integrator, f, y0, ss):
     """Forward mode: JAX differentiates the loop itself; the choice of step sizes is left out."""
-    return loop.solve(differentiated(integrator), f, y0, ss)
+    return jax.tree.map(forward_alone.bind, loop.solve(differentiated(integrator), f, y0, ss))
+
+
+NO_TRANSPOSE = (
+    "adjoint='forward' has derivatives in forward mode alone, such as jax.jvp and jax.jacfwd. For jax.grad, "
+    "jax.vjp and jax.jacrev leave `adjoint` out, which is 'replay', or pass 'backsolve', 'reversible' or "
+    "'direct'."
+)
+
+
+def refused(x_bar, x):
+    """Of its loops JAX would say that they cannot be differentiated so, and not what to do."""
+    raise TypeError(NO_TRANSPOSE)
+
+
+forward_alone = Primitive("forward_alone")
+forward_alone.def_impl(lambda x: x)
+forward_alone.def_abstract_eval(lambda x: x)
+mlir.register_lowering(forward_alone, mlir.lower_fun(lambda x: x, multiple_results=False))
+ad.deflinear2(forward_alone, refused)
+batching.defvectorized(forward_alone)
 
 
 def direct(integrator, f, y0, ss):
