@@ -70,6 +70,20 @@ def test_the_component_is_the_one_with_the_largest_error():
     assert np.isnan(last) and failed.component[~np.isnan(failed.times)][-1] == 1
 
 
+def test_the_component_whose_error_inside_of_a_step_decides_is_named():
+    """One that fast modes hold to a curve is right at the end of any step, and wrong inside of it."""
+
+    def func(y, t):
+        return jnp.stack([-y[0], -1e6 * (y[1] - jnp.sin(3 * t)) + 3 * jnp.cos(3 * t)])
+
+    options = dict(method="rodas5p", rtol=1e-4, atol=1e-4, log=200)
+    ends, inside = (
+        solve(func, jnp.array([1.0, 0.0]), jnp.linspace(0.0, 3.0, n), **options).log for n in (2, 7)
+    )
+    last = lambda log: np.asarray(log.component)[np.asarray(log.accepted)][3:-1]
+    assert len(last(inside)) > 3 and np.all(last(inside) == 1) and np.all(last(ends) == 0)
+
+
 def test_lanes_have_logs_of_their_own_and_derivatives_do_not_see_them():
     t, options = jnp.array([0.0, 3.0]), dict(rtol=1e-4, atol=1e-4)
     run = lambda a, **log: solve(van_der_pol, Y0, t, a, **options, **log)

@@ -8,6 +8,7 @@ same program as ever.
 import dataclasses
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from jaxode import tree
 from jaxode.solution import TrialSteps
-from jaxode.stepping.integrator import error_over_tolerance
+from jaxode.stepping.integrator import INSIDE, error_over_tolerance
 
 
 class Observer:
@@ -73,19 +74,22 @@ class Log(Observer):
 
 
 def decisive(integrator, y: PyTree, step) -> Array:
-    """The component, of the state as one vector, whose scaled error is largest: the first that is not finite,
-    if there is one; -1 if there is none and errors are not estimated."""
+    """The component, of the state as one vector, whose scaled error is largest, at the end of the step or
+    inside of it: the first that is not finite, if there is one; -1 if there is none and errors are not
+    estimated."""
     scales = integrator.tolerated(y, step.y)
     controlled = integrator.controlled
-    error = controlled(step.errors[0]) if step.errors else jax.tree.map(jnp.zeros_like, scales)
+    smaller = partial(jax.tree.map, partial(tree.scale, 1 / INSIDE))
+    errors = [controlled(error) for error in [*step.errors[:1], *map(smaller, step.inside_errors)]]
+    errors = errors or [jax.tree.map(jnp.zeros_like, scales)]
 
-    def scaled(error, scale, y, k):
+    def scaled(scale, y, k, *errors):
         finite = tree.is_finite(y) & tree.is_finite(k)
-        size = tree.magnitude(error) / tree.stretched(scale, y)
+        size = tree.largest(map(tree.magnitude, errors)) / tree.stretched(scale, y)
         size = jnp.where(finite & ~jnp.isnan(size), size, jnp.inf)
         return size.reshape(-1).astype(jnp.float32)
 
-    sizes = jax.tree.map(scaled, error, scales, controlled(step.y), controlled(step.slope))
+    sizes = jax.tree.map(scaled, scales, controlled(step.y), controlled(step.slope), *errors)
     sizes = jnp.concatenate([jnp.zeros(0, jnp.float32), *jax.tree.leaves(sizes)])
     if sizes.size == 0:
         return jnp.full((), -1, jnp.int32)
