@@ -27,7 +27,7 @@ from jaxode.signals import asks, crowded
 from jaxode.stepping.budget import Budget
 from jaxode.stepping.observers import Log, Progress
 from jaxode.switches import tracing
-from jaxode.traced_once import once
+from jaxode.traced_once import not_again, once
 from jaxode.tree import known
 from jaxode.words import about_words, no_foreign
 
@@ -550,20 +550,18 @@ def trace_of(func, y0, t, func_time, args, checked=None, role: Role = FUNC) -> t
     for x in origin[1]:
         no_foreign(f"an argument of {role.name}, or what it holds,", x)
 
-    def make():
-        def derivative(arrays, y, t):
-            func, args = eqx.combine(arrays, static)
-            with explained(role, y, args):
-                result = func(y, t, *args)
-            return checked(result, y)
+    def derivative(arrays, y, t):
+        func, args = eqx.combine(arrays, static)
+        with explained(role, y, args):
+            result = func(y, t, *args)
+        return checked(result, y)
 
-        return derivative, lambda jaxpr, out_tree: Trace(jaxpr, out_tree, origin)
-
-    traced, result = once((func, y0, args), (static, role, checked), make)
-    time = jax.ShapeDtypeStruct((), func_time)
+    given = arrays, y0, jax.ShapeDtypeStruct((), func_time)
     with tracing():
-        closed, out = traced(arrays, y0, time)
-        trace = result(closed.jaxpr, jax.tree.structure(out))
+        closed, trace = once(
+            derivative, given, (static, role, checked), (func, y0, args),
+            lambda jaxpr, out_tree: Trace(jaxpr, out_tree, origin),
+        )  # fmt: skip
     return trace, [*map(jnp.asarray, closed.consts), *jax.tree.leaves(arrays)]
 
 
@@ -601,6 +599,7 @@ def like_leaf(role: Role, path, k, y):
             f"{name} returned {k.dtype} where y0{where} is real: pass a complex y0, or the real part."
         )
     if jnp.finfo(k.dtype).eps > jnp.finfo(y.dtype).eps:
+        not_again()  # so that it is said in every call
         warnings.warn(
             f"{name} returned {k.dtype} where y0{where} is {y.dtype}: the solution is only as accurate "
             f"as {name}.",

@@ -237,7 +237,7 @@ CACHES = {
     "data.shuffled": 8,
     "kernels.numbers.keeps_order": 1,
     "kernels.traces.text_of": 4096,
-    "traced_once.kept": 32,
+    "traced_once.of_key": 32,
     "traced_once.names_in": 1024,
     "words.about_class": 1000,
 }
@@ -277,7 +277,7 @@ def test_each_cache_of_the_library_has_its_bound():
 @pytest.mark.parametrize("call", CALLS)
 def test_many_calls_keep_no_arrays_alive_and_fill_no_cache(call):
     for i in range(
-        CACHES["traced_once.kept"] + 3
+        CACHES["traced_once.of_key"] + 3
     ):  # each may hold an array that a function closes over
         call(i)
     gc.collect()

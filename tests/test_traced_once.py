@@ -58,6 +58,56 @@ def from_outside():
     return func, change
 
 
+class Named:
+    """An object that calls itself a function of JAX."""
+
+    def __init__(self):
+        functools.update_wrapper(self, jnp.sin)
+        self.rate = 1.0
+
+    def __call__(self, y):
+        return self.rate * y
+
+
+class Raises:
+    """An object that cannot be looked at."""
+
+    __slots__ = ()
+
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+    def __call__(self, y):
+        return RATE * y
+
+
+class Masked(np.ndarray):
+    rate = 1.0
+
+
+NAMED, MASKED = Named(), np.ones(1).view(Masked)
+FROM_PYTHON = np.frompyfunc(lambda x: -RATE * x, 1, 1)
+FIELDS = np.array([(1.0, 2.0)], [("a", float), ("b", float)])
+
+
+@functools.wraps(jnp.sin)
+def as_sin(y):
+    return RATE * y
+
+
+def calls(function):
+    """Of an object in a cell, at which pytest does not look."""
+    return lambda y, t: -function(y)
+
+
+def set_rate_of(thing):
+    return lambda to: setattr(thing, "rate", to)
+
+
+def rename(to):
+    FIELDS.dtype.names = ("a", "b") if to == 1 else ("b", "a")
+
+
 def set_global(name):
     return lambda to: globals().__setitem__(name, to)
 
@@ -79,10 +129,16 @@ READS = {
     "a large one": (lambda y, t: -LARGE[0] * y, lambda to: LARGE.__setitem__(0, to)),
     "an array of JAX": (lambda y, t: -WEIGHT * y, lambda to: set_global("WEIGHT")(jnp.array(to))),
     "a dict": (lambda y, t: -HELD["rate"] * y, lambda to: HELD.__setitem__("rate", to)),
-    "a module": (lambda y, t: -MODULE.rate * y, lambda to: setattr(MODULE, "rate", to)),
-    "a class": (lambda y, t: -Rates.rate * y, lambda to: setattr(Rates, "rate", to)),
-    "an attribute of itself": (reads_by_attribute, lambda to: setattr(reads_by_attribute, "rate", to)),
+    "a module": (lambda y, t: -MODULE.rate * y, set_rate_of(MODULE)),
+    "a class": (lambda y, t: -Rates.rate * y, set_rate_of(Rates)),
+    "an attribute of itself": (reads_by_attribute, set_rate_of(reads_by_attribute)),
     "a partial": (functools.partial(lambda y, t, k: -k * RATE * y, k=1.0), set_global("RATE")),
+    "an object with the name of a function of JAX": (calls(NAMED), set_rate_of(NAMED)),
+    "an object that raises": (calls(Raises()), set_global("RATE")),
+    "a function with the name of one of JAX": (calls(as_sin), set_global("RATE")),
+    "an array of a class of the user's": (lambda y, t: -MASKED.rate * y, set_rate_of(Masked)),
+    "an array with fields": (lambda y, t: -FIELDS["a"][0] * y, rename),
+    "a function as one of NumPy": (lambda y, t: y * float(FROM_PYTHON(1.0)), set_global("RATE")),
     "by another name": (lambda y, t: -globals()["RATE"] * y, set_global("RATE")),
     "a vmapped function": (lambda y, t: jax.vmap(helper)(y), set_global("RATE")),
 }  # fmt: skip
@@ -105,6 +161,86 @@ def test_numbers_that_are_equal_and_not_the_same_are_told_apart():
     assert [round(dtype_of(x)) for x in (1, 1.0, True, 1)] == [2, 1, 1, 2]
     side = lambda zero: float(odeint(lambda y, t: jnp.copysign(y * 0 + 1, zero), Y0, TS)[-1, 0])
     assert [round(side(x)) for x in (0.0, -0.0, 0.0)] == [2, 0, 2]
+
+
+def of_table(table):
+    return lambda y, t: -table[0] * y
+
+
+def of_host(rate):
+    """A function on the host that reads a cell, and how that is changed."""
+
+    def host(y):
+        return np.asarray(-rate * y)
+
+    def change(to):
+        nonlocal rate
+        rate = to
+
+    return lambda y, t: jax.pure_callback(host, jax.ShapeDtypeStruct(y.shape, y.dtype), y), change
+
+
+def test_two_functions_that_read_the_same_may_part():
+    """What was kept of the first is not that of the second for another shape, or when it runs."""
+    first, second = np.array([1.0]), np.array([1.0])
+    odeint(of_table(first), Y0, TS)
+    first[0] = 5.0
+    end = odeint(of_table(second), np.ones(3), TS)[-1]
+    np.testing.assert_allclose(end, np.exp(-1.0), rtol=1e-6)
+    (one, change), (other, _) = of_host(1.0), of_host(1.0)
+    odeint(one, Y0, TS)
+    change(5.0)
+    np.testing.assert_allclose(odeint(other, Y0, TS)[-1], Y0 * np.exp(-1.0), rtol=1e-6)
+
+
+def test_a_function_that_writes_what_it_reads_writes_in_every_call():
+    flag, count = True, np.zeros(1)
+
+    def toggles(y, t):
+        nonlocal flag
+        rate, flag = 1.0 if flag else 2.0, not flag
+        return -rate * y
+
+    def counts(y, t):
+        count[0] += 1
+        return -y
+
+    ends = [float(odeint(toggles, Y0, TS)[-1, 0]) for _ in range(4)]
+    np.testing.assert_allclose(ends, 2 * [np.exp(-1.0), np.exp(-2.0)], rtol=1e-6)
+    for _ in range(3):
+        count[0] = 0.0
+        odeint(counts, Y0, TS)
+        assert count[0] == 1
+
+
+def test_what_is_said_of_a_function_is_said_in_every_call():
+    coarse = lambda y, t: -y.astype(jnp.float32)
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="only as accurate as func"):
+            odeint(coarse, Y0, TS)
+
+
+def test_what_reads_much_is_traced_in_every_call_and_not_kept(made):
+    for much in (tuple(map(float, range(2000))), b"0" * 2**17, jnp.ones(2**14)):
+        for _ in range(2):
+            odeint(lambda y, t, much=much: -y * float(len(much) > 0), Y0, TS)
+    assert len(made) == 6 and traced_once.of_key.cache_info().currsize == 0
+
+
+def test_keys_of_dicts_are_told_apart_too():
+    func = lambda y, t: {k: -(2.0 if isinstance(k, float) else 1.0) * x for k, x in y.items()}
+    for key, rate in ((1, 1.0), (1.0, 2.0), (1, 1.0)):
+        np.testing.assert_allclose(
+            odeint(func, {key: Y0}, TS)[key][-1], Y0 * np.exp(-rate), rtol=1e-6
+        )
+
+
+def test_a_file_is_read_in_every_call(tmp_path):
+    path = tmp_path / "rate.npy"
+    for rate in (1.0, 2.0):
+        np.save(path, rate)
+        end = odeint(lambda y, t: -float(np.load(str(path))) * y, Y0, TS)[-1]
+        np.testing.assert_allclose(end, Y0 * np.exp(-rate), rtol=1e-6)
 
 
 def test_a_function_that_calls_what_has_a_state_is_traced_in_every_call():
@@ -136,7 +272,7 @@ def made(monkeypatch):
         return init(trace, *args)
 
     monkeypatch.setattr(traces.Trace, "__init__", counted)
-    traced_once.kept.cache_clear()
+    traced_once.of_key.cache_clear()
     return found
 
 
