@@ -44,7 +44,7 @@ def lowered(fn, many):
 @pytest.mark.parametrize("adjoint", ["replay", "backsolve", "direct"])
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("work", [solve, gradient])
-def test_func_is_called_once_at_most_four_frames_from_the_call(work, many, adjoint):
+def test_func_is_called_once_at_most_six_frames_from_the_call(work, many, adjoint):
     depths = []
 
     def func(y, t, a):
@@ -53,7 +53,7 @@ def test_func_is_called_once_at_most_four_frames_from_the_call(work, many, adjoi
 
     fn = work(func, adjoint)
     lowered(fn, many)
-    assert len(depths) == 1 and depths[0] <= 4  # house: 10, and 14 in lanes
+    assert len(depths) == 1 and depths[0] <= 6  # house: 10, and 14 in lanes
 
 
 # As they were on 2026-11-26; the house wants 10, and 14 in lanes. A long way is mostly `problems.each`,
