@@ -9,7 +9,6 @@ call.
 """
 
 import builtins
-import collections
 import dis
 import functools
 import sys
@@ -25,23 +24,20 @@ from jaxtyping import PyTree
 
 from jaxode.kernels.traces import Identity
 
-LIBRARIES = {*"builtins cmath jax jaxlib jaxode math numpy operator".split()}
+LIBRARIES = set("builtins cmath jax jaxlib jaxode math numpy operator".split())
 # Names by which a function reads what is not to be seen here, or changes; or does what it is to do again.
-WITH_STATE = {
-    *"""
+WITH_STATE = set(
+    """
     config delattr eval exec getattr globals input locals open print random setattr vars
     callback io_callback pure_callback datetime64
     load loadtxt fromfile fromregex genfromtxt memmap lib geterr geterrcall seterr errstate
     get_printoptions set_printoptions printoptions
-""".split()
-}
+    """.split()
+)
 A_JITTED = jax.jit(lambda: None)  # has the attributes that JAX gives to all of them
 MOST = 32  # functions that are kept
-BYTES, VALUES, FUNCTIONS = (
-    2**16,
-    1000,
-    64,
-)  # how much in arrays and strings, and how much else, one may read
+# How much one of them may read, in arrays and strings, and else.
+BYTES, VALUES, FUNCTIONS = 2**16, 1000, 64
 
 
 class Unknown(Exception):
@@ -51,8 +47,8 @@ class Unknown(Exception):
 class Tracing(threading.local):
     """What this thread traces: a function, and what is kept of it, if anything is."""
 
-    function: Callable
-    kept: "Kept | None" = None
+    function: Any = None
+    kept: Any = None
 
 
 TRACING = Tracing()
@@ -62,20 +58,18 @@ class Kept:
     """What is kept of functions that read the same: what JAX has traced, and what was made of it."""
 
     def __init__(self):
-        self.again = True
+        self.again = True  # whether it is to be used
         # The function of the call for which it is traced, not that of the first one: that may have changed.
         self.jitted = jax.jit(lambda *given: TRACING.function(*given))
-        self.results = collections.OrderedDict()
-        self.lock = threading.Lock()
+        self.results: dict = {}
 
     def result(self, key, make: Callable):
-        """make(*key), kept of the last few keys."""
-        with self.lock:
-            if key not in self.results:
-                self.results[key] = make(*key)
-                if len(self.results) > 16:
-                    self.results.popitem(last=False)
-            return self.results[key]
+        """make(*key), kept of a few keys: those of other shapes."""
+        found = self.results.get(key)
+        if found is None:
+            found = make(*key)
+            self.results = {**dict(list(self.results.items())[-15:]), key: found}
+        return found
 
 
 def once(function: Callable, given: tuple, reads: PyTree, passed: PyTree, make: Callable) -> tuple:
@@ -88,12 +82,12 @@ def once(function: Callable, given: tuple, reads: PyTree, passed: PyTree, make: 
     if kept is None or not kept.again:
         closed, out = jax.make_jaxpr(function, return_shape=True)(*given)
         return closed, make(closed.jaxpr, jax.tree.structure(out))
-    before, TRACING.kept = TRACING.kept, kept
-    TRACING.function, outer = function, getattr(TRACING, "function", None)
+    around = TRACING.function, TRACING.kept  # of a solve that func is a part of
+    TRACING.function, TRACING.kept = function, kept
     try:
         traced = kept.jitted.trace(*given)
     finally:
-        TRACING.kept, TRACING.function = before, outer  # type: ignore[assignment]
+        TRACING.function, TRACING.kept = around
     closed = traced.jaxpr
     return closed, kept.result((closed.jaxpr, jax.tree.structure(traced.out_info)), make)
 
