@@ -491,12 +491,12 @@ def conditions(options) -> dict:
     return {"versions": versions(), "cold_runs": options.cold_runs, "code": code.hexdigest()}
 
 
-def done_before(options) -> dict[str, list]:
-    """The rows of the groups that an interrupted run has finished."""
-    if options.fresh or not DONE.exists():
+def done_before(now: dict) -> dict[str, list]:
+    """The rows of the groups that an interrupted run has finished, under the conditions of now."""
+    if not DONE.exists():
         return {}
     kept = json.loads(DONE.read_text())
-    if kept["conditions"] != conditions(options):
+    if kept["conditions"] != now:
         print(f"What {DONE} holds is of other code or versions: all groups run.", flush=True)
         return {}
     return kept["groups"]
@@ -505,14 +505,13 @@ def done_before(options) -> dict[str, list]:
 def run(groups, done: dict[str, list], keep) -> list:
     """The rows of all groups, printed; `keep` is told of each group that is done."""
     for name, rows in groups:
-        finished = name in done
         found = []
-        for result in done[name] if finished else rows():
+        for result in done.get(name) or rows():
             found.append(result)
-            work, ours, *peers = shown(result)
-            peers = [f"{name} {cell}" for name, cell in zip(PEERS, peers) if cell]
+            work, ours, *cells = shown(result)
+            peers = [f"{peer} {cell}" for peer, cell in zip(PEERS, cells) if cell]
             print(f"{work:60s}  {ours:>18s}  " + ", ".join(peers), flush=True)
-        if not finished:
+        if name not in done:
             done[name] = found
             keep()
     return [result for rows in done.values() for result in rows]
@@ -526,14 +525,15 @@ def main():
         return
     everything = not options.names and not options.rows and not options.quick
     jax.config.update("jax_enable_x64", True)
-    done = done_before(options) if everything else {}
+    began = conditions(options)  # not those at the end of a group: the code may be edited meanwhile
+    done = done_before(began) if everything and not options.fresh else {}
     warm_up()
 
     def keep():
         if everything:
             DONE.parent.mkdir(exist_ok=True)
             part = DONE.with_suffix(".part")  # for a run that is killed while it writes
-            part.write_text(json.dumps({"conditions": conditions(options), "groups": done}))
+            part.write_text(json.dumps({"conditions": began, "groups": done}))
             part.replace(DONE)
 
     results = run(chosen(options), done, keep)

@@ -130,9 +130,7 @@ class Reader:
     def __init__(self):
         self.functions: dict[Callable, int] = {}  # that it has come to, numbered
         self.bytes = self.values = 0
-        self.arrays = self.writes = (
-            False  # whether arrays of NumPy are read, and whether anything is written
-        )
+        self.arrays = self.writes = False  # whether any of NumPy are read, and anything is written
 
     def key(self, value: Any) -> Hashable:
         """What there is to know of a value; `Unknown` if that is not all."""

@@ -325,12 +325,10 @@ def test_promotion_and_precision_that_are_set_for_a_while_count():
     with pytest.raises(ValueError, match="promotion"):
         odeint(func, Y0, TS)
     matrix = lambda y, t: -jnp.eye(2) @ y
-    plain, precise = (
-        jax.jit(lambda y: odeint(matrix, y, TS)).lower(Y0).as_text()
-        for precision in (None, "highest")
-        for _ in [jax.config.update("jax_default_matmul_precision", precision)]
-    )
-    jax.config.update("jax_default_matmul_precision", None)
+    text = lambda: jax.jit(lambda y: odeint(matrix, y, TS)).lower(Y0).as_text()
+    plain = text()
+    with jax.default_matmul_precision("highest"):
+        precise = text()
     assert plain != precise
 
 
