@@ -42,6 +42,7 @@ from bench.stiff import stiff_rows
 from bench.timing import check, compile_in_turn, row, time_in_turn
 from jaxode.nn import MLPField
 from jaxode.problems import problems
+from jaxode.run_folder import put
 
 HERE = Path(__file__).parent
 DONE = HERE.parent / "runs" / "bench.json"
@@ -532,9 +533,7 @@ def main():
     def keep():
         if everything:
             DONE.parent.mkdir(exist_ok=True)
-            part = DONE.with_suffix(".part")  # for a run that is killed while it writes
-            part.write_text(json.dumps({"conditions": began, "groups": done}))
-            part.replace(DONE)
+            put(DONE, json.dumps({"conditions": began, "groups": done}).encode())
 
     results = run(chosen(options), done, keep)
     written = {"versions": versions(), "cold_runs": options.cold_runs, "results": results}

@@ -276,9 +276,8 @@ def test_each_cache_of_the_library_has_its_bound():
 
 @pytest.mark.parametrize("call", CALLS)
 def test_many_calls_keep_no_arrays_alive_and_fill_no_cache(call):
-    for i in range(
-        CACHES["traced_once.of_key"] + 3
-    ):  # each may hold an array that a function closes over
+    # Each function that is kept may hold an array that it closes over.
+    for i in range(CACHES["traced_once.of_key"] + 3):
         call(i)
     gc.collect()
     alive, full = len(jax.live_arrays()), sizes()
